@@ -1,0 +1,38 @@
+# make demo: set up, convert the bundled model, answer a prompt.   make test: set up, run the tests.
+# GPU builds: CMAKE_ARGS="-DGGML_CUDA=on" make demo
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STOCK  := build/stock/package
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/* third_party/patches/*)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed $(STOCK)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed $(STOCK)/.installed
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.installed: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core patch-ng cmake ninja
+	@echo "building llama.cpp with POP: about 5 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,test]"
+	touch $@
+
+# the unpatched library beside ours, for comparison
+$(STOCK)/.installed: tests/stock/CMakeLists.txt third_party/llama-cpp-python.txt | $(VENV)/.installed
+	@echo "building unpatched llama.cpp for comparison: about 5 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/stock -B build/stock -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target llama
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/stock --component stock --prefix $(STOCK) > /dev/null
+	touch $@
+
+clean:
+	rm -rf build demo $(VENV)

@@ -1,0 +1,41 @@
+// llama_pop_*: prefill-only pruning (POP, arXiv 2602.03295) as an addition to llama.h. pypop_gguf/_library.py binds it.
+//
+// A boundary b in 1..L (L = layers of the trunk, without MTP layers) is the 0-based index of the first layer that prefill
+// skips: micro-batches in which no token asks for logits run layers 0..b-1 and only fill the caches of layers b..L-1 from
+// the state at b. L means off. A context starts with POP off and is then exactly stock llama.cpp.
+
+#pragma once
+
+#include "llama.h"
+
+#define LLAMA_POP_OFF          0
+#define LLAMA_POP_FROM_FILE  (-1) // the model file's pop.boundary; off where it has none
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    // Holds from the next llama_decode on. On false nothing has changed and llama_pop_last_error() says why.
+    LLAMA_API bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
+
+    // The boundary in force, L when off.
+    LLAMA_API int32_t llama_pop_get_boundary(const struct llama_context * ctx);
+
+    // Tokens that went through a pruned graph since the context was made.
+    LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+
+    LLAMA_API int32_t llama_pop_n_layer(const struct llama_model * model);
+
+    // The last layer that writes to memory: pruning there changes nothing. L-1, or lower where upper layers share a cache.
+    LLAMA_API int32_t llama_pop_lossless_boundary(const struct llama_model * model);
+
+    // Whether the model, as an architecture, can be pruned at this boundary; if not, llama_pop_last_error() says why.
+    // llama_pop_set_boundary() goes further and tries the boundary on the graph that the context really builds.
+    LLAMA_API bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
+
+    // One line about the last call on this thread that returned false.
+    LLAMA_API const char * llama_pop_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,227 @@
+#include "pop-graph.h"
+
+#include "llama-graph.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+using tensor_set = std::unordered_set<const ggml_tensor *>;
+
+// layer of a tensor that a builder named "<name>-<il>", -1 if the name has no layer
+static int named_layer(const ggml_tensor * t) {
+    const char * dash = strrchr(t->name, '-');
+    int  il  = -1;
+    char end = 0;
+    return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
+}
+
+// layer of a weight, -1 for anything else
+static int weight_layer(const ggml_tensor * t) {
+    int il = -1;
+    return sscanf(t->name, "blk.%d.", &il) == 1 ? il : -1;
+}
+
+static bool is_view_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+// works in place: its result lies in another tensor's memory
+static bool is_in_place(const ggml_tensor * t) {
+    return t->view_src && t->op != GGML_OP_NONE && !is_view_op(t);
+}
+
+// the tensor that owns the memory of t
+static ggml_tensor * owner(ggml_tensor * t) {
+    return t->view_src ? t->view_src : t;
+}
+
+namespace {
+
+// plan() finds out what remains and changes nothing, so it may fail at no cost; apply() rewrites the graph.
+struct prune_pass {
+    const uint32_t b;       // the boundary
+    const uint32_t n_layer; // layers of the trunk
+
+    llm_graph_result & res;
+
+    std::vector<ggml_tensor *> nodes; // of the whole graph, in order of evaluation
+    std::vector<ggml_tensor *> roots; // nodes that write into memory that outlives the graph: KV cache, recurrent state
+
+    ggml_tensor * x_b = nullptr; // input of layer b,       F32 [n_embd, n_tokens]
+    tensor_set    x_above;       // inputs of layers b+1..n_layer-1, each to be replaced by x_b
+    tensor_set    x_memory;      // the memory those lie in
+    tensor_set    kept;          // nodes that the roots need
+
+    prune_pass(const llm_graph_params & params, llm_graph_result & res)
+        : b(params.pop_boundary), n_layer(params.hparams.n_layer()), res(res) {
+        ggml_cgraph * gf = res.get_gf();
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            ggml_tensor * node = ggml_graph_node(gf, i);
+            nodes.push_back(node);
+            if (is_in_place(node) && node->view_src->buffer && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                roots.push_back(node);
+            }
+        }
+    }
+
+    ggml_tensor * source(ggml_tensor * t) const {
+        return x_above.count(t) ? x_b : t;
+    }
+
+    // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves "l_out"; a few
+    // add to that before the next layer starts (deepstack), under the same layer's number.
+    std::vector<ggml_tensor *> layer_inputs() const {
+        std::vector<ggml_tensor *> x(n_layer + 1, nullptr);
+        for (ggml_tensor * node : nodes) {
+            const int il = named_layer(node);
+            if (il < 0 || il >= (int) n_layer) {
+                continue;
+            }
+            ggml_tensor * & next = x[il + 1];
+            const bool adds_to_output = next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
+            if (strncmp(node->name, "l_out-", 6) == 0 || adds_to_output) {
+                next = node;
+            }
+        }
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            if (ggml_tensor * recorded = res.get_layer_inp(il)) {
+                x[il] = recorded;
+            }
+        }
+        return x;
+    }
+
+    // adds to seen whatever t needs, t included, stopping at what stop holds
+    void reach(ggml_tensor * t, tensor_set & seen, const tensor_set & stop) const {
+        std::vector<ggml_tensor *> todo = { t };
+        while (!todo.empty()) {
+            ggml_tensor * cur = todo.back();
+            todo.pop_back();
+            if (stop.count(cur) || !seen.insert(cur).second) {
+                continue;
+            }
+            for (ggml_tensor * src : cur->src) {
+                if (src) {
+                    todo.push_back(source(src));
+                }
+            }
+        }
+    }
+
+    // What a write of a skipped layer needs beyond x_b has to be that layer's own: a second skipped layer's weight means
+    // that more than the residual stream passes between layers. Nothing may work in place on an input that is replaced.
+    bool is_cut(const tensor_set & own) const {
+        int il_own = -1;
+        for (const ggml_tensor * t : own) {
+            const int il = weight_layer(t);
+            if (il >= (int) b && il_own >= 0 && il != il_own) {
+                return false;
+            }
+            il_own = std::max(il_own, il >= (int) b ? il : -1);
+
+            if (is_in_place(t) && x_memory.count(t->view_src)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    bool plan() {
+        const auto x = layer_inputs();
+        x_b = x[b];
+        if (!x_b) {
+            return false;
+        }
+        for (uint32_t il = b + 1; il < n_layer; ++il) {
+            ggml_tensor * cur = x[il];
+            if (!cur || !ggml_are_same_shape(cur, x_b) || !ggml_are_same_stride(cur, x_b) || cur->type != x_b->type) {
+                return false;
+            }
+            if (cur != x_b) {
+                x_above.insert(cur);
+                x_memory.insert(owner(cur));
+            }
+        }
+
+        tensor_set below;
+        reach(x_b, below, {});
+        for (ggml_tensor * root : roots) {
+            tensor_set own;
+            reach(root, own, below);
+            if (!is_cut(own)) {
+                return false;
+            }
+            reach(root, kept, {});
+        }
+        return true;
+    }
+
+    // Order matters beyond sources and results: a read of recurrent state has to stay ahead of the write to it. So the
+    // kept nodes keep their order instead of being expanded anew from the roots.
+    void apply() {
+        std::unordered_map<const ggml_tensor *, size_t> moved; // views that now lie in x_b's memory -> their old offset
+        for (ggml_tensor * node : nodes) {
+            if (!kept.count(node)) {
+                continue;
+            }
+            if (is_view_op(node)) {
+                ggml_tensor * parent = node->src[0];
+                ggml_tensor * target = source(parent);
+                if (target != parent || moved.count(parent)) {
+                    const size_t offs_old = moved.count(parent) ? moved[parent] : parent->view_offs;
+                    moved[node]     = node->view_offs;
+                    node->view_src  = owner(target);
+                    node->view_offs = node->view_offs - offs_old + target->view_offs;
+                }
+            }
+            for (ggml_tensor * & src : node->src) {
+                src = src ? source(src) : nullptr;
+            }
+        }
+
+        ggml_cgraph * gf = res.get_gf();
+        ggml_graph_clear(gf);
+
+        // set_inputs() writes to every input, also to those that nothing reads any more: they have to be allocated
+        for (ggml_tensor * t = ggml_get_first_tensor(res.get_ctx()); t; t = ggml_get_next_tensor(res.get_ctx(), t)) {
+            if (t->flags & GGML_TENSOR_FLAG_INPUT) {
+                ggml_build_forward_expand(gf, t);
+            }
+        }
+        for (ggml_tensor * node : nodes) {
+            if (kept.count(node)) {
+                ggml_build_forward_expand(gf, node);
+            }
+        }
+
+        res.t_logits      = nullptr;
+        res.t_embd        = nullptr;
+        res.t_embd_pooled = nullptr;
+        res.t_h_nextn     = nullptr;
+        res.t_sampled       .clear();
+        res.t_sampled_probs .clear();
+        res.t_sampled_logits.clear();
+        res.t_candidates    .clear();
+
+        res.pop_pruned = true;
+    }
+};
+
+}
+
+void llama_pop_prune_graph(const llm_graph_params & params, llm_graph_result & res) {
+    if (params.pop_boundary == 0) {
+        return;
+    }
+
+    prune_pass pass(params, res);
+    if (pass.plan()) {
+        pass.apply();
+    }
+}

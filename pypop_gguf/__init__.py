@@ -1,0 +1,28 @@
+"""Prefill-only pruning (POP) for GGUF models on llama.cpp.
+
+Importing the package is cheap: the native library loads when ``PopLlama`` is first used, so converting and
+inspecting files never needs it.
+"""
+
+from importlib import metadata as _metadata
+from typing import TYPE_CHECKING
+
+from pypop_gguf.errors import PopError
+
+if TYPE_CHECKING:
+    from pypop_gguf.llama import PopLlama, PopStatus, Timings
+
+__all__ = ["PopError", "PopLlama", "PopStatus", "Timings", "__version__"]
+
+try:
+    __version__ = _metadata.version("pypop-gguf")
+except _metadata.PackageNotFoundError:  # the source tree, not installed
+    __version__ = "unknown"
+
+
+def __getattr__(name: str):
+    if name in ("PopLlama", "PopStatus", "Timings"):
+        from pypop_gguf import llama
+
+        return getattr(llama, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,338 @@
+"""``PopLlama``: llama-cpp-python's ``Llama`` whose prompts are read by the layers below the boundary only.
+
+What differs from the parent: which tokens ask for logits (only a prompt's last one), the boundary that the context
+holds while a call runs, and a record of the boundary that each cached position was computed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pypop_gguf import _library
+from pypop_gguf.errors import PopError
+from pypop_gguf.metadata import read_metadata
+
+llama_cpp = _library.load()
+
+_PARENT_PARAMETERS = frozenset(
+    name
+    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
+)
+
+
+@dataclass(frozen=True)
+class PopStatus:
+    """What a ``PopLlama`` does with prompts.
+
+    Attributes:
+        enabled: Whether prompts are pruned.
+        boundary: 0-based index of the first layer that prefill skips; ``n_layer`` when off.
+        n_layer: Layers of the model, L.
+        source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper layers
+            share a cache, so a lower boundary is exact) or ``"off"``.
+    """
+
+    enabled: bool
+    boundary: int
+    n_layer: int
+    source: str
+
+
+@dataclass
+class Timings:
+    """Where one call's time went. Times are wall-clock milliseconds, None where the call did not get that far.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        reused_tokens: Of these, taken from the cache of an earlier call.
+        pruned_tokens: Of these, read by the layers below the boundary only.
+        generated_tokens: Tokens generated.
+        prefill_ms: Reading the part of the prompt that was not reused.
+        time_to_first_token_ms: From the start of the call to the first token, sampling included.
+        decode_ms_per_token: Mean over the tokens after the first.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    pruned_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_ms: float | None = None
+    time_to_first_token_ms: float | None = None
+    decode_ms_per_token: float | None = None
+
+
+class PopLlama(llama_cpp.Llama):
+    """A ``llama_cpp.Llama`` with prefill-only pruning (POP, arXiv 2602.03295).
+
+    Example:
+        >>> llm = PopLlama("model.gguf")
+        >>> llm.create_completion("Once upon a time", max_tokens=32)["choices"][0]["text"]
+
+    Args:
+        model_path: A GGUF file; for split files the first shard.
+        pop: False runs every layer for every token, exactly as the parent does.
+        pop_boundary: First layer that prefill skips, 1..L (L = off), or ``"lossless"``: the last layer that writes to the
+            cache. Default: the file's ``pop.boundary``; without one, off, except where upper layers share a cache
+            (Gemma 3n, Gemma 4), where the lossless boundary is the default.
+        **llama_kwargs: Everything that ``llama_cpp.Llama`` takes.
+
+    Raises:
+        TypeError: An argument neither class knows, or ``pop_boundary`` of another type.
+        PopError: The file cannot be read, or the model cannot be pruned at that boundary.
+    """
+
+    def __init__(
+        self, model_path: str, *, pop: bool = True, pop_boundary: int | str | None = None, **llama_kwargs
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # the parent's __del__ needs it also where we refuse to start
+        unknown = sorted(set(llama_kwargs) - _PARENT_PARAMETERS)
+        if unknown:
+            raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
+        _check_boundary_type("pop_boundary", pop_boundary)
+        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary}
+        self._requested: int | None = None  # boundary of the call that is running, None outside calls
+        self._reading_prompt = False
+        self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
+        self.timings = Timings()
+
+        stored = read_metadata(model_path)  # before the model: it tells a bad file from a bad key in one line
+        self._load(model_path, llama_kwargs)
+
+        if llama_kwargs.get("vocab_only", False):
+            self._lossless = 0
+            self._status = PopStatus(False, 0, 0, "off")
+        else:
+            self._lossless = _library.lossless_boundary(self._model.model)
+            n_layer = _library.n_layer(self._model.model)
+            boundary, source = self._choose(stored.boundary if stored else None, n_layer)
+            if boundary < n_layer:
+                _library.set_boundary(self._ctx.ctx, boundary)
+            self._status = PopStatus(boundary < n_layer, boundary, n_layer, source if boundary < n_layer else "off")
+        # Boundary that each cached position was computed with; n_layer = by the whole model.
+        self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
+
+    def _load(self, model_path: str, llama_kwargs: dict) -> None:
+        if llama_kwargs.get("verbose", True):
+            super().__init__(model_path, **llama_kwargs)
+            return
+        with _library.captured_log() as errors:
+            try:
+                super().__init__(model_path, **llama_kwargs)
+            except ValueError as error:
+                raise PopError(_library.load_failure(model_path, errors or [str(error)])) from error
+
+    def _choose(self, stored: int | None, n_layer: int) -> tuple[int, str]:
+        asked = self._pop_arguments["pop_boundary"]
+        if not self._pop_arguments["pop"]:
+            return n_layer, "off"
+        if asked is not None:
+            return self._resolve(asked), "argument"
+        if stored is not None:
+            return stored, "file"
+        if _library.refusal(self._model.model) is None:
+            if self._lossless < n_layer - 1:
+                return self._lossless, "lossless"
+            print(
+                f"pypop_gguf: {os.path.basename(self.model_path)} has no pop.boundary, so prompts are read by all "
+                f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
+                file=sys.stderr,
+            )
+        return n_layer, "off"
+
+    def _resolve(self, boundary: int | str) -> int:
+        """Validates a boundary by setting it; every eval() sets the one it needs again, which then costs nothing."""
+        if boundary == "lossless":
+            return self._lossless
+        if reason := _library.refusal(self._model.model, boundary):
+            raise PopError(reason)
+        _library.set_boundary(self._ctx.ctx, boundary)
+        return boundary
+
+    @property
+    def pop(self) -> PopStatus:
+        """Whether prompts are pruned, where, and why there."""
+        return self._status
+
+    # Per call: create_completion(..., pop=False) or (..., boundary=b)
+
+    def _boundary_for(self, pop: bool | None, boundary: int | str | None) -> int:
+        _check_boundary_type("boundary", boundary)
+        if pop is False:
+            return self._status.n_layer
+        if boundary is not None:
+            return self._resolve(boundary)
+        return self._asked_boundary()  # a chat handler calls create_completion inside create_chat_completion
+
+    @contextlib.contextmanager
+    def _calling(self, boundary: int):
+        outer, self._requested = self._requested, boundary
+        try:
+            yield
+        finally:
+            self._requested = outer
+
+    def _call(self, method, pop: bool | None, boundary: int | str | None, args: tuple, kwargs: dict):
+        requested = self._boundary_for(pop, boundary)
+        with self._calling(requested):
+            result = method(*args, **kwargs)
+        if not isinstance(result, Iterator):
+            return result
+
+        def streamed():
+            while True:
+                with self._calling(requested):
+                    try:
+                        chunk = next(result)
+                    except StopIteration:
+                        return
+                yield chunk
+
+        return streamed()
+
+    def create_completion(self, *args, pop: bool | None = None, boundary: int | str | None = None, **kwargs):
+        """``llama_cpp.Llama.create_completion`` with two more arguments.
+
+        Args:
+            pop: False reads this prompt by every layer.
+            boundary: The boundary of this call, 1..L or ``"lossless"``; default: the object's.
+
+        Raises:
+            PopError: The model cannot be pruned there.
+        """
+        return self._call(super().create_completion, pop, boundary, args, kwargs)
+
+    def __call__(self, *args, **kwargs):
+        """Same as :meth:`create_completion`."""
+        return self.create_completion(*args, **kwargs)
+
+    def create_chat_completion(self, *args, pop: bool | None = None, boundary: int | str | None = None, **kwargs):
+        """``llama_cpp.Llama.create_chat_completion`` with ``pop`` and ``boundary`` as in :meth:`create_completion`."""
+        return self._call(super().create_chat_completion, pop, boundary, args, kwargs)
+
+    # The engine's side
+
+    def generate(self, tokens: Sequence[int], *args, **kwargs):
+        """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
+        started = time.perf_counter()
+        if kwargs.get("reset", True):
+            self._forget_shallower_than(self._asked_boundary())
+
+        timings = self.timings = Timings(prompt_tokens=len(tokens))
+        pruned_before = _library.n_pruned(self._ctx.ctx)
+        self._reading_prompt = True
+        self._prefill = None
+        generator = super().generate(tokens, *args, **kwargs)
+        first = None
+        sent = None
+        try:
+            while True:
+                try:
+                    token = generator.send(sent)
+                except StopIteration:
+                    return
+                now = time.perf_counter()
+                if first is None:
+                    first = now
+                    n_read, seconds = self._prefill
+                    timings.reused_tokens = len(tokens) - n_read
+                    timings.pruned_tokens = _library.n_pruned(self._ctx.ctx) - pruned_before
+                    timings.prefill_ms = 1e3 * seconds
+                    timings.time_to_first_token_ms = 1e3 * (first - started)
+                else:
+                    timings.decode_ms_per_token = 1e3 * (now - first) / timings.generated_tokens
+                timings.generated_tokens += 1
+                sent = yield token
+        finally:
+            self._reading_prompt = False
+            generator.close()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluates tokens after the ``n_tokens`` that are cached.
+
+        Unlike the parent, only the last token asks for logits, not the last of every ``n_batch``: the others of a prompt
+        may then be pruned. With ``logits_all`` every token asks; with a draft model, every token after the prompt.
+
+        Args:
+            tokens: Token ids.
+
+        Raises:
+            RuntimeError: llama.cpp could not decode (the context is full, for one).
+        """
+        started = time.perf_counter()
+        every_token = self._logits_everywhere or (self._logits_all and not self._reading_prompt)
+        _library.set_boundary(self._ctx.ctx, self._asked_boundary())
+        computed_with = self._as_recorded(self._asked_boundary())
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        for start in range(0, len(tokens), self.n_batch):
+            chunk = tokens[start : start + self.n_batch]
+            past, size = self.n_tokens, len(chunk)
+            self._batch.set_batch(batch=chunk, n_past=past, logits_all=every_token)
+            last_of_all = start + size == len(tokens)
+            self._batch.batch.logits[size - 1] = every_token or last_of_all
+            self._ctx.decode(self._batch)
+
+            self.input_ids[past : past + size] = chunk
+            if every_token:
+                logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(size * self._n_vocab,))
+                if past + size <= len(self.scores):  # with a draft model the parent keeps only n_batch rows
+                    self.scores[past : past + size, :].reshape(-1)[::] = logits
+                self._computed_with[past : past + size] = self._status.n_layer
+            else:
+                self._computed_with[past : past + size] = computed_with
+                if last_of_all:
+                    self._computed_with[past + size - 1] = self._status.n_layer
+            self.n_tokens += size
+            self._requires_eval = False
+        if self._reading_prompt:
+            llama_cpp.llama_synchronize(self._ctx.ctx)
+            self._prefill = (len(tokens), time.perf_counter() - started)
+            self._reading_prompt = False
+
+    def _asked_boundary(self) -> int:
+        return self._status.boundary if self._requested is None else self._requested
+
+    def _as_recorded(self, boundary: int) -> int:
+        """A lossless boundary counts as the whole model: it computes the same."""
+        return self._status.n_layer if boundary >= self._lossless else boundary
+
+    def _forget_shallower_than(self, boundary: int) -> None:
+        """Drops cached positions from the first one on that fewer layers computed than ``boundary`` asks for."""
+        shallow = np.flatnonzero(self._computed_with[: self.n_tokens] < self._as_recorded(boundary))
+        if len(shallow):
+            self.n_tokens = int(shallow[0])
+            self._requires_eval = True
+            if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+                self.reset()  # recurrent memories cannot drop a part
+
+    # State
+
+    def save_state(self):
+        """``llama_cpp.Llama.save_state``; the state also says which boundary each position was computed with."""
+        state = super().save_state()
+        state.pop_computed_with = self._computed_with[: self.n_tokens].copy()
+        return state
+
+    def load_state(self, state) -> None:
+        """``llama_cpp.Llama.load_state``; a state that a plain ``Llama`` saved counts as computed by the whole model."""
+        super().load_state(state)
+        self._computed_with[:] = self._status.n_layer
+        boundaries = getattr(state, "pop_computed_with", None)
+        if boundaries is not None:
+            self._computed_with[: len(boundaries)] = boundaries
+
+    def __getstate__(self):
+        return {**super().__getstate__(), **self._pop_arguments, "logits_all": self._logits_everywhere}
+
+
+def _check_boundary_type(name: str, boundary: int | str | None) -> None:
+    if isinstance(boundary, bool) or not (boundary is None or boundary == "lossless" or isinstance(boundary, int)):
+        raise TypeError(f'{name} must be a layer number, "lossless" or None, not {boundary!r}')

@@ -1,0 +1,163 @@
+"""The ``pop.*`` keys of a GGUF file: read, checked, and listed for writing. docs/metadata.md is their normative table.
+
+``PopLlama`` reads them before it loads a model, ``convert`` writes them, ``inspect`` shows them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGUFValueType
+
+from pypop_gguf.errors import PopError
+
+VERSION = 1  # newest pop.version that this package reads, and the one it writes
+
+# key -> (attribute of PopMetadata, type in the file)
+_CALIBRATION = {
+    "pop.calibration.source": ("calibration_source", GGUFValueType.STRING),
+    "pop.calibration.samples": ("calibration_samples", GGUFValueType.UINT32),
+    "pop.calibration.tokens": ("calibration_tokens", GGUFValueType.UINT32),
+    "pop.calibration.seed": ("calibration_seed", GGUFValueType.UINT32),
+    "pop.calibration.sha256": ("calibration_sha256", GGUFValueType.STRING),
+}
+_IMPORTANCE = {
+    "pop.importance.prefill": "importance_prefill",
+    "pop.importance.decode": "importance_decode",
+}
+
+
+@dataclass(frozen=True)
+class PopMetadata:
+    """What a file says about POP. Attributes that the file does not set are None.
+
+    Attributes:
+        boundary: 0-based index of the first layer that prefill skips, 1..L; L = off.
+        importance_prefill: Fisher score of each layer for prompt tokens, float32 [L].
+        importance_decode: The same for the last prompt token and generated tokens, float32 [L].
+        calibration_source: Name of the calibration file, or "bundled".
+        calibration_samples: Number of samples behind the scores.
+        calibration_tokens: Their tokens in all.
+        calibration_seed: Seed of the sampled labels.
+        calibration_sha256: Hash of the samples' text.
+    """
+
+    boundary: int | None = None
+    importance_prefill: np.ndarray | None = None
+    importance_decode: np.ndarray | None = None
+    calibration_source: str | None = None
+    calibration_samples: int | None = None
+    calibration_tokens: int | None = None
+    calibration_seed: int | None = None
+    calibration_sha256: str | None = None
+
+    def key_values(self) -> list[tuple[str, Any, GGUFValueType]]:
+        """The keys to write: (key, value, type in the file); arrays are lists of float32."""
+        result: list[tuple[str, Any, GGUFValueType]] = [("pop.version", VERSION, GGUFValueType.UINT32)]
+        if self.boundary is not None:
+            result.append(("pop.boundary", self.boundary, GGUFValueType.UINT32))
+        for key, attribute in _IMPORTANCE.items():
+            if (scores := getattr(self, attribute)) is not None:
+                result.append((key, [float(score) for score in scores], GGUFValueType.ARRAY))
+        for key, (attribute, kind) in _CALIBRATION.items():
+            if (value := getattr(self, attribute)) is not None:
+                result.append((key, value, kind))
+        return result
+
+
+def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:
+    """Maps a GGUF file and checks that all of its tensors are there.
+
+    Raises:
+        PopError: No such file, not a GGUF, or cut short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PopError(f"{path}: no such file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise PopError(f"{path}: not a GGUF file")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the reader raises whatever numpy raises on a header that makes no sense
+        raise PopError(f"{path}: damaged or cut short ({type(error).__name__} while reading its header)") from error
+    end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
+    if end > path.stat().st_size:
+        raise PopError(f"{path}: cut short: {path.stat().st_size} of {end} bytes; download it again")
+    return reader
+
+
+def trunk_layers(reader: gguf.GGUFReader) -> int:
+    """Layers of the model's trunk, L: its blocks without those for multi-token prediction.
+
+    Raises:
+        PopError: The file has no usable ``<architecture>.block_count``.
+    """
+    architecture = reader.get_field("general.architecture")
+    name = architecture.contents() if architecture else None
+    blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    try:
+        return int(blocks.contents()) - (int(extra.contents()) if extra else 0)
+    except (AttributeError, TypeError, ValueError):
+        raise PopError(f"{name or 'this file'} has no usable block_count: not a language model") from None
+
+
+def read_metadata(path: str | os.PathLike) -> PopMetadata | None:
+    """Reads and checks the ``pop.*`` keys of a file; of a split one, those of the first shard.
+
+    Keys this version does not know are ignored.
+
+    Returns:
+        None where the file has no ``pop.*`` key.
+
+    Raises:
+        PopError: The file cannot be read, a newer version wrote it, or a key has the wrong type, length or range.
+    """
+    return metadata_of(open_gguf(path), path)
+
+
+def metadata_of(reader: gguf.GGUFReader, path: str | os.PathLike) -> PopMetadata | None:
+    """As :func:`read_metadata`, for a file that is already open."""
+    if not any(key.startswith("pop.") for key in reader.fields):
+        return None
+
+    def refuse(key: str, found: str, expected: str):
+        return PopError(f"{path}: {key} is {found}, not {expected}; write it again with `pop-gguf convert`")
+
+    def value(key: str, kind: GGUFValueType) -> Any:
+        field = reader.get_field(key)
+        if field is None:
+            return None
+        if field.types[:1] != [kind]:
+            raise refuse(key, f"of type {field.types[0].name.lower()}" if field.types else "empty", kind.name.lower())
+        return field.contents()
+
+    version = value("pop.version", GGUFValueType.UINT32)
+    if not version:
+        raise refuse("pop.version", "missing" if version is None else "0", f"1 to {VERSION}")
+    if version > VERSION:
+        raise PopError(f"{path}: pop.version {version} is newer than {VERSION}: update pypop-gguf")
+
+    n_layer = trunk_layers(reader)
+    found: dict[str, Any] = {}
+    boundary = found["boundary"] = value("pop.boundary", GGUFValueType.UINT32)
+    if boundary is not None and not 1 <= boundary <= n_layer:
+        raise refuse("pop.boundary", str(boundary), f"1 to {n_layer}")
+    for key, attribute in _IMPORTANCE.items():
+        scores = value(key, GGUFValueType.ARRAY)
+        if scores is None:
+            continue
+        if reader.get_field(key).types[1:] != [GGUFValueType.FLOAT32] or len(scores) != n_layer:
+            raise refuse(key, f"an array of {len(scores)}", f"{n_layer} float32 numbers")
+        found[attribute] = np.asarray(scores, dtype=np.float32)
+        if not (np.isfinite(found[attribute]).all() and (found[attribute] >= 0).all()):
+            raise refuse(key, "negative or not finite somewhere", "scores of at least 0")
+    for key, (attribute, kind) in _CALIBRATION.items():
+        found[attribute] = value(key, kind)
+    return PopMetadata(**found)

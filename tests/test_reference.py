@@ -1,0 +1,71 @@
+"""The engine against POP in PyTorch: every boundary, prompts in one chunk and in many, exact and default caches."""
+
+import llama_cpp
+import numpy as np
+import pop_reference
+import pytest
+
+from pypop_gguf import PopLlama
+
+NAMES = ["llama", "qwen3", "gemma3", "bundled"]
+N_PROMPT, N_TOKENS = 70, 74
+F32, F16 = 0, 1  # ggml types
+
+
+def engine_logits(path, tokens, n_prompt, boundary, **options) -> np.ndarray:
+    """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab]."""
+    llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, verbose=False, **options)
+    llm.eval(tokens[:n_prompt])
+    rows = [last_logits(llm)]
+    for token in tokens[n_prompt:]:
+        llm.eval([token])
+        rows.append(last_logits(llm))
+    llm.close()
+    return np.stack(rows)
+
+
+def last_logits(llm) -> np.ndarray:
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
+
+
+def boundaries(model):
+    return range(1, len(model.layers) + 1)
+
+
+@pytest.mark.parametrize("n_batch", [512, 16], ids=["one-chunk", "many-chunks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_boundary_equals_pytorch(reference_models, name, n_batch):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS)
+    full = pop_reference.logits(model.torch_model, model.layers, tokens, len(model.layers), N_PROMPT)
+    for boundary in boundaries(model):
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, boundary, N_PROMPT)
+        actual = engine_logits(
+            model.gguf, tokens, N_PROMPT, boundary, n_batch=n_batch, type_k=F32, type_v=F32, flash_attn=False
+        )
+        error = pop_reference.squared_error(actual, expected)
+        assert error <= 1e-6, f"boundary {boundary}"
+        if boundary < len(model.layers) - 1:  # the test can tell POP from the whole model
+            assert pop_reference.squared_error(full, expected) > 100 * error, f"boundary {boundary}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_caches_equal_pytorch(reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=1)
+    for boundary in boundaries(model):
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, boundary, N_PROMPT)
+        actual = engine_logits(model.gguf, tokens, N_PROMPT, boundary)
+        assert pop_reference.squared_error(actual, expected) <= 1e-5, f"boundary {boundary}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_boundary_at_last_layer_is_lossless(reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=2)
+    full, pruned = (
+        engine_logits(model.gguf, tokens, N_PROMPT, boundary, type_k=F32, type_v=F32)
+        for boundary in (len(model.layers), len(model.layers) - 1)
+    )
+    assert pop_reference.squared_error(pruned, full) <= 1e-9
