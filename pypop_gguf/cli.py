@@ -1,0 +1,51 @@
+"""The command ``pop-gguf``. Each subcommand is a module in tools/ with ``add_arguments(parser)`` and ``run(arguments)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pypop_gguf import PopError, __version__
+
+# name -> (module of pypop_gguf.tools, one line of help)
+COMMANDS = {
+    "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
+    "inspect": ("inspect_gguf", "print a GGUF's POP metadata"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``pop-gguf`` with these arguments, the process's own by default.
+
+    Returns:
+        The exit status: 0, 1 for an error that the user can mend, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="pop-gguf", description="Prefill-only pruning for GGUF models.")
+    parser.add_argument("--version", action="version", version=f"pop-gguf {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if name in argv[:1]:  # only the command that runs is imported, so that inspect needs neither torch nor the engine
+            command = importlib.import_module(f"pypop_gguf.tools.{module}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except PopError as error:
+        print(f"pop-gguf: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pop-gguf: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has left; keep the interpreter from flushing into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""``pop-gguf convert``: a Hugging Face model or a GGUF becomes a GGUF that says where prefill may stop.
+
+Conversion and quantization are llama.cpp's own; this adds layer importance, the boundary and the ``pop.*`` keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pypop_gguf import _library
+from pypop_gguf.errors import PopError
+from pypop_gguf.metadata import PopMetadata, open_gguf
+from pypop_gguf.tools import hf_to_gguf, quantize
+from pypop_gguf.tools.boundary import BoundaryChoice, choose_boundary
+from pypop_gguf.tools.gguf_copy import check_free_space, copy_with_metadata, replacing
+
+DESCRIPTION = """\
+Writes a GGUF with pop.* metadata: where prefill may stop, and the layer importance behind it. A GGUF is copied with its
+tensors untouched; of a split GGUF only the first shard is rewritten (the others have to stand beside the result). The
+result still loads in any llama.cpp, which then runs it unpruned."""
+
+EPILOG = """\
+Importance takes one forward and one backward pass a sample with torch: about the model's size in its --dtype plus the
+activations of --calibration-tokens tokens in memory. --boundary with --no-importance needs no torch for a GGUF."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", help="Hugging Face directory, hub id, or GGUF file")
+    parser.add_argument("--outfile", type=Path, help="file to write; {ftype} is replaced by the outtype; may be the input GGUF")
+    parser.add_argument(
+        "--outtype",
+        choices=("auto", *quantize.FLOAT_TYPES, *quantize.QUANTIZER_TYPES),
+        default="auto",
+        help="auto: the highest-fidelity 16-bit type for a Hugging Face model, as it is for a GGUF (default: auto)",
+    )
+    parser.add_argument("--model-name", help="name of the model, for the file's metadata")
+    parser.add_argument("--mmproj", action="store_true", help="also write a vision model's projector, as mmproj-OUTFILE")
+    parser.add_argument("--verbose", action="store_true", help="show the converter's log")
+
+    rule = parser.add_argument_group("boundary (one of)").add_mutually_exclusive_group()
+    rule.add_argument("--prune-ratio", type=float, metavar="R", help="skip floor(L R) of the L layers (default: 1/3)")
+    rule.add_argument("--boundary", metavar="B", help='first layer that prefill skips, 1..L, or "lossless"')
+    rule.add_argument(
+        "--max-importance-loss", type=float, metavar="S", help="deepest cut whose skipped share of prefill importance is <= S"
+    )
+
+    importance = parser.add_argument_group("importance")
+    importance.add_argument(
+        "--importance",
+        action=argparse.BooleanOptionalAction,
+        help="estimate it (default: for a Hugging Face model; for a GGUF where --calibration or "
+        "--max-importance-loss asks for it, since transformers unpacks quantized weights)",
+    )
+    importance.add_argument("--calibration", type=Path, metavar="FILE", help="text, or JSONL with text, prompt and response, or messages (default: bundled prompts)")
+    importance.add_argument("--calibration-samples", type=int, default=200, metavar="N", help="at most (default: 200)")
+    importance.add_argument("--calibration-tokens", type=int, default=512, metavar="N", help="tokens of a sample at most (default: 512)")
+    importance.add_argument("--seed", type=int, default=0, help="of the choice of samples and the sampled labels (default: 0)")
+    importance.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    importance.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights (default: auto, float32 on the CPU)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries out one conversion.
+
+    Raises:
+        PopError: Nothing is left at the target then, or what stood there before.
+    """
+    started = time.perf_counter()
+    _check_arguments(arguments)
+    is_gguf = arguments.model.endswith(".gguf") or Path(arguments.model).is_file()
+    if is_gguf:
+        open_gguf(arguments.model)  # tells a missing or damaged file apart
+    source = Path(arguments.model) if is_gguf else hf_to_gguf.model_directory(arguments.model)
+    target = _target(arguments, source, is_gguf)
+    if not target.parent.is_dir():
+        raise PopError(f"{target.parent}: no such directory; make it first, or give another --outfile")
+
+    with _scratch(target.parent) as directory:
+        scratch = Path(directory)
+        plain = source if is_gguf else scratch / "model.gguf"
+        if not is_gguf:
+            _convert(arguments, source, plain, target.parent)
+        support = _library.describe_model(plain)
+        if support.refusal:
+            raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
+        _choose(arguments, support, None if arguments.max_importance_loss is None else [1.0] * support.n_layer)
+
+        metadata = _importance(arguments, source, is_gguf, support)
+        choice = _choose(arguments, support, metadata.importance_prefill)
+        metadata = PopMetadata(**{**vars(metadata), "boundary": choice.boundary})
+
+        if arguments.outtype in quantize.QUANTIZER_TYPES and (is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES):
+            print(f"quantizing to {arguments.outtype}", file=sys.stderr)
+            quantize.quantize(plain, scratch / "quantized.gguf", arguments.outtype)
+            plain = scratch / "quantized.gguf"
+        copy_with_metadata(plain, target, metadata, _bytes_progress)
+    if arguments.mmproj:
+        _convert_projector(arguments, source, target)
+    _summary(arguments, target, support, choice, time.perf_counter() - started)
+    return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    for name in ("calibration_samples", "calibration_tokens"):
+        if getattr(arguments, name) < 1:
+            raise PopError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least 1")
+    if arguments.importance is False and (arguments.calibration or arguments.max_importance_loss is not None):
+        raise PopError("--no-importance leaves nothing for --calibration or --max-importance-loss to do: drop one of them")
+    if arguments.calibration and not arguments.calibration.is_file():
+        raise PopError(f"{arguments.calibration}: no such calibration file")
+
+
+def _target(arguments: argparse.Namespace, source: Path, is_gguf: bool) -> Path:
+    ftype = "" if arguments.outtype == "auto" else arguments.outtype
+    if is_gguf:
+        name = f"{source.stem}-{ftype or 'pop'}.gguf"
+        directory = source.parent
+        if arguments.outtype in quantize.FLOAT_TYPES or arguments.mmproj or arguments.model_name:
+            raise PopError("a GGUF keeps its tensors: --outtype takes a quantized type, --mmproj and --model-name a Hugging Face model")
+    else:
+        name, directory = f"{source.resolve().name}-{ftype or '16bit'}.gguf", source
+    target = arguments.outfile or directory / name
+    target = Path(str(target).replace("{ftype}", ftype or "auto"))
+    return target / name if target.is_dir() else target
+
+
+def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
+    try:
+        return tempfile.TemporaryDirectory(dir=directory, prefix=".pop-convert-")
+    except OSError as error:
+        raise PopError(f"cannot write to {directory}: {error.strerror}") from error
+
+
+def _convert(arguments: argparse.Namespace, source: Path, plain: Path, directory: Path) -> None:
+    weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    check_free_space(directory, 2 * weights)  # the converter's file and the final one
+    outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
+    options = ["--model-name", arguments.model_name] if arguments.model_name else []
+    print(f"converting {source} with llama.cpp's converter", file=sys.stderr)
+    hf_to_gguf.convert(source, plain, outtype, options, arguments.verbose)
+
+
+def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path) -> None:
+    outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
+    with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
+        # the converter sets this prefix before whatever name it is given
+        plain = beside.with_name(f"{beside.name}.gguf")
+        hf_to_gguf.convert(source, plain, outtype, ["--mmproj"], arguments.verbose)
+        plain.with_name(f"mmproj-{plain.name}").rename(beside)
+
+
+def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, importance) -> BoundaryChoice:
+    return choose_boundary(
+        support.n_layer,
+        support.lossless_boundary,
+        prune_ratio=arguments.prune_ratio,
+        boundary=arguments.boundary,
+        max_importance_loss=arguments.max_importance_loss,
+        importance=importance,
+    )
+
+
+def _importance(
+    arguments: argparse.Namespace, source: Path, is_gguf: bool, support: _library.ModelSupport
+) -> PopMetadata:
+    asked = bool(arguments.importance or arguments.calibration or arguments.max_importance_loss is not None)
+    if arguments.importance is False or (is_gguf and not asked):
+        return PopMetadata()
+
+    from pypop_gguf.tools.calibration import load_samples
+    from pypop_gguf.tools.load_model import load_for_importance
+
+    model, tokenizer = load_for_importance(source, device=arguments.device, dtype=arguments.dtype)
+    from pypop_gguf.tools.importance import compute_importance  # imports torch, whose absence the loader has told
+
+    samples, info = load_samples(
+        tokenizer,
+        arguments.calibration,
+        max_samples=arguments.calibration_samples,
+        max_tokens=arguments.calibration_tokens,
+        seed=arguments.seed,
+    )
+    for note in info.skipped:
+        print(f"{info.source}: {note}", file=sys.stderr)
+    scores = compute_importance(model, samples, seed=arguments.seed, progress=_samples_progress())
+    if len(scores.prefill) != support.n_layer:
+        raise PopError(f"torch sees {len(scores.prefill)} layers, llama.cpp {support.n_layer}: use --no-importance")
+    return PopMetadata(
+        importance_prefill=scores.prefill,
+        importance_decode=scores.decode,
+        calibration_source=info.source,
+        calibration_samples=info.n_samples,
+        calibration_tokens=info.n_tokens,
+        calibration_seed=info.seed,
+        calibration_sha256=info.sha256,
+    )
+
+
+def _samples_progress():
+    started = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        left = (time.perf_counter() - started) / done * (total - done)
+        _show(f"importance {done}/{total} samples, {left:.0f} s left", done == total)
+
+    return show
+
+
+def _bytes_progress(done: int, total: int) -> None:
+    _show(f"writing {done / 1e6:.0f}/{total / 1e6:.0f} MB", done == total)
+
+
+def _show(text: str, last: bool) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last:
+        print(text, file=sys.stderr)
+
+
+def _summary(
+    arguments: argparse.Namespace, target: Path, support: _library.ModelSupport, choice: BoundaryChoice, seconds: float
+) -> None:
+    skipped = support.n_layer - choice.boundary
+    share = "unknown (no importance)" if choice.skipped_share is None else f"{choice.skipped_share:.1%}"
+    print(f"file             {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    print(f"boundary         layer {choice.boundary} of {support.n_layer}: prefill skips {skipped} ({choice.rule})")
+    print(f"importance lost  {share} of prefill importance lies in the skipped layers")
+    print(f"took             {seconds:.1f} s{_peak_memory()}")
+    print(f"next             pop-gguf inspect {target}")
+
+
+def _peak_memory() -> str:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return ""
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * scale
+    return f", peak memory {peak / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    from pypop_gguf.cli import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))

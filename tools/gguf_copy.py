@@ -1,0 +1,116 @@
+"""Copies a GGUF file with its ``pop.*`` keys replaced; every other byte of keys and tensors stays as it was.
+
+Called by the converter. Also owns ``replacing``, through which every tool here writes: beside the target, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+from gguf import GGUFEndian, GGUFValueType
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.metadata import PopMetadata, open_gguf
+
+_CHUNK_BYTES = 16 << 20
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Gives a path beside ``target`` to write to, and renames it to ``target`` once the block has succeeded.
+
+    Raises:
+        PopError: The directory is missing or cannot be written to, or the disk is full.
+    """
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        os.replace(beside, target)
+    except OSError as error:
+        raise PopError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """Refuses before anything is written what will not fit.
+
+    Args:
+        directory: Where to write.
+        needed: Bytes.
+
+    Raises:
+        PopError: There is less.
+    """
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise PopError(f"cannot write to {directory}: {error.strerror or error}") from error
+    if free < needed:
+        raise PopError(f"not enough space in {directory}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def copy_with_metadata(
+    source: Path, target: Path, metadata: PopMetadata, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes ``target`` as ``source`` with these ``pop.*`` keys and no others. The two may be the same file.
+
+    Args:
+        source: A GGUF file; of a split one, the first shard.
+        target: Replaced as a whole, or left alone.
+        metadata: What to write.
+        progress: Called with bytes written and bytes in all.
+
+    Raises:
+        PopError: The source cannot be read, or the target not written.
+    """
+    reader = open_gguf(source)
+    header, data_offset = _header(reader, metadata), int(reader.data_offset)
+    del reader  # it maps the source, which may be the file to replace
+    data_bytes = source.stat().st_size - data_offset
+    total = len(header) + data_bytes
+    check_free_space(target.parent, total)
+    with replacing(target) as beside, source.open("rb") as old, beside.open("xb") as new:
+        new.write(header)
+        old.seek(data_offset)
+        while chunk := old.read(_CHUNK_BYTES):
+            new.write(chunk)
+            if progress:
+                progress(new.tell(), total)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _header(reader: gguf.GGUFReader, metadata: PopMetadata) -> bytes:
+    """All that stands before the tensor data, padded. Kept keys and tensor infos are copied as raw bytes."""
+    order = ">" if reader.endianess == GGUFEndian.BIG else "<"
+    fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
+    kept = [field for field in fields if not field.name.startswith("pop.")]
+    added = metadata.key_values()
+    version = int(reader.fields["GGUF.version"].parts[-1][0])
+
+    n_keys = len(kept) + len(added)
+    header = struct.pack(f"{order}4sIQQ", b"GGUF", version, len(reader.tensors), n_keys)
+    header += b"".join(part.tobytes() for field in kept for part in field.parts)
+    header += b"".join(_packed(order, *key_value) for key_value in added)
+    header += b"".join(part.tobytes() for tensor in reader.tensors for part in tensor.field.parts)
+    return header + bytes(-len(header) % reader.alignment)
+
+
+def _packed(order: str, key: str, value, kind: GGUFValueType) -> bytes:
+    def text(string: str) -> bytes:
+        raw = string.encode()
+        return struct.pack(f"{order}Q", len(raw)) + raw
+
+    head = text(key) + struct.pack(f"{order}I", kind)
+    if kind == GGUFValueType.STRING:
+        return head + text(value)
+    if kind == GGUFValueType.ARRAY:
+        return head + struct.pack(f"{order}IQ{len(value)}f", GGUFValueType.FLOAT32, len(value), *value)
+    return head + struct.pack(f"{order}I", value)

@@ -1,0 +1,77 @@
+"""Runs llama.cpp's own converter on a Hugging Face directory. Called by ``convert``.
+
+The converter is a process of its own: it brings its own version of the gguf package.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pypop_gguf._library import vendor_dir
+from pypop_gguf.errors import PopError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def model_directory(model: str) -> Path:
+    """The local directory of a Hugging Face model, downloaded first where ``model`` is a hub id.
+
+    Raises:
+        PopError: Neither here nor on the hub, or without configuration or safetensors weights.
+    """
+    directory = Path(model)
+    if not directory.exists():
+        if not _HUB_ID.fullmatch(model):
+            raise PopError(f"{model}: no such file or directory")
+        directory = _download(model)
+    if not (directory / "config.json").is_file():
+        raise PopError(f"{directory}: no config.json there: not a Hugging Face model directory")
+    if not any(directory.glob("*.safetensors")):
+        raise PopError(f"{directory}: no *.safetensors weights there; other formats may hold code and are not loaded")
+    return directory
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except ImportError as error:
+        raise PopError(f"a hub id needs huggingface_hub ({error}): pip install 'pypop-gguf[convert]'") from error
+    except Exception as error:  # the hub raises whatever its HTTP library raises
+        raise PopError(f"{hub_id}: no such directory here, and the hub gave none ({type(error).__name__})") from error
+
+
+def convert(directory: Path, target: Path, outtype: str, options: list[str], verbose: bool) -> None:
+    """Writes a GGUF with llama.cpp's converter, its progress on stderr.
+
+    Args:
+        directory: Hugging Face model.
+        target: GGUF to write; may be left half-written on failure.
+        outtype: f32, f16, bf16, q8_0 or auto.
+        options: Further options of the converter.
+        verbose: Show all that the converter logs instead of its progress bar only.
+
+    Raises:
+        PopError: With the converter's own last line.
+    """
+    script = vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(directory), "--outtype", outtype, "--outfile", str(target), *options]
+    last = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        try:
+            for line in process.stderr:  # text mode ends a line at \r as well, which progress bars use
+                if verbose or line.startswith("Writing:"):
+                    print(line.rstrip(), end="\n" if verbose else "\r", file=sys.stderr, flush=True)
+                last = line.strip() or last
+        except BaseException:
+            process.kill()
+            raise
+    if not verbose:
+        print(end="\r\033[K" if sys.stderr.isatty() else "\n", file=sys.stderr)
+    if process.returncode != 0:
+        raise PopError(f"{directory}: llama.cpp's converter cannot convert this: {last.removeprefix('ERROR:hf-to-gguf:')}")
