@@ -7,7 +7,7 @@ STOCK  := build/stock/package
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/* third_party/patches/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow architectures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -15,14 +15,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(STOCK)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.installed $(STOCK)/.installed
+test-slow: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m pytest -m slow
+
+# every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
+architectures: $(VENV)/.installed $(STOCK)/.generator
+	$(BIN)/python tests/architectures.py docs/architectures.md
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core patch-ng cmake ninja
 	@echo "building llama.cpp with POP: about 5 minutes on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,test]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench,test]"
 	touch $@
 
 # the unpatched library beside ours, for comparison
@@ -32,6 +36,11 @@ $(STOCK)/.installed: tests/stock/CMakeLists.txt third_party/llama-cpp-python.txt
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target llama
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/stock --component stock --prefix $(STOCK) > /dev/null
+	touch $@
+
+# upstream's generator of tiny random models
+$(STOCK)/.generator: $(STOCK)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs
 	touch $@
 
 clean:

@@ -29,6 +29,12 @@ extern "C" {
     // The last layer that writes to memory: pruning there changes nothing. L-1, or lower where upper layers share a cache.
     LLAMA_API int32_t llama_pop_lossless_boundary(const struct llama_model * model);
 
+    // Floating-point operations of the matrix products and attentions in the graph that the context builds for a micro-batch of
+    // n_tokens in n_seqs sequences, of which n_outputs ask for logits (0: the graph pruned at boundary, 1..L; more: the whole
+    // model). Attention counts the whole context, n_ctx positions: size it to the prompt.
+    LLAMA_API double llama_pop_graph_flops(
+        struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
+
     // Whether the model, as an architecture, can be pruned at this boundary; if not, llama_pop_last_error() says why.
     // llama_pop_set_boundary() goes further and tries the boundary on the graph that the context really builds.
     LLAMA_API bool llama_pop_supports(const struct llama_model * model, int32_t boundary);

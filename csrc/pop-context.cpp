@@ -1,4 +1,5 @@
 #include "pop-context.h"
+#include "pop-graph.h"
 #include "pop-plan.h"
 #include "llama-pop.h"
 
@@ -27,13 +28,13 @@ uint32_t llama_pop_context::graph_boundary(const llama_cparams & cparams, llm_gr
 }
 
 // Follows llama_context::graph_reserve() as far as the build; nothing is allocated, so later plans stay as they are.
-bool llama_context::pop_try_boundary(uint32_t boundary) {
+llm_graph_result * llama_context::pop_build_graph(uint32_t boundary, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs) {
     sched_reserve();
     synchronize();
 
     auto mctx = memory->init_full();
     if (!mctx) {
-        return false;
+        return nullptr;
     }
 
     // builders pin tensors in the scheduler; results that refer to its old state go with it
@@ -45,8 +46,7 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
     }
     gf_res_prev_active = nullptr;
 
-    const uint32_t n_seqs       = cparams.n_seq_max;
-    const uint32_t n_seq_tokens = std::max(1u, std::min(cparams.n_ctx, cparams.n_ubatch) / n_seqs);
+    const uint32_t n_seq_tokens = std::max(1u, n_tokens / n_seqs);
 
     llama_batch_allocr balloc(model.hparams.n_pos_per_embd());
     llama_ubatch ubatch = balloc.ubatch_reserve(n_seq_tokens, n_seqs);
@@ -55,22 +55,27 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
         ubatch.seq_id  [i] = &ubatch.seq_id_unq[i / n_seq_tokens];
     }
 
-    const auto saved_outputs  = n_outputs;
+    const auto saved_outputs  = this->n_outputs;
     const auto saved_boundary = pop.boundary;
 
-    n_outputs    = 0;
-    pop.boundary = boundary;
+    this->n_outputs = n_outputs;
+    pop.boundary    = boundary;
 
     auto * res = gf_res_reserve.get();
     res->reset();
-    const auto gparams = graph_params(res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT);
-    const bool ok = gparams.pop_boundary == 0 || (model.build_graph(gparams) && res->pop_pruned);
+    model.build_graph(graph_params(res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
 
-    n_outputs    = saved_outputs;
-    pop.boundary = saved_boundary;
+    this->n_outputs = saved_outputs;
+    pop.boundary    = saved_boundary;
     ggml_backend_sched_reset(sched.get());
 
-    return ok;
+    return res;
+}
+
+// builds what prefill would build there; a context that always runs the whole model prunes nothing, which is fine
+bool llama_context::pop_try_boundary(uint32_t boundary) {
+    const auto * res = pop_build_graph(boundary, std::min(cparams.n_ctx, cparams.n_ubatch), cparams.n_seq_max, 0);
+    return res && (res->pop_pruned || needs_whole_model(cparams));
 }
 
 //
@@ -131,6 +136,12 @@ int32_t llama_pop_get_boundary(const llama_context * ctx) {
 
 uint64_t llama_pop_n_pruned(const llama_context * ctx) {
     return ctx->pop.n_tokens_pruned;
+}
+
+double llama_pop_graph_flops(llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs) {
+    const uint32_t b = boundary == pop_n_layer(*llama_get_model(ctx)) ? 0 : boundary;
+    auto * res = ctx->pop_build_graph(b, n_tokens, n_seqs, n_outputs);
+    return res ? pop_flops(res->get_gf()) : 0.0;
 }
 
 int32_t llama_pop_n_layer(const llama_model * model) {

@@ -21,6 +21,16 @@ static int named_layer(const ggml_tensor * t) {
     return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
 }
 
+// what builders call the state that a layer leaves to the next
+static bool is_layer_output(const ggml_tensor * t) {
+    for (const char * name : { "l_out-", "l_last-", "ffn_residual-" }) {
+        if (strncmp(t->name, name, strlen(name)) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // layer of a weight, -1 for anything else
 static int weight_layer(const ggml_tensor * t) {
     int il = -1;
@@ -74,8 +84,8 @@ struct prune_pass {
         return x_above.count(t) ? x_b : t;
     }
 
-    // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves "l_out"; a few
-    // add to that before the next layer starts (deepstack), under the same layer's number.
+    // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves; a few add to
+    // that before the next layer starts (deepstack), under the same layer's number.
     std::vector<ggml_tensor *> layer_inputs() const {
         std::vector<ggml_tensor *> x(n_layer + 1, nullptr);
         for (ggml_tensor * node : nodes) {
@@ -85,7 +95,7 @@ struct prune_pass {
             }
             ggml_tensor * & next = x[il + 1];
             const bool adds_to_output = next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
-            if (strncmp(node->name, "l_out-", 6) == 0 || adds_to_output) {
+            if (is_layer_output(node) || adds_to_output) {
                 next = node;
             }
         }
@@ -224,4 +234,30 @@ void llama_pop_prune_graph(const llm_graph_params & params, llm_graph_result & r
     if (pass.plan()) {
         pass.apply();
     }
+}
+
+double pop_flops(ggml_cgraph * gf) {
+    double flops = 0.0;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+        switch (t->op) {
+            case GGML_OP_MUL_MAT:
+            case GGML_OP_MUL_MAT_ID:
+                flops += 2.0 * t->src[0]->ne[0] * ggml_nelements(t);
+                break;
+            case GGML_OP_OUT_PROD:
+                flops += 2.0 * t->src[0]->ne[1] * ggml_nelements(t);
+                break;
+            case GGML_OP_FLASH_ATTN_EXT:
+                {
+                    // K'Q and then V times that, for each query and head: q [d_k, n_q, n_head], k [d_k, n_kv], v [d_v, n_kv]
+                    const ggml_tensor * q = t->src[0];
+                    const double rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
+                    flops += 2.0 * rows * t->src[1]->ne[1] * (t->src[1]->ne[0] + t->src[2]->ne[0]);
+                } break;
+            default:
+                break;
+        }
+    }
+    return flops;
 }

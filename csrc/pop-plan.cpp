@@ -42,6 +42,9 @@ std::string pop_refusal(const llama_model & model, int32_t boundary) {
     if (!model.hparams.causal_attn) {
         return "this model attends in both directions (an encoder): it has no causal prefill to prune";
     }
+    if (model.arch == LLM_ARCH_HRM_TEXT) {
+        return "this model runs its layers in cycles: none of them is the deepest";
+    }
     if (n_layer < 2) {
         return "the model has " + std::to_string(n_layer) + " layers: pruning needs at least 2";
     }

@@ -24,6 +24,8 @@ from pypop_gguf.errors import PopError
 _DECLARATIONS = """
     bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
     uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+    double llama_pop_graph_flops(
+        struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
     int32_t llama_pop_n_layer(const struct llama_model * model);
     int32_t llama_pop_lossless_boundary(const struct llama_model * model);
     bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
@@ -115,6 +117,21 @@ def n_pruned(ctx: int) -> int:
     return _native.llama_pop_n_pruned(_context(ctx))
 
 
+def graph_flops(ctx: int, n_tokens: int, n_seqs: int, boundary: int, n_outputs: int) -> float:
+    """Floating-point operations of one micro-batch's matrix products and attentions, counted from its real graph.
+
+    Attention counts the whole context: size ``n_ctx`` to the prompt.
+
+    Args:
+        ctx: Context.
+        n_tokens: Tokens of the micro-batch, over all sequences.
+        n_seqs: Its sequences.
+        boundary: 1..L; counts where ``n_outputs`` is 0, any other micro-batch runs the whole model.
+        n_outputs: Tokens that ask for logits.
+    """
+    return _native.llama_pop_graph_flops(_context(ctx), boundary, n_tokens, n_seqs, n_outputs)
+
+
 def n_layer(model: int) -> int:
     """Layers of the trunk, L."""
     return _native.llama_pop_n_layer(_model(model))
@@ -138,7 +155,7 @@ def captured_log():
 
     @llama_cpp.llama_log_callback
     def keep(level: int, text: bytes, _user_data) -> None:
-        if level == 3:  # GGML_LOG_LEVEL_ERROR
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
             errors.append(text.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))

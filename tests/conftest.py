@@ -3,85 +3,39 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
+import tiny_models  # noqa: E402
+
 BUNDLED = ROOT / "models" / "lab-llama-12l"
 STOCK = ROOT / "build" / "stock" / "package"
 
 
-@dataclass
-class ReferenceModel:
-    """A model twice: in transformers and as an F32 GGUF."""
-
-    name: str
-    torch_model: object
-    gguf: Path
-
-    @property
-    def layers(self):
-        return self.torch_model.model.layers
-
-    @property
-    def n_vocab(self) -> int:
-        return self.torch_model.config.vocab_size
-
-    def tokens(self, count: int, seed: int = 0) -> list[int]:
-        return np.random.default_rng(seed).integers(3, self.n_vocab, count).tolist()
-
-
-def _tiny_configs():
-    import transformers
-
-    common = dict(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=512, initializer_range=0.12, tie_word_embeddings=False,
-    )  # fmt: skip
-    return {
-        "llama": transformers.LlamaConfig(num_hidden_layers=6, **common),
-        "qwen3": transformers.Qwen3Config(num_hidden_layers=6, **common),
-        # 7 layers: five with a sliding window shorter than the test prompts, one that sees everything, one more
-        "gemma3": transformers.Gemma3TextConfig(
-            num_hidden_layers=7, sliding_window=16, query_pre_attn_scalar=16, **common
-        ),
-    }
-
-
 @pytest.fixture(scope="session")
-def reference_models(tmp_path_factory) -> dict[str, ReferenceModel]:
-    """llama, qwen3 and gemma3 with random weights, and the bundled model, by name."""
+def reference_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
+    """Tiny random models of several architectures, and the bundled model, by name."""
     import torch
     import transformers
 
-    from pypop_gguf import _library
-
     base = tmp_path_factory.mktemp("reference")
-    models = {}
-    for name, config in _tiny_configs().items():
-        torch.manual_seed(7)
-        models[name] = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        models[name].save_pretrained(base / name)
-        # gemma's converter counts the entries to tell real rows of the embedding from padding
-        vocab = {str(token): token for token in range(config.vocab_size)}
-        (base / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
-    models["bundled"] = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    models = tiny_models.write(base, tiny_models.configs())
     (base / "bundled").mkdir()
     for file in BUNDLED.iterdir():
         (base / "bundled" / file.name).symlink_to(file)
-    script = Path(__file__).parent / "convert_without_vocab.py"
-    done = subprocess.run(
-        [sys.executable, script, _library.vendor_dir() / "llama.cpp", *(base / name for name in models)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: ReferenceModel(name, model, base / name / "model.gguf") for name, model in models.items()}
+    tiny_models.to_gguf([base / "bundled"])
+    bundled = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    return {**models, "bundled": tiny_models.ReferenceModel("bundled", bundled, base / "bundled" / "model.gguf")}
+
+
+@pytest.fixture(scope="session")
+def shared_cache_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
+    """Gemma 3n and Gemma 4, whose upper layers read the cache of lower ones."""
+    return tiny_models.write(tmp_path_factory.mktemp("shared"), tiny_models.shared_cache_configs())
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,15 @@ import pytest
 
 from pypop_gguf import PopLlama
 
-NAMES = ["llama", "qwen3", "gemma3", "bundled"]
+NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
 N_PROMPT, N_TOKENS = 70, 74
-F32, F16 = 0, 1  # ggml types
+F32 = 0  # ggml type
+ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)  # tiny models lose time on a second one
 
 
 def engine_logits(path, tokens, n_prompt, boundary, **options) -> np.ndarray:
     """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab]."""
-    llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, verbose=False, **options)
+    llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, **options)
     llm.eval(tokens[:n_prompt])
     rows = [last_logits(llm)]
     for token in tokens[n_prompt:]:
@@ -69,3 +70,26 @@ def test_boundary_at_last_layer_is_lossless(reference_models, name):
         for boundary in (len(model.layers), len(model.layers) - 1)
     )
     assert pop_reference.squared_error(pruned, full) <= 1e-9
+
+
+@pytest.mark.parametrize(("name", "n_writing"), [("gemma3n", 20), ("gemma4", 6)])
+def test_lossless_boundary_of_shared_caches_is_low_exact_and_the_default(shared_cache_models, name, n_writing):
+    model = shared_cache_models[name]
+    tokens = model.tokens(N_TOKENS)
+    llm = PopLlama(str(model.gguf), n_ctx=256, verbose=False)
+    assert (llm.pop.boundary, llm.pop.source, llm.pop.enabled) == (n_writing - 1, "lossless", True)
+
+    def logits(boundary, *prompt):
+        llm = PopLlama(str(model.gguf), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, type_k=F32, type_v=F32)
+        for part in prompt:
+            llm.eval(part)
+        rows = [last_logits(llm)]
+        for token in tokens[N_PROMPT:]:
+            llm.eval([token])
+            rows.append(last_logits(llm))
+        return np.stack(rows)
+
+    # These random models amplify even the rounding of another batch size: the whole model gets the parts that POP makes.
+    full = logits(llm.pop.n_layer, tokens[: N_PROMPT - 1], tokens[N_PROMPT - 1 : N_PROMPT])
+    assert pop_reference.squared_error(logits("lossless", tokens[:N_PROMPT]), full) <= 1e-9
+    assert pop_reference.squared_error(logits(n_writing - 2, tokens[:N_PROMPT]), full) > 1e-6

@@ -1,0 +1,130 @@
+"""One process that runs a tiny random model, with our library or with stock: part of ``architectures.py``.
+
+``engine MODEL OUT.npz`` reads a prompt at several boundaries; ``stock MODEL OUT.npz BOUNDARY=IDENTITY_COPY...`` makes, for
+each boundary, what the pruned result has to equal. Both print what else they found as JSON on their last line.
+"""
+
+import ctypes
+import json
+import sys
+
+import numpy as np
+
+if sys.argv[1] == "engine":
+    from pypop_gguf import _library
+
+    llama_cpp = _library.load()
+else:
+    import llama_cpp
+
+N_PROMPT, N_DECODE = 41, 3
+F32 = 0
+
+
+def load(path: str):
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+    if not model:
+        sys.exit(f"{path} does not load")
+    return model
+
+
+def new_context(model, n_ctx=128, n_ubatch=16):
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = n_ctx
+    parameters.n_ubatch = n_ubatch
+    parameters.n_threads = parameters.n_threads_batch = 1
+    parameters.type_k = parameters.type_v = F32
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    if not context:
+        sys.exit("no context")
+    return context
+
+
+def n_vocab(model) -> int:
+    return llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+
+def tokens_for(model) -> list[int]:
+    return np.random.default_rng(3).integers(0, min(n_vocab(model), 128), N_PROMPT + N_DECODE).tolist()
+
+
+def decode(context, tokens, first_position, asks_for_logits) -> None:
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i] = token, first_position + i
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.logits[i] = asks_for_logits
+    status = llama_cpp.llama_decode(context, batch)
+    llama_cpp.llama_batch_free(batch)
+    if status:
+        raise RuntimeError(f"llama_decode returned {status}")
+
+
+def continuation(model, context, tokens) -> np.ndarray:
+    """Logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab]."""
+    rows = []
+    for position in range(N_PROMPT - 1, N_PROMPT + N_DECODE):
+        decode(context, [tokens[position]], position, True)
+        pointer = llama_cpp.llama_get_logits_ith(context, -1)
+        rows.append(np.ctypeslib.as_array(pointer, shape=(n_vocab(model),)).copy())
+    return np.stack(rows)
+
+
+def engine(path: str, out: str) -> dict:
+    model = load(path)
+    n_layer, lossless = _library.n_layer(model), _library.lossless_boundary(model)
+    found = {"n_layer": n_layer, "lossless": lossless, "refusal": _library.refusal(model), "pruned": {}, "errors": {}}
+    if found["refusal"]:
+        return found
+    tokens, results = tokens_for(model), {}
+    for boundary in sorted({n_layer, lossless, max(1, n_layer - n_layer // 3), max(1, n_layer // 2)}):
+        context = new_context(model)
+        try:
+            _library.set_boundary(context, boundary)
+            decode(context, tokens[: N_PROMPT - 1], 0, False)
+            results[str(boundary)] = continuation(model, context, tokens)
+            found["pruned"][boundary] = _library.n_pruned(context)
+        except (RuntimeError, ValueError) as error:
+            found["errors"][boundary] = str(error)
+        llama_cpp.llama_free(context)
+    np.savez(out, **results)
+    context = new_context(model, n_ctx=512, n_ubatch=512)
+    full = _library.graph_flops(context, 512, 1, n_layer, 1)
+    found["flop_bound"] = full / _library.graph_flops(context, 511, 1, max(1, n_layer - n_layer // 3), 0)
+    return found
+
+
+def stock(path: str, out: str, copies: list[str]) -> dict:
+    results = {}
+    for copy in copies:
+        boundary, identity_copy = copy.split("=", 1)
+        model = load(identity_copy)
+        tokens = tokens_for(model)
+        context = new_context(model)
+        decode(context, tokens[: N_PROMPT - 1], 0, False)
+        size = llama_cpp.llama_state_seq_get_size(context, 0)
+        state = (ctypes.c_uint8 * size)()
+        size = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+
+        model = load(path)
+        context = new_context(model)
+        if not llama_cpp.llama_state_seq_set_data(context, state, size, 0):
+            sys.exit("the state does not fit the original file")
+        results[boundary] = continuation(model, context, tokens)
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+    np.savez(out, **results)
+    return {}
+
+
+if __name__ == "__main__":
+    llama_cpp._logger.set_verbose(False)
+    mode, *arguments = sys.argv[1:]
+    print(json.dumps(engine(*arguments) if mode == "engine" else stock(*arguments[:2], arguments[2:])))
