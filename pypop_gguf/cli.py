@@ -14,6 +14,8 @@ from pypop_gguf import PopError, __version__
 COMMANDS = {
     "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
     "inspect": ("inspect_gguf", "print a GGUF's POP metadata"),
+    "bench": ("bench", "measure time to first token with POP against stock llama.cpp"),
+    "random-model": ("random_model", "write a GGUF of a known geometry with random weights, to measure on"),
 }
 
 
@@ -34,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
     try:
         return arguments.run(arguments)
     except PopError as error:
-        print(f"pop-gguf: error: {error}", file=sys.stderr)
+        print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("pop-gguf: interrupted; nothing was written", file=sys.stderr)
+        print(f"{clear}pop-gguf: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has left; keep the interpreter from flushing into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

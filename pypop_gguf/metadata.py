@@ -78,19 +78,18 @@ def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:
     """
     path = Path(path)
     if not path.is_file():
-        raise PopError(f"{path}: no such file")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise PopError(f"{path}: not a GGUF file")
+        raise PopError(f"{path}: no such file; give a GGUF file")
     try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever numpy raises on a header that makes no sense
-        raise PopError(f"{path}: damaged or cut short ({type(error).__name__} while reading its header)") from error
-    end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
-    if end > path.stat().st_size:
-        raise PopError(f"{path}: cut short: {path.stat().st_size} of {end} bytes; download it again")
-    return reader
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise PopError(f"cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise PopError(f"{path}: not a GGUF file; `pop-gguf convert` makes one")
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # the reader raises whatever numpy raises on missing bytes and senseless numbers
+        raise PopError(f"{path}: damaged or cut short ({type(error).__name__}); download it again") from error
 
 
 def trunk_layers(reader: gguf.GGUFReader) -> int:
@@ -100,12 +99,15 @@ def trunk_layers(reader: gguf.GGUFReader) -> int:
         PopError: The file has no usable ``<architecture>.block_count``.
     """
     architecture = reader.get_field("general.architecture")
-    name = architecture.contents() if architecture else None
-    blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
     try:
-        return int(blocks.contents()) - (int(extra.contents()) if extra else 0)
+        name = architecture.contents()
+        blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+        n_layer = int(blocks.contents()) - (int(extra.contents()) if extra else 0)
     except (AttributeError, TypeError, ValueError):
-        raise PopError(f"{name or 'this file'} has no usable block_count: not a language model") from None
+        n_layer = 0
+    if n_layer < 1:
+        raise PopError(f"{reader.data.filename}: no usable block_count: not a language model; give one")
+    return n_layer
 
 
 def read_metadata(path: str | os.PathLike) -> PopMetadata | None:
@@ -136,7 +138,10 @@ def metadata_of(reader: gguf.GGUFReader, path: str | os.PathLike) -> PopMetadata
             return None
         if field.types[:1] != [kind]:
             raise refuse(key, f"of type {field.types[0].name.lower()}" if field.types else "empty", kind.name.lower())
-        return field.contents()
+        try:
+            return field.contents()
+        except UnicodeDecodeError:
+            raise refuse(key, "damaged", "UTF-8 text") from None
 
     version = value("pop.version", GGUFValueType.UINT32)
     if not version:

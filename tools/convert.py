@@ -74,12 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     _check_arguments(arguments)
     is_gguf = arguments.model.endswith(".gguf") or Path(arguments.model).is_file()
-    if is_gguf:
-        open_gguf(arguments.model)  # tells a missing or damaged file apart
+    n_shard = _count_shards(arguments.model) if is_gguf else 1
     source = Path(arguments.model) if is_gguf else hf_to_gguf.model_directory(arguments.model)
     target = _target(arguments, source, is_gguf)
     if not target.parent.is_dir():
         raise PopError(f"{target.parent}: no such directory; make it first, or give another --outfile")
+    shard = f"-00001-of-{n_shard:05}.gguf"  # llama.cpp finds the others by this name
+    if n_shard > 1 and arguments.outtype == "auto" and not target.name.endswith(shard):
+        raise PopError(f"{source} is split: give --outfile, the file itself or another *{shard} beside the other shards")
 
     with _scratch(target.parent) as directory:
         scratch = Path(directory)
@@ -89,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         support = _library.describe_model(plain)
         if support.refusal:
             raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
+        if arguments.mmproj:
+            _convert_projector(arguments, source, scratch / "projector.gguf")
         _choose(arguments, support, None if arguments.max_importance_loss is None else [1.0] * support.n_layer)
 
         metadata = _importance(arguments, source, is_gguf, support)
@@ -100,20 +104,28 @@ def run(arguments: argparse.Namespace) -> int:
             quantize.quantize(plain, scratch / "quantized.gguf", arguments.outtype)
             plain = scratch / "quantized.gguf"
         copy_with_metadata(plain, target, metadata, _bytes_progress)
-    if arguments.mmproj:
-        _convert_projector(arguments, source, target)
+        if arguments.mmproj:
+            with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
+                (scratch / "projector.gguf").rename(beside)
     _summary(arguments, target, support, choice, time.perf_counter() - started)
     return 0
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    for name in ("calibration_samples", "calibration_tokens"):
-        if getattr(arguments, name) < 1:
-            raise PopError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least 1")
+    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8)):  # a shorter sample is not used
+        if getattr(arguments, name) < least:
+            raise PopError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least {least}")
+    if not 0 <= arguments.seed < 2**32:
+        raise PopError(f"--seed {arguments.seed} is out of range: give 0 to {2**32 - 1}")
     if arguments.importance is False and (arguments.calibration or arguments.max_importance_loss is not None):
         raise PopError("--no-importance leaves nothing for --calibration or --max-importance-loss to do: drop one of them")
     if arguments.calibration and not arguments.calibration.is_file():
         raise PopError(f"{arguments.calibration}: no such calibration file")
+
+
+def _count_shards(path: str) -> int:
+    count = open_gguf(path).get_field("split.count")  # opening tells a missing or damaged file apart
+    return count.contents() if count else 1
 
 
 def _target(arguments: argparse.Namespace, source: Path, is_gguf: bool) -> Path:
@@ -148,11 +160,10 @@ def _convert(arguments: argparse.Namespace, source: Path, plain: Path, directory
 
 def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path) -> None:
     outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
-    with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
-        # the converter sets this prefix before whatever name it is given
-        plain = beside.with_name(f"{beside.name}.gguf")
-        hf_to_gguf.convert(source, plain, outtype, ["--mmproj"], arguments.verbose)
-        plain.with_name(f"mmproj-{plain.name}").rename(beside)
+    try:
+        hf_to_gguf.convert(source, target, outtype, ["--mmproj"], arguments.verbose)
+    except PopError as error:
+        raise PopError(f"no projector, leave out --mmproj: {error}") from error
 
 
 def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, importance) -> BoundaryChoice:

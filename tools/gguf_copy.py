@@ -100,7 +100,7 @@ def _header(reader: gguf.GGUFReader, metadata: PopMetadata) -> bytes:
     header += b"".join(part.tobytes() for field in kept for part in field.parts)
     header += b"".join(_packed(order, *key_value) for key_value in added)
     header += b"".join(part.tobytes() for tensor in reader.tensors for part in tensor.field.parts)
-    return header + bytes(-len(header) % reader.alignment)
+    return header + bytes(-len(header) % int(reader.alignment))  # as numpy it would overflow
 
 
 def _packed(order: str, key: str, value, kind: GGUFValueType) -> bytes:

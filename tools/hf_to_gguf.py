@@ -14,6 +14,8 @@ from pypop_gguf._library import vendor_dir
 from pypop_gguf.errors import PopError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BAR = re.compile(r"Writing:[^\]]*\]")  # the converter's progress; an error starts on the same line, right behind it
+_NO_SPACE = re.compile(r"OSError: (\d+ requested and \d+ written|\[Errno \d+\] (No space|File too large|Disk quota))")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
@@ -43,7 +45,8 @@ def _download(hub_id: str) -> Path:
     except ImportError as error:
         raise PopError(f"a hub id needs huggingface_hub ({error}): pip install 'pypop-gguf[convert]'") from error
     except Exception as error:  # the hub raises whatever its HTTP library raises
-        raise PopError(f"{hub_id}: no such directory here, and the hub gave none ({type(error).__name__})") from error
+        reason = f"no such directory here, and the hub gave none ({type(error).__name__})"
+        raise PopError(f"{hub_id}: {reason}; check name and connection") from error
 
 
 def convert(directory: Path, target: Path, outtype: str, options: list[str], verbose: bool) -> None:
@@ -57,21 +60,26 @@ def convert(directory: Path, target: Path, outtype: str, options: list[str], ver
         verbose: Show all that the converter logs instead of its progress bar only.
 
     Raises:
-        PopError: With the converter's own last line.
+        PopError: No space, or with the converter's own last line.
     """
     script = vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(directory), "--outtype", outtype, "--outfile", str(target), *options]
-    last = ""
+    last, bar = "", None
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         try:
             for line in process.stderr:  # text mode ends a line at \r as well, which progress bars use
-                if verbose or line.startswith("Writing:"):
-                    print(line.rstrip(), end="\n" if verbose else "\r", file=sys.stderr, flush=True)
-                last = line.strip() or last
+                if verbose:
+                    print(line.rstrip(), file=sys.stderr, flush=True)
+                if not line.startswith("Writing:"):
+                    last = line.strip() or last
+                elif not verbose and (bar := _BAR.match(line)):
+                    print(bar[0], end="\r", file=sys.stderr, flush=True)
         except BaseException:
             process.kill()
             raise
-    if not verbose:
+    if bar:
         print(end="\r\033[K" if sys.stderr.isatty() else "\n", file=sys.stderr)
+    if process.returncode != 0 and _NO_SPACE.search(last):
+        raise PopError(f"cannot write {target}: the disk is full, or allows no file of this size")
     if process.returncode != 0:
         raise PopError(f"{directory}: llama.cpp's converter cannot convert this: {last.removeprefix('ERROR:hf-to-gguf:')}")

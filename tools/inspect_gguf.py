@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 
 from pypop_gguf.metadata import PopMetadata, metadata_of, open_gguf, trunk_layers
 from pypop_gguf.tools.boundary import skipped_share
@@ -84,7 +85,7 @@ def _as_json(metadata: PopMetadata | None, n_layer: int) -> dict:
 
 def _text(reader: gguf.GGUFReader, key: str) -> str | None:
     field = reader.get_field(key)
-    return str(field.contents()) if field else None
+    return bytes(field.parts[-1]).decode("utf-8", "replace") if field and field.types == [GGUFValueType.STRING] else None
 
 
 def _file_type(reader: gguf.GGUFReader) -> str:

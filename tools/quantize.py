@@ -24,7 +24,7 @@ def quantize(source: Path, target: Path, outtype: str) -> None:
         outtype: One of ``QUANTIZER_TYPES``.
 
     Raises:
-        PopError: llama.cpp refuses, for one because the source is quantized already.
+        PopError: llama.cpp refuses, for one because the source is quantized already, or the disk is full.
     """
     from pypop_gguf import _library
 
@@ -36,4 +36,6 @@ def quantize(source: Path, target: Path, outtype: str) -> None:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters))
     if status != 0:
         reason = errors[0].split(": ", 1)[-1] if errors else "no reason given"
+        if "iostream" in reason:  # all that C++ says about a failed write
+            raise PopError(f"cannot write {target}: the disk is full, or allows no file of this size")
         raise PopError(f"{source}: llama.cpp cannot quantize this to {outtype}: {reason}")

@@ -1,0 +1,109 @@
+"""The figure of ``pop-gguf bench``: speed-up over prompt length, a line a boundary, with the bound and the machine's spread.
+
+One row of panels for each setting, one column for each number of sequences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.tools.bench_report import Case, Setting
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
+
+
+def check(path: Path) -> None:
+    """Refuses before anything is measured what could not be drawn afterwards.
+
+    Raises:
+        PopError: matplotlib is missing, or there is no such directory.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PopError("--plot needs matplotlib: pip install 'pypop-gguf[bench]'")
+    if not path.absolute().parent.is_dir():
+        raise PopError(f"--plot {path}: no such directory")
+
+
+def plot(summary: dict[Setting, list[Case]], path: Path) -> None:
+    """Writes ``path`` as PNG and, beside it, as SVG.
+
+    Raises:
+        PopError: A file cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    parallels = sorted({case.n_parallel for cases in summary.values() for case in cases})
+    figure = Figure(figsize=(1.6 + 4.2 * len(parallels), 0.6 + 3.6 * len(summary)), layout="constrained")
+    grid = figure.subplots(len(summary), len(parallels), squeeze=False, sharey="row")
+    for row, (setting, cases) in zip(grid, summary.items(), strict=True):
+        for axes, n_parallel in zip(row, parallels, strict=True):
+            _panel(axes, setting, [case for case in cases if case.n_parallel == n_parallel])
+            axes.set_title("1 sequence" if n_parallel == 1 else f"{n_parallel} sequences", fontsize=10)
+        row[0].set_ylabel(f"{_short(setting)}\nspeed-up over {_baseline(setting)}")
+        row[-1].legend(*_legend(row), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    figure.suptitle("Time to first token", fontsize=12)
+    for axes in grid[-1]:
+        axes.set_xlabel("prompt tokens of each sequence")
+    # a fixed salt and no date, so that the same numbers give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "pop-gguf"}):
+        try:
+            figure.savefig(path.with_suffix(".png"), dpi=150)
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        except OSError as error:
+            raise PopError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _panel(axes, setting: Setting, cases: list[Case]) -> None:
+    spread = sorted({case.n_prompt: case.control for case in cases if case.control}.items())
+    if spread:
+        prompts, ratios = zip(*spread, strict=True)
+        if len(prompts) == 1:  # a band needs a width
+            prompts, ratios = (prompts[0] * 0.9, prompts[0] * 1.1), ratios * 2
+        label = f"{_baseline(setting)} against itself"
+        lows, highs = [ratio.low for ratio in ratios], [ratio.high for ratio in ratios]
+        axes.fill_between(prompts, lows, highs, color="#bbbbbb", alpha=0.6, linewidth=0, label=label)
+    axes.axhline(1, color="#666666", linewidth=0.8)
+    boundaries = sorted({case.boundary for case in cases})
+    for i, boundary in enumerate(boundaries):
+        colour = _COLOURS[i % len(_COLOURS)]
+        of_boundary = sorted((case for case in cases if case.boundary == boundary), key=lambda case: case.n_prompt)
+        # side by side, so that error bars stay apart
+        shift = 1.03 ** (i - (len(boundaries) - 1) / 2)
+        prompts = [case.n_prompt * shift for case in of_boundary]
+        values = [case.speedup.value for case in of_boundary]
+        errors = [
+            [case.speedup.value - case.speedup.low for case in of_boundary],
+            [case.speedup.high - case.speedup.value for case in of_boundary],
+        ]
+        label = f"{boundary} of {setting.n_layer} layers kept"
+        axes.errorbar(prompts, values, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
+        bounds = [(case.n_prompt * shift, case.bound) for case in of_boundary if case.bound]
+        if bounds:
+            marker = "_" if len(bounds) == 1 else None  # a single point draws no line
+            axes.plot(*zip(*bounds, strict=True), color=colour, linestyle="--", linewidth=1, marker=marker)
+    if any(case.bound for case in cases):
+        axes.plot([], [], color="#444444", linestyle="--", linewidth=1, label="bound (operations left)")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({case.n_prompt for case in cases})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.08)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(row) -> tuple[list, list[str]]:
+    """Every label of a row of panels once."""
+    entries = {label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    return list(entries.values()), list(entries)
+
+
+def _short(setting: Setting) -> str:
+    return f"{setting.model}, {setting.threads} threads"
+
+
+def _baseline(setting: Setting) -> str:
+    return "stock" if setting.baseline == "stock" else "POP off"
