@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
     try:
         return arguments.run(arguments)
-    except PopError as error:
+    except (PopError, ImportError) as error:  # ImportError: no native library, or another one in its place
         print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from gguf import GGUFValueType
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_header import GGUFHeader, read_header
 
 VERSION = 1  # newest pop.version that this package reads, and the one it writes
 
@@ -70,29 +69,7 @@ class PopMetadata:
         return result
 
 
-def open_gguf(path: str | os.PathLike) -> gguf.GGUFReader:
-    """Maps a GGUF file and checks that all of its tensors are there.
-
-    Raises:
-        PopError: No such file, not a GGUF, or cut short.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise PopError(f"{path}: no such file; give a GGUF file")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise PopError(f"cannot read {path}: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise PopError(f"{path}: not a GGUF file; `pop-gguf convert` makes one")
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever numpy raises on missing bytes and senseless numbers
-        raise PopError(f"{path}: damaged or cut short ({type(error).__name__}); download it again") from error
-
-
-def trunk_layers(reader: gguf.GGUFReader) -> int:
+def trunk_layers(reader: GGUFHeader) -> int:
     """Layers of the model's trunk, L: its blocks without those for multi-token prediction.
 
     Raises:
@@ -106,7 +83,7 @@ def trunk_layers(reader: gguf.GGUFReader) -> int:
     except (AttributeError, TypeError, ValueError):
         n_layer = 0
     if n_layer < 1:
-        raise PopError(f"{reader.data.filename}: no usable block_count: not a language model; give one")
+        raise PopError(f"{reader.path}: no usable block_count: not a language model; give one")
     return n_layer
 
 
@@ -121,10 +98,10 @@ def read_metadata(path: str | os.PathLike) -> PopMetadata | None:
     Raises:
         PopError: The file cannot be read, a newer version wrote it, or a key has the wrong type, length or range.
     """
-    return metadata_of(open_gguf(path), path)
+    return metadata_of(read_header(path), path)
 
 
-def metadata_of(reader: gguf.GGUFReader, path: str | os.PathLike) -> PopMetadata | None:
+def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | None:
     """As :func:`read_metadata`, for a file that is already open."""
     if not any(key.startswith("pop.") for key in reader.fields):
         return None
@@ -137,7 +114,7 @@ def metadata_of(reader: gguf.GGUFReader, path: str | os.PathLike) -> PopMetadata
         if field is None:
             return None
         if field.types[:1] != [kind]:
-            raise refuse(key, f"of type {field.types[0].name.lower()}" if field.types else "empty", kind.name.lower())
+            raise refuse(key, f"of type {field.types[0].name.lower()}", kind.name.lower())
         try:
             return field.contents()
         except UnicodeDecodeError:
@@ -155,12 +132,14 @@ def metadata_of(reader: gguf.GGUFReader, path: str | os.PathLike) -> PopMetadata
     if boundary is not None and not 1 <= boundary <= n_layer:
         raise refuse("pop.boundary", str(boundary), f"1 to {n_layer}")
     for key, attribute in _IMPORTANCE.items():
-        scores = value(key, GGUFValueType.ARRAY)
-        if scores is None:
+        field = reader.get_field(key)
+        if field is None:
             continue
-        if reader.get_field(key).types[1:] != [GGUFValueType.FLOAT32] or len(scores) != n_layer:
-            raise refuse(key, f"an array of {len(scores)}", f"{n_layer} float32 numbers")
-        found[attribute] = np.asarray(scores, dtype=np.float32)
+        if field.types == [GGUFValueType.ARRAY, GGUFValueType.FLOAT32] and field.count != n_layer:
+            raise refuse(key, f"an array of {field.count}", f"{n_layer} float32 numbers")
+        if field.types != [GGUFValueType.ARRAY, GGUFValueType.FLOAT32]:
+            raise refuse(key, f"of type {' of '.join(kind.name.lower() for kind in field.types)}", f"{n_layer} float32 numbers")
+        found[attribute] = np.asarray(field.contents(), dtype=np.float32)
         if not (np.isfinite(found[attribute]).all() and (found[attribute] >= 0).all()):
             raise refuse(key, "negative or not finite somewhere", "scores of at least 0")
     for key, (attribute, kind) in _CALIBRATION.items():

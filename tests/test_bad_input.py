@@ -126,9 +126,9 @@ def test_quantized_file_is_not_quantized_again(refused, tmp_path):
 
 
 ARGUMENTS = {
-    ("--boundary", "0"): 'give 1 to 6 or "lossless"',
+    ("--boundary", "0"): 'give a layer, from 1 to the model\'s last, or "lossless"',
     ("--boundary", "7"): 'give 1 to 6 or "lossless"',
-    ("--boundary", "x"): 'give 1 to 6 or "lossless"',
+    ("--boundary", "x"): 'give a layer, from 1 to the model\'s last, or "lossless"',
     ("--prune-ratio", "-0.1"): "give at least 0 and less than 1",
     ("--prune-ratio", "1"): "give at least 0 and less than 1",
     ("--max-importance-loss", "2"): "give 0 to 1",

@@ -66,7 +66,7 @@ def test_choice_names_its_rule():
 
 @pytest.mark.parametrize("boundary", ["0", "13", "-1", "8.0", "x", "", "²", "٣"])
 def test_boundary_out_of_range_is_refused_with_the_range(boundary):
-    with pytest.raises(PopError, match='give 1 to 12 or "lossless"'):
+    with pytest.raises(PopError, match='is out of range: give .*"lossless"'):
         choose_boundary(12, 11, boundary=boundary)
 
 
@@ -85,3 +85,13 @@ def test_max_importance_loss_out_of_range_is_refused_with_the_range(loss):
 def test_max_importance_loss_without_importance_is_refused():
     with pytest.raises(PopError, match="leave out --no-importance"):
         choose_boundary(8, 7, max_importance_loss=0.1)
+
+
+def test_ratio_never_stops_above_a_boundary_that_is_free():
+    assert choose_boundary(30, 19, prune_ratio=0.1).boundary == 19
+    assert choose_boundary(30, 19, prune_ratio=0).boundary == 30
+
+
+def test_importance_of_zero_everywhere_cannot_choose():
+    with pytest.raises(PopError, match="give --boundary"):
+        choose_boundary(12, 11, max_importance_loss=0.1, importance=np.zeros(12))

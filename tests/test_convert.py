@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf_files import ARRAY, INT32, STRING, UINT32, raw_tensors, write_model
 
 from pypop_gguf import PopLlama, cli
-from pypop_gguf.metadata import open_gguf, read_metadata
+from pypop_gguf.metadata import read_metadata
 from pypop_gguf.tools import quantize
 from pypop_gguf.tools.boundary import skipped_share
 
@@ -91,7 +92,7 @@ def test_stock_engine_runs_the_result_unpruned(converted, stock_texts, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_result_has_the_type_that_was_asked_for(converted, name):
-    reader = open_gguf(converted[name])
+    reader = gguf.GGUFReader(converted[name])
     weight = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_gate.weight")
     # rows of 192 fit no block of 256: llama.cpp takes q5_0 for q4_k there
     assert weight.tensor_type.name == {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": "Q5_0"}[name.split("-")[1]]
@@ -120,7 +121,7 @@ def test_calibration_is_on_record(converted):
 
 
 def test_without_importance_only_the_boundary_is_written(converted):
-    keys = [key for key in open_gguf(converted["gguf-f16"]).fields if key.startswith("pop.")]
+    keys = [key for key in gguf.GGUFReader(converted["gguf-f16"]).fields if key.startswith("pop.")]
     assert keys == ["pop.version", "pop.boundary"]
 
 
@@ -235,3 +236,12 @@ def test_help_names_every_choice_of_the_boundary(capsys):
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert all(option in output for option in ("--prune-ratio", "--boundary", "--max-importance-loss", "lossless"))
+
+
+def test_another_boundary_for_a_converted_gguf_keeps_its_importance(converted, tmp_path):
+    again = tmp_path / "again.gguf"
+    convert(converted["hf-f16"], "--boundary", "9", "--outfile", again)
+    before, after = read_metadata(converted["hf-f16"]), read_metadata(again)
+    assert (before.boundary, after.boundary) == (8, 9)
+    assert np.array_equal(before.importance_prefill, after.importance_prefill)
+    assert after.calibration_sha256 == before.calibration_sha256

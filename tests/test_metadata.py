@@ -10,6 +10,7 @@ import pytest
 from gguf_files import ARRAY, BOOL, FLOAT32, FLOAT64, INT32, STRING, UINT32, insert_raw_key, write_keys, write_model
 
 from pypop_gguf import PopError, PopLlama, cli
+from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import VERSION, PopMetadata, read_metadata, trunk_layers
 from pypop_gguf.tools.gguf_copy import copy_with_metadata
 
@@ -88,7 +89,7 @@ def test_layers_for_multi_token_prediction_do_not_count(tmp_path):
     extra = ("glm4moe.nextn_predict_layers", 1, UINT32)
     keys = lambda boundary: (VERSION_1, ("pop.boundary", boundary, UINT32), extra)  # noqa: E731
     path = write_keys(tmp_path / "a.gguf", *keys(4), architecture="glm4moe", n_layer=5)
-    assert trunk_layers(gguf.GGUFReader(path)) == 4
+    assert trunk_layers(read_header(path)) == 4
     assert read_metadata(path).boundary == 4
     with pytest.raises(PopError, match="pop.boundary is 5, not 1 to 4"):
         read_metadata(write_keys(tmp_path / "b.gguf", *keys(5), architecture="glm4moe", n_layer=5))

@@ -8,13 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from pypop_gguf import PopLlama, cli
-from pypop_gguf.metadata import open_gguf, read_metadata
+from pypop_gguf.metadata import read_metadata
 
 BUNDLED = Path(__file__).parents[1] / "models" / "lab-llama-12l"
 TEXT = dict(
@@ -69,7 +70,7 @@ def converted(request, tmp_path_factory) -> Path:
 
 def test_text_model_and_projector_are_all_that_is_written(converted):
     assert sorted(path.name for path in converted.parent.iterdir()) == ["mmproj-text.gguf", "text.gguf"]
-    projector = open_gguf(converted.with_name("mmproj-text.gguf"))
+    projector = gguf.GGUFReader(converted.with_name("mmproj-text.gguf"))
     assert projector.get_field("general.type").contents() == "mmproj"
     assert not any(key.startswith("pop.") for key in projector.fields)
 

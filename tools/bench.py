@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pypop_gguf import __version__, _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.metadata import metadata_of, open_gguf
+from pypop_gguf.gguf_header import read_header
+from pypop_gguf.metadata import metadata_of
 from pypop_gguf.tools import bench_plot, bench_report
 from pypop_gguf.tools.bench_engine import Engine
 from pypop_gguf.tools.bench_report import Recorder, Run, Setting
@@ -125,7 +126,7 @@ class _Plan:
 def _plan(arguments: argparse.Namespace) -> _Plan:
     if arguments.model is None:
         raise PopError("give a GGUF file to measure, or --from-csv FILE")
-    reader = open_gguf(arguments.model)
+    reader = read_header(arguments.model)
     metadata = metadata_of(reader, arguments.model)
     support = _library.describe_model(arguments.model)
     n_layer = support.n_layer

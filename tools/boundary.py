@@ -27,6 +27,22 @@ class BoundaryChoice:
     rule: str
 
 
+def check_rule(
+    prune_ratio: float | None = None, boundary: str | None = None, max_importance_loss: float | None = None
+) -> None:
+    """Refuses what no model could satisfy, before any work is done.
+
+    Raises:
+        PopError: An argument out of range.
+    """
+    if prune_ratio is not None and not 0 <= prune_ratio < 1:
+        raise PopError(f"--prune-ratio {prune_ratio:g} is out of range: give at least 0 and less than 1")
+    if max_importance_loss is not None and not 0 <= max_importance_loss <= 1:
+        raise PopError(f"--max-importance-loss {max_importance_loss:g} is out of range: give 0 to 1")
+    if boundary not in (None, "lossless") and not (boundary.isascii() and boundary.isdigit() and int(boundary) >= 1):
+        raise PopError(f'--boundary {boundary} is out of range: give a layer, from 1 to the model\'s last, or "lossless"')
+
+
 def choose_boundary(
     n_layer: int,
     lossless_boundary: int,
@@ -49,27 +65,25 @@ def choose_boundary(
     Raises:
         PopError: An argument out of range, or a rule that needs importance without it.
     """
+    check_rule(prune_ratio, boundary, max_importance_loss)
     if boundary is not None:
-        if boundary == "lossless":
-            chosen = lossless_boundary
-        elif boundary.isascii() and boundary.isdigit() and 1 <= int(boundary) <= n_layer:
-            chosen = int(boundary)
-        else:
+        chosen = lossless_boundary if boundary == "lossless" else int(boundary)
+        if chosen > n_layer:
             raise PopError(f'--boundary {boundary} is out of range: give 1 to {n_layer} or "lossless"')
         rule = f"--boundary {boundary}"
     elif max_importance_loss is not None:
-        if not 0 <= max_importance_loss <= 1:
-            raise PopError(f"--max-importance-loss {max_importance_loss:g} is out of range: give 0 to 1")
         if importance is None:
             raise PopError("--max-importance-loss needs importance: leave out --no-importance")
+        if not np.any(importance):
+            raise PopError("prefill importance is 0 everywhere, so it tells no layer from another: give --boundary")
         chosen = min(b for b in range(1, n_layer + 1) if skipped_share(importance, b) <= max_importance_loss)
         rule = f"--max-importance-loss {max_importance_loss:g}"
     else:
         ratio = DEFAULT_PRUNE_RATIO if prune_ratio is None else prune_ratio
-        if not 0 <= ratio < 1:
-            raise PopError(f"--prune-ratio {ratio:g} is out of range: give at least 0 and less than 1")
         # a hair above, so that a third of 12 layers is 4 however the ratio was rounded
         chosen = max(1, n_layer - math.floor(n_layer * ratio + 1e-6))
+        if lossless_boundary < chosen < n_layer:
+            chosen = lossless_boundary  # where upper layers share a cache, skipping them is free
         rule = f"--prune-ratio {ratio:.4g}"
     return BoundaryChoice(chosen, None if importance is None else skipped_share(importance, chosen), rule)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.metadata import PopMetadata, open_gguf
+from pypop_gguf.gguf_header import read_header
+from pypop_gguf.metadata import PopMetadata, read_metadata
 from pypop_gguf.tools import hf_to_gguf, quantize
-from pypop_gguf.tools.boundary import BoundaryChoice, choose_boundary
+from pypop_gguf.tools.boundary import BoundaryChoice, check_rule, choose_boundary
 from pypop_gguf.tools.gguf_copy import check_free_space, copy_with_metadata, replacing
 
 DESCRIPTION = """\
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: Nothing is left at the target then, or what stood there before.
     """
     started = time.perf_counter()
+    check_rule(arguments.prune_ratio, arguments.boundary, arguments.max_importance_loss)
     _check_arguments(arguments)
     is_gguf = arguments.model.endswith(".gguf") or Path(arguments.model).is_file()
     n_shard = _count_shards(arguments.model) if is_gguf else 1
@@ -124,7 +126,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _count_shards(path: str) -> int:
-    count = open_gguf(path).get_field("split.count")  # opening tells a missing or damaged file apart
+    count = read_header(path).get_field("split.count")  # opening tells a missing or damaged file apart
     return count.contents() if count else 1
 
 
@@ -180,9 +182,10 @@ def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, impor
 def _importance(
     arguments: argparse.Namespace, source: Path, is_gguf: bool, support: _library.ModelSupport
 ) -> PopMetadata:
-    asked = bool(arguments.importance or arguments.calibration or arguments.max_importance_loss is not None)
-    if arguments.importance is False or (is_gguf and not asked):
-        return PopMetadata()
+    stored = _stored(source) if is_gguf else PopMetadata()
+    wanted = arguments.max_importance_loss is not None and stored.importance_prefill is None
+    if arguments.importance is False or (is_gguf and not (arguments.importance or arguments.calibration or wanted)):
+        return stored
 
     from pypop_gguf.tools.calibration import load_samples
     from pypop_gguf.tools.load_model import load_for_importance
@@ -211,6 +214,14 @@ def _importance(
         calibration_seed=info.seed,
         calibration_sha256=info.sha256,
     )
+
+
+def _stored(source: Path) -> PopMetadata:
+    """What the file has already; keys that make no sense are there to be replaced."""
+    try:
+        return read_metadata(source) or PopMetadata()
+    except PopError:
+        return PopMetadata()
 
 
 def _samples_progress():

@@ -12,11 +12,11 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gguf
-from gguf import GGUFEndian, GGUFValueType
+from gguf import GGUFValueType
 
 from pypop_gguf.errors import PopError
-from pypop_gguf.metadata import PopMetadata, open_gguf
+from pypop_gguf.gguf_header import GGUFHeader, read_header
+from pypop_gguf.metadata import PopMetadata
 
 _CHUNK_BYTES = 16 << 20
 
@@ -70,15 +70,13 @@ def copy_with_metadata(
     Raises:
         PopError: The source cannot be read, or the target not written.
     """
-    reader = open_gguf(source)
-    header, data_offset = _header(reader, metadata), int(reader.data_offset)
-    del reader  # it maps the source, which may be the file to replace
-    data_bytes = source.stat().st_size - data_offset
-    total = len(header) + data_bytes
+    old_header = read_header(source)
+    header = _header(old_header, metadata)
+    total = len(header) + max(0, old_header.file_bytes - old_header.data_offset)
     check_free_space(target.parent, total)
     with replacing(target) as beside, source.open("rb") as old, beside.open("xb") as new:
         new.write(header)
-        old.seek(data_offset)
+        old.seek(old_header.data_offset)
         while chunk := old.read(_CHUNK_BYTES):
             new.write(chunk)
             if progress:
@@ -87,20 +85,13 @@ def copy_with_metadata(
         os.fsync(new.fileno())
 
 
-def _header(reader: gguf.GGUFReader, metadata: PopMetadata) -> bytes:
+def _header(old: GGUFHeader, metadata: PopMetadata) -> bytes:
     """All that stands before the tensor data, padded. Kept keys and tensor infos are copied as raw bytes."""
-    order = ">" if reader.endianess == GGUFEndian.BIG else "<"
-    fields = [field for name, field in reader.fields.items() if not name.startswith("GGUF.")]
-    kept = [field for field in fields if not field.name.startswith("pop.")]
-    added = metadata.key_values()
-    version = int(reader.fields["GGUF.version"].parts[-1][0])
-
-    n_keys = len(kept) + len(added)
-    header = struct.pack(f"{order}4sIQQ", b"GGUF", version, len(reader.tensors), n_keys)
-    header += b"".join(part.tobytes() for field in kept for part in field.parts)
-    header += b"".join(_packed(order, *key_value) for key_value in added)
-    header += b"".join(part.tobytes() for tensor in reader.tensors for part in tensor.field.parts)
-    return header + bytes(-len(header) % int(reader.alignment))  # as numpy it would overflow
+    kept = [field.raw for name, field in old.fields.items() if not name.startswith("pop.")]
+    added = [_packed(old.order, *key_value) for key_value in metadata.key_values()]
+    counts = struct.pack(f"{old.order}IQQ", old.version, old.n_tensors, len(kept) + len(added))
+    header = b"".join([b"GGUF", counts, *kept, *added, old.tensor_infos])
+    return header + bytes(-len(header) % old.alignment)
 
 
 def _packed(order: str, key: str, value, kind: GGUFValueType) -> bytes:

@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from pypop_gguf.metadata import PopMetadata, metadata_of, open_gguf, trunk_layers
+from pypop_gguf.gguf_header import GGUFHeader, read_header
+from pypop_gguf.metadata import PopMetadata, metadata_of, trunk_layers
 from pypop_gguf.tools.boundary import skipped_share
 
 _BAR_WIDTH = 24
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The file cannot be read, or its ``pop.*`` keys make no sense.
     """
-    reader = open_gguf(arguments.file)
+    reader = read_header(arguments.file)
     metadata = metadata_of(reader, arguments.file)
     n_layer = trunk_layers(reader)
     if arguments.json:
@@ -83,12 +84,12 @@ def _as_json(metadata: PopMetadata | None, n_layer: int) -> dict:
     return {"n_layer": n_layer, **keys}
 
 
-def _text(reader: gguf.GGUFReader, key: str) -> str | None:
+def _text(reader: GGUFHeader, key: str) -> str | None:
     field = reader.get_field(key)
-    return bytes(field.parts[-1]).decode("utf-8", "replace") if field and field.types == [GGUFValueType.STRING] else None
+    return field.raw[field.start + 8 :].decode("utf-8", "replace") if field and field.types == [GGUFValueType.STRING] else None
 
 
-def _file_type(reader: gguf.GGUFReader) -> str:
+def _file_type(reader: GGUFHeader) -> str:
     field = reader.get_field("general.file_type")
     try:
         return gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
