@@ -7,7 +7,8 @@ STOCK  := build/stock/package
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/* third_party/patches/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow architectures clean
+MACHINE := epyc-zen4-2-cores
+.PHONY: demo test test-slow architectures bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -37,6 +38,17 @@ $(STOCK)/.installed: tests/stock/CMakeLists.txt third_party/llama-cpp-python.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target llama
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/stock --component stock --prefix $(STOCK) > /dev/null
 	touch $@
+
+# the runs behind the README's table; on another machine give MACHINE=its-name. Wants the machine for itself
+bench: $(VENV)/.installed $(STOCK)/.installed
+	mkdir -p build/bench
+	for type in q4_k_m q8_0; do \
+	    model=build/bench/llama-3.2-1b-$$type.gguf; \
+	    test -f $$model || $(BIN)/pop-gguf random-model llama-3.2-1b $$model --outtype $$type || exit 1; \
+	    $(BIN)/pop-gguf bench $$model --boundary 11 --prompt 32,128,512,2048 --parallel 1 --runs 5 --decode 16 \
+	        --stock $(STOCK) --csv bench/$(MACHINE).csv || exit 1; \
+	done
+	$(BIN)/pop-gguf bench --from-csv bench/$(MACHINE).csv --plot bench/$(MACHINE).png
 
 # upstream's generator of tiny random models
 $(STOCK)/.generator: $(STOCK)/.installed

@@ -122,13 +122,22 @@ def test_flash_attention_and_quantized_caches(reference_models, identity_models,
         assert squared_error(logits, whole.prefill(tokens)) > 1e-4  # what is compared is not the whole model
 
 
-def reference_logits(model, copy, tokens, change=lambda engine: None, last_position=None, **options):
-    """The last token's logits on a cache that the identity copy has filled, POP off in both."""
+def reference_logits(
+    model, copy, tokens, prepare=lambda engine: None, change=lambda engine: None, last_position=None, **options
+):
+    """The last token's logits on a cache that the identity copy has filled, POP off in both.
+
+    Args:
+        prepare: Called with each of the two engines before anything is decoded.
+        change: Called with the copy's engine after the prompt.
+    """
     with Engine(copy, **options) as engine:
+        prepare(engine)
         engine.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-1])])
         change(engine)
         state = engine.state()
     with Engine(model.gguf, **options) as engine:
+        prepare(engine)
         engine.restore(state)
         return engine.step(tokens[-1], len(tokens) - 1 if last_position is None else last_position)
 
@@ -164,7 +173,7 @@ def test_context_shift_on_a_pruned_cache(reference_models, identity_models):
         engine.decode([(tokens[-1], 39, 0, False)])
         llama_cpp.llama_memory_seq_rm(engine.memory, 0, 39, -1)
 
-    expected = reference_logits(model, identity_models["llama"], tokens, shift_and_apply, last_position=39)
+    expected = reference_logits(model, identity_models["llama"], tokens, change=shift_and_apply, last_position=39)
     assert squared_error(shifted, expected) <= 1e-6
     assert np.isfinite(more).all()
 
@@ -207,22 +216,11 @@ def test_control_vector_below_the_boundary_acts_in_pruned_prefill(reference_mode
         pointer = direction.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         assert llama_cpp.llama_set_adapter_cvec(engine.context, pointer, direction.size, n_embd, 1, BOUNDARY - 1) == 0
 
-    def logits(path, boundary, batches):
-        with Engine(path, boundary) as engine:
-            steer(engine)
-            for batch in batches[:-1]:
-                engine.decode(batch)
-            return engine.decode(batches[-1])[len(batches[-1]) - 1], engine.state()
-
-    steered, _ = logits(model.gguf, BOUNDARY, [prompt(model, tokens, 0)])
-    with Engine(identity_models["llama"]) as copy:
-        steer(copy)
-        copy.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-1])])
-        state = copy.state()
-    with Engine(model.gguf) as engine:
+    with Engine(model.gguf, BOUNDARY) as engine:
         steer(engine)
-        engine.restore(state)
-        expected = engine.step(tokens[-1], len(tokens) - 1)
+        steered = engine.prefill(tokens)
+        assert engine.n_pruned == len(tokens) - 1
+    expected = reference_logits(model, identity_models["llama"], tokens, prepare=steer)
     assert squared_error(steered, expected) <= TOLERANCE
     with Engine(model.gguf, BOUNDARY) as plain:
         assert squared_error(steered, plain.prefill(tokens)) > 1e-4
@@ -262,14 +260,8 @@ def test_lora_acts_in_pruned_prefill(reference_models, identity_models, tmp_path
         adapt(engine)
         adapted = engine.prefill(tokens)
         assert engine.n_pruned == len(tokens) - 1
-    with Engine(identity_models["llama"]) as copy:
-        adapt(copy)
-        copy.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-1])])
-        state = copy.state()
-    with Engine(model.gguf) as engine:
-        adapt(engine)
-        engine.restore(state)
-        assert squared_error(adapted, engine.step(tokens[-1], len(tokens) - 1)) <= TOLERANCE
+    expected = reference_logits(model, identity_models["llama"], tokens, prepare=adapt)
+    assert squared_error(adapted, expected) <= TOLERANCE
     with Engine(model.gguf, BOUNDARY) as plain:
         assert squared_error(adapted, plain.prefill(tokens)) > 1e-4
 

@@ -52,7 +52,7 @@ def unpack(source: Path, target: Path) -> None:
     if source.is_dir():
         if not (source / "vendor" / "llama.cpp" / "src").is_dir():
             sys.exit(f"pypop_gguf: {source} is no llama-cpp-python source tree: it has no vendor/llama.cpp/src")
-        shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns(".git", "build"))
+        shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns(".git", "build", ".pop-stamp"))
         return
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, tarfile.open(source) as archive:
         archive.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
