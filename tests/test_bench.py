@@ -143,7 +143,10 @@ def test_json_output_has_what_the_tables_show(measured, capsys):
 
 def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path):
     path = tmp_path / "runs.csv"
-    command = [sys.executable, "-m", "pypop_gguf", "bench", tiny["q8_0"], "--prompt", ",".join(map(str, range(32, 64)))]
+    # a shell may have started the tests with Ctrl-C ignored, which children inherit
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from pypop_gguf.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "bench", tiny["q8_0"], "--prompt", ",".join(map(str, range(32, 64)))]
     command += ["--parallel", "1", "--runs", "1", "--decode", "1", "--threads", "1", "--csv", path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     n_lines, n_of_first_case = 0, 8  # header, 2 control, 2 before, 3 main
