@@ -73,6 +73,7 @@ def test_wheel_holds_each_library_once_and_the_licences(wheel):
     assert any("llama" in library for library in libraries) and any("mtmd" in library for library in libraries)
     for notice in ("llama_cpp/LICENSE.md", "llama.cpp/LICENSE", "gguf-py/LICENSE", "LICENSE-xxhash", "licenses/LICENSE"):
         assert any(name.endswith(notice) for name in names), notice
+    assert "pypop_gguf/tools/data/calibration.jsonl" in names
     assert not any(name.startswith(("lib/", "include/", "bin/", "llama_cpp/")) for name in names)
 
 
