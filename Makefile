@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(STOCK)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.installed $(STOCK)/.generator
+test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
 	$(BIN)/python -m pytest -m slow
 
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
@@ -53,6 +53,14 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 # upstream's generator of tiny random models
 $(STOCK)/.generator: $(STOCK)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs
+	touch $@
+
+# a second build of ours with the RPC backend, whose servers on loopback stand in for several devices
+build/rpc/.installed: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/rpc -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_RPC=ON \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/rpc
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/rpc --component pypop_gguf --prefix build/rpc/package > /dev/null
 	touch $@
 
 clean:
