@@ -13,16 +13,20 @@ F32 = 0  # ggml type
 ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)  # tiny models lose time on a second one
 
 
-def engine_logits(path, tokens, n_prompt, boundary, **options) -> np.ndarray:
-    """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab]."""
+def engine_logits(path, tokens, n_prompt, boundary, last_alone=False, **options) -> np.ndarray:
+    """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab].
+
+    ``last_alone`` gives the whole model the batches that POP makes, the last prompt token in one of its own: random models
+    can amplify even the rounding of another batch size.
+    """
     llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, **options)
-    llm.eval(tokens[:n_prompt])
-    rows = [last_logits(llm)]
-    for token in tokens[n_prompt:]:
-        llm.eval([token])
+    parts = [tokens[: n_prompt - 1], tokens[n_prompt - 1 : n_prompt]] if last_alone else [tokens[:n_prompt]]
+    rows = []
+    for part in [*parts, *([token] for token in tokens[n_prompt:])]:
+        llm.eval(part)
         rows.append(last_logits(llm))
     llm.close()
-    return np.stack(rows)
+    return np.stack(rows[len(parts) - 1 :])
 
 
 def last_logits(llm) -> np.ndarray:
@@ -65,10 +69,9 @@ def test_default_caches_equal_pytorch(reference_models, name):
 def test_boundary_at_last_layer_is_lossless(reference_models, name):
     model = reference_models[name]
     tokens = model.tokens(N_TOKENS, seed=2)
-    full, pruned = (
-        engine_logits(model.gguf, tokens, N_PROMPT, boundary, type_k=F32, type_v=F32)
-        for boundary in (len(model.layers), len(model.layers) - 1)
-    )
+    n_layer, exact = len(model.layers), dict(type_k=F32, type_v=F32)
+    full = engine_logits(model.gguf, tokens, N_PROMPT, n_layer, last_alone=True, **exact)
+    pruned = engine_logits(model.gguf, tokens, N_PROMPT, n_layer - 1, **exact)
     assert pop_reference.squared_error(pruned, full) <= 1e-9
 
 
@@ -79,17 +82,10 @@ def test_lossless_boundary_of_shared_caches_is_low_exact_and_the_default(shared_
     llm = PopLlama(str(model.gguf), n_ctx=256, verbose=False)
     assert (llm.pop.boundary, llm.pop.source, llm.pop.enabled) == (n_writing - 1, "lossless", True)
 
-    def logits(boundary, *prompt):
-        llm = PopLlama(str(model.gguf), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, type_k=F32, type_v=F32)
-        for part in prompt:
-            llm.eval(part)
-        rows = [last_logits(llm)]
-        for token in tokens[N_PROMPT:]:
-            llm.eval([token])
-            rows.append(last_logits(llm))
-        return np.stack(rows)
-
-    # These random models amplify even the rounding of another batch size: the whole model gets the parts that POP makes.
-    full = logits(llm.pop.n_layer, tokens[: N_PROMPT - 1], tokens[N_PROMPT - 1 : N_PROMPT])
-    assert pop_reference.squared_error(logits("lossless", tokens[:N_PROMPT]), full) <= 1e-9
-    assert pop_reference.squared_error(logits(n_writing - 2, tokens[:N_PROMPT]), full) > 1e-6
+    exact = dict(type_k=F32, type_v=F32)
+    full = engine_logits(model.gguf, tokens, N_PROMPT, llm.pop.n_layer, last_alone=True, **exact)
+    lossless, lower = (
+        engine_logits(model.gguf, tokens, N_PROMPT, boundary, **exact) for boundary in ("lossless", n_writing - 2)
+    )
+    assert pop_reference.squared_error(lossless, full) <= 1e-9
+    assert pop_reference.squared_error(lower, full) > 1e-6
