@@ -23,6 +23,7 @@ from pypop_gguf.errors import PopError
 
 _DECLARATIONS = """
     bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
+    int32_t llama_pop_get_boundary(const struct llama_context * ctx);
     uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
     double llama_pop_graph_flops(
         struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);

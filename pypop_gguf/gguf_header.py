@@ -1,7 +1,7 @@
 """Reads everything that stands before the tensor data of a GGUF file, and checks that all of the data is there.
 
 Used wherever a file's keys are looked at, which includes every start of ``PopLlama``. ``gguf.GGUFReader`` wraps each
-array element in an object of its own, which takes 20 s for a vocabulary of 256k tokens with its merges; this one keeps
+array element in an object of its own, which takes 15 s for a vocabulary of 262k tokens with its merges (0.2 s here); this one keeps
 the raw bytes and decodes only what is asked for. What both offer has the same names.
 """
 
