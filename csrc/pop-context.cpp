@@ -12,9 +12,9 @@
 #include <exception>
 #include <string>
 
-// these contexts read something of every token from every layer
+// these contexts read something of every token from every layer, or run other layers than the trunk's
 static bool needs_whole_model(const llama_cparams & cparams) {
-    return cparams.embeddings || cparams.embeddings_nextn ||
+    return cparams.embeddings || cparams.embeddings_nextn || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT ||
            std::find(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true) !=
                cparams.embeddings_layer_inp.end();
 }
@@ -72,10 +72,13 @@ llm_graph_result * llama_context::pop_build_graph(uint32_t boundary, uint32_t n_
     return res;
 }
 
-// builds what prefill would build there; a context that always runs the whole model prunes nothing, which is fine
+// builds what prefill would build there; a context that runs the whole model prunes nothing, which is fine
 bool llama_context::pop_try_boundary(uint32_t boundary) {
+    if (needs_whole_model(cparams)) {
+        return true;
+    }
     const auto * res = pop_build_graph(boundary, std::min(cparams.n_ctx, cparams.n_ubatch), cparams.n_seq_max, 0);
-    return res && (res->pop_pruned || needs_whole_model(cparams));
+    return res && res->pop_pruned;
 }
 
 //

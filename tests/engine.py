@@ -16,13 +16,15 @@ class Engine:
     Args:
         path: GGUF file.
         boundary: 1..L, or None for off.
+        load_mtp: Also the layers that predict tokens further ahead.
         parameters: Fields of ``llama_context_params``.
     """
 
-    def __init__(self, path, boundary=None, **parameters):
+    def __init__(self, path, boundary=None, load_mtp=False, **parameters):
         llama_cpp._logger.set_verbose(False)
         llama_cpp.llama_backend_init()
         model_parameters = llama_cpp.llama_model_default_params()
+        model_parameters.load_mtp = load_mtp
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
         assert self.model
         defaults = dict(

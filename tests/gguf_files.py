@@ -66,6 +66,20 @@ def _write(path: Path, architecture: str, keys: list[tuple], tensors: dict[str, 
     return path
 
 
+def copy_model(path: Path, copy: Path, keys: list[tuple], tensors: dict[str, np.ndarray], labels: list[str]) -> Path:
+    """A copy of an F32 model with more keys and tensors, and with these classifier labels."""
+    reader = gguf.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    kept = [
+        (name, field.contents(), *field.types[:2])
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "general.architecture"))
+    ]
+    labels_key = (f"{architecture}.classifier.output_labels", labels, ARRAY, STRING)
+    own = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+    return _write(copy, architecture, [*kept, *keys, labels_key], {**own, **tensors})
+
+
 def insert_raw_key(path: Path, key: str, kind: int, value: bytes) -> None:
     """Adds a key that ``gguf.GGUFWriter`` refuses to write. The file is little-endian."""
     reader = gguf.GGUFReader(path)

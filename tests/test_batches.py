@@ -282,38 +282,6 @@ def test_recurrent_snapshots_keep_a_sequences_tail_together_and_whole(reference_
     assert squared_error(logits, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("what", ["layer-inputs", "nextn-embeddings"])
-def test_contexts_that_read_every_layer_run_whole(reference_models, what):
-    model = reference_models["llama"]
-    tokens = model.tokens(40)
-    # llama.cpp exports these as C++ only
-    symbol, arguments = {
-        "layer-inputs": ("_Z30llama_set_embeddings_layer_inpP13llama_contextjb", (ctypes.c_uint32(4), ctypes.c_bool(True))),
-        "nextn-embeddings": ("_Z26llama_set_embeddings_nextnP13llama_contextbb", (ctypes.c_bool(True), ctypes.c_bool(False))),
-    }[what]
-    if not hasattr(llama_cpp.llama_cpp._lib, symbol):
-        pytest.skip(f"this compiler gives {symbol} another name")
-    with Engine(model.gguf, BOUNDARY) as engine:
-        getattr(llama_cpp.llama_cpp._lib, symbol)(ctypes.c_void_p(engine.context), *arguments)
-        logits = engine.prefill(tokens)
-        assert engine.n_pruned == 0
-    with Engine(model.gguf) as whole:
-        assert squared_error(logits, whole.prefill(tokens)) <= TOLERANCE
-
-
-def test_embedding_contexts_run_whole(reference_models):
-    model = reference_models["llama"]
-    tokens = model.tokens(40)
-    rows = []
-    for boundary in (BOUNDARY, None):
-        with Engine(model.gguf, boundary, embeddings=True, n_ubatch=64) as engine:
-            engine.decode([(token, i, 0, True) for i, token in enumerate(tokens)])
-            assert engine.n_pruned == 0
-            pointer = llama_cpp.llama_get_embeddings_ith(engine.context, len(tokens) - 1)
-            rows.append(np.ctypeslib.as_array(pointer, shape=(64,)).copy())
-    assert np.array_equal(*rows)
-
-
 def test_refused_boundary_changes_nothing(reference_models):
     model = reference_models["llama"]
     with Engine(model.gguf, BOUNDARY) as engine:

@@ -81,8 +81,8 @@ def shared_cache_configs() -> dict:
     }  # fmt: skip
 
 
-def write(base: Path, tiny: dict) -> dict[str, ReferenceModel]:
-    """Writes each configuration with random weights below ``base``."""
+def write(base: Path, tiny: dict, finish=lambda directory: None) -> dict[str, ReferenceModel]:
+    """Writes each configuration with random weights below ``base``; ``finish`` may change a checkpoint before it is converted."""
     import torch
     import transformers
 
@@ -96,6 +96,7 @@ def write(base: Path, tiny: dict) -> dict[str, ReferenceModel]:
         (base / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
         if name == "gemma3n":
             _add_unused_projections(base / name / "model.safetensors")
+        finish(base / name)
     to_gguf([base / name for name in models])
     return {name: ReferenceModel(name, model, base / name / "model.gguf") for name, model in models.items()}
 
