@@ -1,8 +1,8 @@
 // llama_pop_*: prefill-only pruning (POP, arXiv 2602.03295) as an addition to llama.h. pypop_gguf/_library.py binds it.
 //
 // A boundary b in 1..L (L = layers of the trunk, without MTP layers) is the 0-based index of the first layer that prefill
-// skips: micro-batches in which no token asks for logits run layers 0..b-1 and only fill the caches of layers b..L-1 from
-// the state at b. L means off. A context starts with POP off and is then exactly stock llama.cpp.
+// skips: tokens that do not ask for logits run layers 0..b-1 and only fill the caches of layers b..L-1 from the state at b.
+// L means off. A context starts with POP off and is then exactly stock llama.cpp.
 
 #pragma once
 
@@ -18,11 +18,22 @@ extern "C" {
     // Holds from the next llama_decode on. On false nothing has changed and llama_pop_last_error() says why.
     LLAMA_API bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
 
+    // Where a micro-batch holds tokens of both kinds, those that ask for logits go on from their own state at the boundary,
+    // if the architecture and its memory allow; off, or where they do not: a micro-batch of their own runs every layer. On at
+    // the start; the results are the same.
+    LLAMA_API void llama_pop_set_continuation(struct llama_context * ctx, bool continues);
+
+    // Whether they do so at the boundary in force.
+    LLAMA_API bool llama_pop_continues(const struct llama_context * ctx);
+
     // The boundary in force, L when off.
     LLAMA_API int32_t llama_pop_get_boundary(const struct llama_context * ctx);
 
     // Tokens that went through a pruned graph since the context was made.
     LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+
+    // Microseconds spent on building and planning graphs since the context was made.
+    LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
 
     LLAMA_API int32_t llama_pop_n_layer(const struct llama_model * model);
 

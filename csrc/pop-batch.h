@@ -1,13 +1,44 @@
-// Which tokens may share a micro-batch. llama_batch_allocr holds one of these and asks same() wherever it adds a token;
-// llama_context::decode() turns it on for batches that may be pruned.
+// What becomes of a micro-batch. llama_batch_allocr holds a llama_pop_batch: it asks same() wherever it adds a token and
+// labels the result; llama_context::decode() says for each batch what is allowed.
 
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+struct ggml_tensor;
+
+enum llama_pop_part : uint8_t {
+    LLAMA_POP_WHOLE,     // every layer
+    LLAMA_POP_PRUNED,    // the layers below the boundary; above it only what fills the caches
+    LLAMA_POP_MIXED,     // some of its tokens need the whole model: becomes a pruned pass and continuations
+    LLAMA_POP_CONTINUED, // the layers from the boundary on, from the states that a pruned pass has kept
+};
+
+// a micro-batch's label, in llama_ubatch::data_t
+struct llama_pop_ubatch {
+    llama_pop_part       part = LLAMA_POP_WHOLE;
+    std::vector<int32_t> rows;      // PRUNED, MIXED: the tokens that need the whole model
+    uint32_t             first = 0; // CONTINUED: which of the kept states is its first token's
+};
+
+// what the pass makes of a graph; graph reuse compares it
+struct llama_pop_graph {
+    llama_pop_part part     = LLAMA_POP_WHOLE;
+    uint32_t       boundary = 0;
+    uint32_t       n_rows   = 0;       // PRUNED: boundary states to keep for continuations
+    uint32_t       first    = 0;       // CONTINUED: as above
+    ggml_tensor *  states   = nullptr; // F32 [n_embd, n_ubatch], the context's
+
+    bool operator==(const llama_pop_graph & other) const {
+        return part == other.part && boundary == other.boundary && n_rows == other.n_rows && first == other.first &&
+               states == other.states;
+    }
+};
+
 struct llama_pop_batch {
-    bool active = false;
+    bool prunes = false; // micro-batches in which no token needs the whole model are pruned
+    bool mixes  = false; // tokens of both kinds may share a micro-batch
 
     // called at the start of every attempt to split a batch
     void reset(const int8_t * output, int32_t n_tokens) {
@@ -29,9 +60,25 @@ struct llama_pop_batch {
     }
 
     bool same(int32_t i, int32_t j) const {
-        return !active || (full[i] != 0) == (full[j] != 0);
+        return !prunes || mixes || (full[i] != 0) == (full[j] != 0);
+    }
+
+    llama_pop_ubatch label(const std::vector<int32_t> & idxs) const {
+        llama_pop_ubatch res;
+        if (!prunes) {
+            return res;
+        }
+        for (size_t i = 0; i < idxs.size(); ++i) {
+            if (full[idxs[i]]) {
+                res.rows.push_back(i);
+            }
+        }
+        if (res.rows.size() < idxs.size()) {
+            res.part = res.rows.empty() ? LLAMA_POP_PRUNED : LLAMA_POP_MIXED;
+        }
+        return res;
     }
 
 private:
-    std::vector<int8_t> full; // [n_tokens] runs the whole model
+    std::vector<int8_t> full; // [n_tokens] needs the whole model
 };

@@ -1,5 +1,6 @@
 #include "pop-context.h"
 #include "pop-graph.h"
+#include "pop-memory.h"
 #include "pop-plan.h"
 #include "llama-pop.h"
 
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 // these contexts read something of every token from every layer, or run other layers than the trunk's
@@ -19,16 +21,41 @@ static bool needs_whole_model(const llama_cparams & cparams) {
                cparams.embeddings_layer_inp.end();
 }
 
-bool llama_pop_context::splits_batches(const llama_cparams & cparams) const {
-    return boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
+bool llama_pop_context::mixes() const {
+    const auto it = proven.find(boundary);
+    return continues && it != proven.end() && it->second;
 }
 
-uint32_t llama_pop_context::graph_boundary(const llama_cparams & cparams, llm_graph_type gtype, uint32_t n_outputs) const {
-    return n_outputs == 0 && gtype == LLM_GRAPH_TYPE_DEFAULT && !needs_whole_model(cparams) ? boundary : 0;
+void llama_pop_context::begin(const llama_cparams & cparams, llama_pop_batch & batch) const {
+    // a non-causal batch has to stay in one piece
+    batch.prunes = boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
+    batch.mixes  = batch.prunes && mixes();
+}
+
+llama_pop_graph llama_pop_context::graph(const llama_cparams & cparams, llm_graph_type gtype, const llama_ubatch & ubatch) const {
+    llama_pop_graph res;
+    if (boundary == 0 || !ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || needs_whole_model(cparams)) {
+        return res;
+    }
+    const auto & label = ubatch.data->pop;
+    // where no states were kept, the pruned pass was left whole, and so is what follows it
+    if (label.part == LLAMA_POP_PRUNED || (label.part == LLAMA_POP_CONTINUED && states_kept)) {
+        res = { label.part, boundary, (uint32_t) label.rows.size(), label.first, states };
+    }
+    return res;
+}
+
+void llama_pop_context::done(const llama_ubatch & ubatch, const llm_graph_result & res) {
+    const auto & label = ubatch.data->pop;
+    if (label.part == LLAMA_POP_PRUNED) {
+        states_kept      = res.pop_rewritten && !label.rows.empty();
+        n_tokens_pruned += res.pop_rewritten ? ubatch.n_tokens - label.rows.size() : 0;
+    }
 }
 
 // Follows llama_context::graph_reserve() as far as the build; nothing is allocated, so later plans stay as they are.
-llm_graph_result * llama_context::pop_build_graph(uint32_t boundary, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs) {
+llm_graph_result * llama_context::pop_build_graph(
+        const llama_pop_graph & what, uint32_t n_tokens, uint32_t n_seqs, uint32_t n_outputs) {
     sched_reserve();
     synchronize();
 
@@ -55,30 +82,62 @@ llm_graph_result * llama_context::pop_build_graph(uint32_t boundary, uint32_t n_
         ubatch.seq_id  [i] = &ubatch.seq_id_unq[i / n_seq_tokens];
     }
 
-    const auto saved_outputs  = this->n_outputs;
-    const auto saved_boundary = pop.boundary;
-
+    const auto saved = this->n_outputs;
     this->n_outputs = n_outputs;
-    pop.boundary    = boundary;
 
     auto * res = gf_res_reserve.get();
     res->reset();
-    model.build_graph(graph_params(res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
+    auto params = graph_params(res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT);
+    params.pop = what;
+    model.build_graph(params);
 
-    this->n_outputs = saved_outputs;
-    pop.boundary    = saved_boundary;
+    this->n_outputs = saved;
     ggml_backend_sched_reset(sched.get());
 
     return res;
 }
 
-// builds what prefill would build there; a context that runs the whole model prunes nothing, which is fine
+// Builds what prefill would build there. A context that runs the whole model prunes nothing, which is fine.
 bool llama_context::pop_try_boundary(uint32_t boundary) {
     if (needs_whole_model(cparams)) {
         return true;
     }
-    const auto * res = pop_build_graph(boundary, std::min(cparams.n_ctx, cparams.n_ubatch), cparams.n_seq_max, 0);
-    return res && res->pop_pruned;
+    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
+    const uint32_t n_seqs   = cparams.n_seq_max;
+
+    llama_pop_graph pruned = { LLAMA_POP_PRUNED, boundary };
+    const auto * res = pop_build_graph(pruned, n_tokens, n_seqs, 0);
+    if (!res || !res->pop_rewritten) {
+        return false;
+    }
+
+    bool continues = llama_pop_memory::continues(*memory);
+    if (continues) {
+        pop_reserve_states(boundary);
+        pruned.n_rows = 1;
+        pruned.states = pop.states;
+        continues = pop_build_graph(pruned, n_tokens, n_seqs, 0)->pop_rewritten &&
+                    pop_build_graph({ LLAMA_POP_CONTINUED, boundary, 0, 0, pop.states }, n_seqs, n_seqs, n_seqs)->pop_rewritten;
+    }
+    pop.proven[boundary] = continues;
+    return true;
+}
+
+// on the device of the boundary layer; at another boundary the scheduler copies what has to cross
+void llama_context::pop_reserve_states(uint32_t boundary) {
+    if (pop.states) {
+        return;
+    }
+    auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(boundary));
+
+    pop.ctx_states.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    auto * states = ggml_new_tensor_2d(pop.ctx_states.get(), GGML_TYPE_F32, model.hparams.n_embd, cparams.n_ubatch);
+    ggml_set_name(states, "pop_states");
+    pop.buf_states.reset(ggml_backend_alloc_ctx_tensors_from_buft(pop.ctx_states.get(), buft));
+    if (!pop.buf_states) {
+        throw std::runtime_error("no memory for the states at the boundary");
+    }
+    pop.states = states;
 }
 
 //
@@ -128,7 +187,6 @@ bool llama_pop_set_boundary(llama_context * ctx, int32_t boundary) {
         return refuse(std::string("the pruned graph could not be built: ") + e.what());
     }
 
-    ctx->pop.proven.insert(boundary);
     ctx->pop.boundary = boundary;
     return true;
 }
@@ -137,13 +195,26 @@ int32_t llama_pop_get_boundary(const llama_context * ctx) {
     return ctx->pop.boundary ? (int32_t) ctx->pop.boundary : pop_n_layer(*llama_get_model(ctx));
 }
 
+void llama_pop_set_continuation(llama_context * ctx, bool continues) {
+    ctx->pop.continues = continues;
+}
+
+bool llama_pop_continues(const llama_context * ctx) {
+    return ctx->pop.mixes();
+}
+
+int64_t llama_pop_plan_us(const llama_context * ctx) {
+    return ctx->pop.t_plan_us;
+}
+
 uint64_t llama_pop_n_pruned(const llama_context * ctx) {
     return ctx->pop.n_tokens_pruned;
 }
 
 double llama_pop_graph_flops(llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs) {
-    const uint32_t b = boundary == pop_n_layer(*llama_get_model(ctx)) ? 0 : boundary;
-    auto * res = ctx->pop_build_graph(b, n_tokens, n_seqs, n_outputs);
+    const bool whole = boundary == pop_n_layer(*llama_get_model(ctx)) || n_outputs > 0;
+    auto * res = ctx->pop_build_graph(
+        { whole ? LLAMA_POP_WHOLE : LLAMA_POP_PRUNED, (uint32_t) boundary }, n_tokens, n_seqs, n_outputs);
     return res ? pop_flops(res->get_gf()) : 0.0;
 }
 

@@ -6,18 +6,37 @@
 #include "llama-cparams.h"
 #include "llama-graph.h"
 
+#include "ggml-cpp.h"
+
 #include <cstdint>
-#include <set>
+#include <map>
 
 struct llama_pop_context {
-    uint32_t boundary        = 0; // first layer that prefill skips, 0 = off
+    uint32_t boundary        = 0;    // first layer that prefill skips, 0 = off
+    bool     continues       = true; // tokens that need the whole model go on from their boundary states where that is proven
     uint64_t n_tokens_pruned = 0;
+    int64_t  t_plan_us       = 0;
 
-    std::set<uint32_t> proven; // boundaries that pop_try_boundary() has built a graph for: changing to them costs nothing
+    // boundaries that pop_try_boundary() has built graphs for -> whether tokens may go on from there
+    std::map<uint32_t, bool> proven;
 
-    // decode(): may micro-batches of this batch differ in kind? A non-causal batch has to stay in one piece.
-    bool splits_batches(const llama_cparams & cparams) const;
+    // the boundary states of one micro-batch's tokens that need the whole model
+    ggml_context_ptr        ctx_states;
+    ggml_backend_buffer_ptr buf_states;
+    ggml_tensor *           states = nullptr; // F32 [n_embd, n_ubatch]
 
-    // graph_params(): the boundary of a graph with this many output rows, 0 = the whole model
-    uint32_t graph_boundary(const llama_cparams & cparams, llm_graph_type gtype, uint32_t n_outputs) const;
+    // whether tokens that need the whole model share micro-batches with others
+    bool mixes() const;
+
+    // decode(): what is allowed when this batch is split
+    void begin(const llama_cparams & cparams, llama_pop_batch & batch) const;
+
+    // graph_params()
+    llama_pop_graph graph(const llama_cparams & cparams, llm_graph_type gtype, const llama_ubatch & ubatch) const;
+
+    // decode(): a micro-batch has been computed
+    void done(const llama_ubatch & ubatch, const llm_graph_result & res);
+
+private:
+    bool states_kept = false; // by the last pruned pass
 };

@@ -2,11 +2,13 @@
 
 #include "llama-graph.h"
 
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -53,35 +55,56 @@ static ggml_tensor * owner(ggml_tensor * t) {
 
 namespace {
 
-// plan() finds out what remains and changes nothing, so it may fail at no cost; apply() rewrites the graph.
-struct prune_pass {
-    const uint32_t b;       // the boundary
-    const uint32_t n_layer; // layers of the trunk
+// the rows of a micro-batch whose boundary states are kept
+class kept_rows : public llm_graph_input_i {
+public:
+    kept_rows(ggml_tensor * ids) : ids(ids) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        const auto & rows = ubatch->data->pop.rows;
+        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size()*sizeof(rows[0]));
+    }
+
+    bool can_reuse(const llm_graph_params &) override {
+        return true; // their number is compared with llama_pop_graph
+    }
+
+private:
+    ggml_tensor * ids; // I32 [n_rows]
+};
+
+// plan_*() finds out what remains and changes no node, so it may fail at no cost; apply() rewrites the graph.
+struct rewrite {
+    const llama_pop_graph & pop;
+    const int      b;        // the boundary
+    const uint32_t n_layer;  // layers of the trunk
+    const uint32_t n_tokens;
 
     llm_graph_result & res;
 
     std::vector<ggml_tensor *> nodes; // of the whole graph, in order of evaluation
-    std::vector<ggml_tensor *> roots; // nodes that write into memory that outlives the graph: KV cache, recurrent state
 
-    ggml_tensor * x_b = nullptr; // input of layer b,       F32 [n_embd, n_tokens]
-    tensor_set    x_above;       // inputs of layers b+1..n_layer-1, each to be replaced by x_b
-    tensor_set    x_memory;      // the memory those lie in
-    tensor_set    kept;          // nodes that the roots need
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what nodes read -> what they shall read instead
+    tensor_set replaced_memory;        // the memory that the former lie in
+    tensor_set kept;                   // nodes that remain
+    ggml_tensor * keep_rows = nullptr; // a node to add
 
-    prune_pass(const llm_graph_params & params, llm_graph_result & res)
-        : b(params.pop_boundary), n_layer(params.hparams.n_layer()), res(res) {
+    rewrite(const llm_graph_params & params, llm_graph_result & res)
+        : pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()), n_tokens(params.ubatch.n_tokens), res(res) {
         ggml_cgraph * gf = res.get_gf();
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-            ggml_tensor * node = ggml_graph_node(gf, i);
-            nodes.push_back(node);
-            if (is_in_place(node) && node->view_src->buffer && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-                roots.push_back(node);
-            }
+            nodes.push_back(ggml_graph_node(gf, i));
         }
     }
 
     ggml_tensor * source(ggml_tensor * t) const {
-        return x_above.count(t) ? x_b : t;
+        const auto it = replaced.find(t);
+        return it == replaced.end() ? t : it->second;
+    }
+
+    void replace(ggml_tensor * t, ggml_tensor * by) {
+        replaced[t] = by;
+        replaced_memory.insert(owner(t));
     }
 
     // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves; a few add to
@@ -108,7 +131,7 @@ struct prune_pass {
     }
 
     // adds to seen whatever t needs, t included, stopping at what stop holds
-    void reach(ggml_tensor * t, tensor_set & seen, const tensor_set & stop) const {
+    void reach(ggml_tensor * t, tensor_set & seen, const tensor_set & stop = {}) const {
         std::vector<ggml_tensor *> todo = { t };
         while (!todo.empty()) {
             ggml_tensor * cur = todo.back();
@@ -124,28 +147,43 @@ struct prune_pass {
         }
     }
 
+    bool works_on_replaced(const ggml_tensor * t) const {
+        return is_in_place(t) && replaced_memory.count(t->view_src);
+    }
+
     // What a write of a skipped layer needs beyond x_b has to be that layer's own: a second skipped layer's weight means
     // that more than the residual stream passes between layers. Nothing may work in place on an input that is replaced.
     bool is_cut(const tensor_set & own) const {
         int il_own = -1;
         for (const ggml_tensor * t : own) {
             const int il = weight_layer(t);
-            if (il >= (int) b && il_own >= 0 && il != il_own) {
+            if (il >= b && il_own >= 0 && il != il_own) {
                 return false;
             }
-            il_own = std::max(il_own, il >= (int) b ? il : -1);
+            il_own = std::max(il_own, il >= b ? il : -1);
 
-            if (is_in_place(t) && x_memory.count(t->view_src)) {
+            if (works_on_replaced(t)) {
                 return false;
             }
         }
         return true;
     }
 
-    bool plan() {
+    // whether x is one state for each token
+    bool is_rows(const ggml_tensor * x) const {
+        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && x->ne[1] == n_tokens && pop.states &&
+               x->ne[0] == pop.states->ne[0];
+    }
+
+    ggml_tensor * states(uint32_t first, uint32_t n) const {
+        ggml_tensor * s = pop.states;
+        return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first*s->nb[1]);
+    }
+
+    bool plan_pruned() {
         const auto x = layer_inputs();
-        x_b = x[b];
-        if (!x_b) {
+        ggml_tensor * x_b = x[b];
+        if (!x_b || (pop.n_rows > 0 && !is_rows(x_b))) {
             return false;
         }
         for (uint32_t il = b + 1; il < n_layer; ++il) {
@@ -154,20 +192,62 @@ struct prune_pass {
                 return false;
             }
             if (cur != x_b) {
-                x_above.insert(cur);
-                x_memory.insert(owner(cur));
+                replace(cur, x_b);
             }
         }
 
         tensor_set below;
-        reach(x_b, below, {});
-        for (ggml_tensor * root : roots) {
+        reach(x_b, below);
+        for (ggml_tensor * node : nodes) {
+            // writes into memory that outlives the graph: KV cache, recurrent state
+            if (!is_in_place(node) || !node->view_src->buffer || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                continue;
+            }
             tensor_set own;
-            reach(root, own, below);
+            reach(node, own, below);
             if (!is_cut(own)) {
                 return false;
             }
-            reach(root, kept, {});
+            reach(node, kept);
+        }
+
+        if (pop.n_rows > 0) {
+            ggml_tensor * ids = ggml_new_tensor_1d(res.get_ctx(), GGML_TYPE_I32, pop.n_rows);
+            ggml_set_input(ids);
+            res.add_input(std::make_unique<kept_rows>(ids));
+            keep_rows = ggml_cpy(res.get_ctx(), ggml_get_rows(res.get_ctx(), x_b, ids), states(0, pop.n_rows));
+            reach(x_b, kept);
+        }
+        return true;
+    }
+
+    // keeps the results that follow from x_b and drops what the pruned pass has done; from there on no layer below may be needed
+    bool plan_continued() {
+        ggml_tensor * x_b = layer_inputs()[b];
+        if (!x_b || !is_rows(x_b)) {
+            return false;
+        }
+        tensor_set above; // nodes that follow from x_b
+        tensor_set read;  // nodes that another one reads
+        for (ggml_tensor * node : nodes) {
+            for (ggml_tensor * src : node->src) {
+                read.insert(src);
+                if (src == x_b || above.count(src)) {
+                    above.insert(node);
+                }
+            }
+        }
+
+        replace(x_b, states(pop.first, n_tokens));
+        for (ggml_tensor * node : nodes) {
+            if (above.count(node) && !read.count(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+                reach(node, kept);
+            }
+        }
+        for (const ggml_tensor * t : kept) {
+            if ((weight_layer(t) >= 0 && weight_layer(t) < b) || works_on_replaced(t)) {
+                return false;
+            }
         }
         return true;
     }
@@ -175,7 +255,7 @@ struct prune_pass {
     // Order matters beyond sources and results: a read of recurrent state has to stay ahead of the write to it. So the
     // kept nodes keep their order instead of being expanded anew from the roots.
     void apply() {
-        std::unordered_map<const ggml_tensor *, size_t> moved; // views that now lie in x_b's memory -> their old offset
+        std::unordered_map<const ggml_tensor *, size_t> moved; // views that now lie in other memory -> their old offset
         for (ggml_tensor * node : nodes) {
             if (!kept.count(node)) {
                 continue;
@@ -209,29 +289,34 @@ struct prune_pass {
                 ggml_build_forward_expand(gf, node);
             }
         }
+        if (keep_rows) {
+            ggml_build_forward_expand(gf, keep_rows);
+        }
 
-        res.t_logits      = nullptr;
-        res.t_embd        = nullptr;
-        res.t_embd_pooled = nullptr;
-        res.t_h_nextn     = nullptr;
-        res.t_sampled       .clear();
-        res.t_sampled_probs .clear();
-        res.t_sampled_logits.clear();
-        res.t_candidates    .clear();
+        if (pop.part == LLAMA_POP_PRUNED) {
+            res.t_logits      = nullptr;
+            res.t_embd        = nullptr;
+            res.t_embd_pooled = nullptr;
+            res.t_h_nextn     = nullptr;
+            res.t_sampled       .clear();
+            res.t_sampled_probs .clear();
+            res.t_sampled_logits.clear();
+            res.t_candidates    .clear();
+        }
 
-        res.pop_pruned = true;
+        res.pop_rewritten = true;
     }
 };
 
 }
 
-void llama_pop_prune_graph(const llm_graph_params & params, llm_graph_result & res) {
-    if (params.pop_boundary == 0) {
+void llama_pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res) {
+    if (params.pop.part == LLAMA_POP_WHOLE) {
         return;
     }
 
-    prune_pass pass(params, res);
-    if (pass.plan()) {
+    rewrite pass(params, res);
+    if (params.pop.part == LLAMA_POP_PRUNED ? pass.plan_pruned() : pass.plan_continued()) {
         pass.apply();
     }
 }

@@ -23,8 +23,11 @@ from pypop_gguf.errors import PopError
 
 _DECLARATIONS = """
     bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
+    void llama_pop_set_continuation(struct llama_context * ctx, bool continues);
+    bool llama_pop_continues(const struct llama_context * ctx);
     int32_t llama_pop_get_boundary(const struct llama_context * ctx);
     uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+    int64_t llama_pop_plan_us(const struct llama_context * ctx);
     double llama_pop_graph_flops(
         struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
     int32_t llama_pop_n_layer(const struct llama_model * model);
@@ -111,6 +114,21 @@ def set_boundary(ctx: int, boundary: int) -> None:
     """
     if not _native.llama_pop_set_boundary(_context(ctx), boundary):
         raise PopError(_last_error())
+
+
+def set_continuation(ctx: int, continues: bool) -> None:
+    """Whether tokens that ask for logits go on from the boundary (as from the start) or repeat the layers below it."""
+    _native.llama_pop_set_continuation(_context(ctx), continues)
+
+
+def continues(ctx: int) -> bool:
+    """Whether they do go on at the boundary in force: not over recurrent states."""
+    return _native.llama_pop_continues(_context(ctx))
+
+
+def plan_ms(ctx: int) -> float:
+    """Milliseconds spent on building and planning graphs since the context was made."""
+    return _native.llama_pop_plan_us(_context(ctx)) / 1e3
 
 
 def n_pruned(ctx: int) -> int:

@@ -52,24 +52,30 @@ def tokens_for(model) -> list[int]:
     return np.random.default_rng(3).integers(0, min(n_vocab(model), 128), N_PROMPT + N_DECODE).tolist()
 
 
-def decode(context, tokens, first_position, asks_for_logits) -> None:
+def decode(context, tokens, first_position, last_asks) -> None:
+    """Of the tokens only the last may ask for logits."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
         batch.token[i], batch.pos[i] = token, first_position + i
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-        batch.logits[i] = asks_for_logits
+        batch.logits[i] = last_asks and i == len(tokens) - 1
     status = llama_cpp.llama_decode(context, batch)
     llama_cpp.llama_batch_free(batch)
     if status:
         raise RuntimeError(f"llama_decode returned {status}")
 
 
-def continuation(model, context, tokens) -> np.ndarray:
-    """Logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab]."""
+def last_logits(model, context, tokens, last_alone=True) -> np.ndarray:
+    """Logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab].
+
+    Args:
+        last_alone: The rest of the prompt is in the cache; otherwise nothing is.
+    """
     rows = []
     for position in range(N_PROMPT - 1, N_PROMPT + N_DECODE):
-        decode(context, [tokens[position]], position, True)
+        first = 0 if position == N_PROMPT - 1 and not last_alone else position
+        decode(context, tokens[first : position + 1], first, True)
         pointer = llama_cpp.llama_get_logits_ith(context, -1)
         rows.append(np.ctypeslib.as_array(pointer, shape=(n_vocab(model),)).copy())
     return np.stack(rows)
@@ -87,8 +93,11 @@ def engine(path: str, out: str) -> dict:
         try:
             _library.set_boundary(context, boundary)
             decode(context, tokens[: N_PROMPT - 1], 0, False)
-            results[str(boundary)] = continuation(model, context, tokens)
+            results[str(boundary)] = last_logits(model, context, tokens)
             found["pruned"][boundary] = _library.n_pruned(context)
+            if _library.continues(context):
+                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+                results[f"{boundary} continued"] = last_logits(model, context, tokens, last_alone=False)
         except (RuntimeError, ValueError) as error:
             found["errors"][boundary] = str(error)
         llama_cpp.llama_free(context)
@@ -117,7 +126,7 @@ def stock(path: str, out: str, copies: list[str]) -> dict:
         context = new_context(model)
         if not llama_cpp.llama_state_seq_set_data(context, state, size, 0):
             sys.exit("the state does not fit the original file")
-        results[boundary] = continuation(model, context, tokens)
+        results[boundary] = last_logits(model, context, tokens)
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
     np.savez(out, **results)

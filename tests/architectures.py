@@ -53,6 +53,7 @@ class Row:
     lossless_error: float = float("nan")
     errors: dict[int, float] = field(default_factory=dict)
     effect: float = float("nan")  # of the deepest boundary compared: what POP changes, to judge the error against
+    continued: float | None = None  # squared error against the way that repeats the layers below the boundary
     refusal: str | None = None
     note: str = ""
     failures: list[str] = field(default_factory=list)
@@ -122,6 +123,11 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     row.failures += [f"b = {boundary}: {error}" for boundary, error in found["errors"].items()]
     engine = dict(np.load(scratch / "engine.npz"))
     full = engine.pop(str(row.n_layer))
+    continued = {name.split()[0]: engine.pop(name) for name in list(engine) if name.endswith("continued")}
+    if continued:
+        row.continued = max(squared_error(logits, engine[boundary]) for boundary, logits in continued.items())
+        if not row.continued <= TOLERANCE:
+            row.failures.append(f"continued differs from repeated by {row.continued:.0e}")
     row.lossless_error = squared_error(engine.pop(str(row.lossless)), full)
     if not row.lossless_error <= TOLERANCE:
         row.failures.append(f"lossless boundary differs by {row.lossless_error:.0e}")
@@ -158,6 +164,7 @@ def table(rows: list[Row]) -> str:
     """The page that is published."""
     served = [row for row in rows if not row.refusal and not row.failures]
     refused = [row for row in rows if row.refusal]
+    continued = sum(row.continued is not None for row in served)
     compared = [row for row in served if row.errors]
     exact = sum(max(row.errors.values()) == 0 for row in compared)
     lines = [
@@ -167,27 +174,31 @@ def table(rows: list[Row]) -> str:
         "",
         f"{len(rows)} models: {len(served)} served, {len(refused)} refused with the reason, "
         f"{len(rows) - len(served) - len(refused)} failing. Of the served, {len(compared)} were compared at deep boundaries with a "
-        f"reference that stock llama.cpp makes alone (tolerance {TOLERANCE:.0e} normalized squared error; {exact} agree bit for bit).",
+        f"reference that stock llama.cpp makes alone (tolerance {TOLERANCE:.0e} normalized squared error; {exact} agree bit for bit). In {continued} the last "
+        "prompt token goes on from the boundary.",
         "",
         "- *Lossless*: the last layer that writes to the cache, and the error there against the whole model, over the last prompt",
         "  token and three decoded ones.",
         "- *Deep*: largest error at a third and at half of the layers skipped. *POP's effect*: what pruning itself changes there.",
+        "- *Continued*: how far the result is from this where the last prompt token goes on from the boundary instead of repeating the",
+        "  layers below it; *repeats* where it does not go on: recurrent states, and caches that were not proven.",
         "- *Bound*: FLOPs of the whole graph over those of the pruned one, a third of the layers skipped, 512 tokens. Tiny models have",
         "  a large share of output layer and attention: real ones lie nearer to 1.5. Hybrids gain less: a skipped recurrent layer still",
         "  computes its state.",
         "",
-        "| Model | Layers | Lossless | Error there | Deep | POP's effect | Bound | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Bound | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.refusal:
-            lines.append(f"| {row.name} | {row.n_layer} | | | | | | refused: {row.refusal} |")
+            lines.append(f"| {row.name} | {row.n_layer} | | | | | | | refused: {row.refusal} |")
             continue
         deep = f"{max(row.errors.values()):.0e}" if row.errors else "N/A"
         effect = f"{row.effect:.0e}" if row.errors else "N/A"
         note = "; ".join(row.failures) or row.note
+        continued = "repeats" if row.continued is None else f"{row.continued:.0e}"
         lines.append(
-            f"| {row.name} | {row.n_layer} | {row.lossless} | {row.lossless_error:.0e} | {deep} | {effect} | {row.flop_bound:.2f} | {note} |"
+            f"| {row.name} | {row.n_layer} | {row.lossless} | {row.lossless_error:.0e} | {deep} | {effect} | {continued} | {row.flop_bound:.2f} | {note} |"
         )
     return "\n".join(lines) + "\n"
 

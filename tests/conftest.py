@@ -38,6 +38,21 @@ def shared_cache_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceMode
     return tiny_models.write(tmp_path_factory.mktemp("shared"), tiny_models.shared_cache_configs())
 
 
+@pytest.fixture(params=[True, False], ids=["continued", "repeated"])
+def continuation(request, monkeypatch) -> bool:
+    """Tokens that ask for logits go on from the boundary, or repeat the layers below it."""
+    from pypop_gguf import _library
+
+    set_boundary = _library.set_boundary
+
+    def set_both(ctx, boundary):
+        set_boundary(ctx, boundary)
+        _library.set_continuation(ctx, request.param)
+
+    monkeypatch.setattr(_library, "set_boundary", set_both)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def stock():
     """Runs a piece of Python with the unpatched llama-cpp-python in a process of its own; returns what it prints as JSON."""

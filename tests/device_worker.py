@@ -1,6 +1,6 @@
 """One process of test_devices.py, on the build with the RPC backend; pypop_gguf's own build has none.
 
-``serve PORT`` is a device: this machine's CPU behind a loopback port. ``run MODEL BOUNDARY OUT.npy PORT...`` reads a prompt
+``serve PORT`` is a device: this machine's CPU behind a loopback port. ``run MODEL BOUNDARY CONTINUES OUT.npy PORT...`` reads a prompt
 with the layers split over such devices and saves the logits; without ports it runs on the local CPU.
 """
 
@@ -25,7 +25,7 @@ def serve(port: str) -> None:
     rpc.ggml_backend_rpc_start_server(f"127.0.0.1:{port}".encode(), None, ctypes.c_size_t(1), ctypes.c_size_t(1), devices)
 
 
-def run(path: str, boundary: str, out: str, *ports: str) -> None:
+def run(path: str, boundary: str, continues: str, out: str, *ports: str) -> None:
     llama_cpp.llama_backend_init()
     rpc = ctypes.CDLL(str(llama_cpp.llama_cpp._base_path / "libggml-rpc.so"))
     rpc.ggml_backend_rpc_add_server.restype = handle
@@ -46,6 +46,7 @@ def run(path: str, boundary: str, out: str, *ports: str) -> None:
     context = llama_cpp.llama_init_from_model(model, context_parameters)
     if not library.llama_pop_set_boundary(handle(context), ctypes.c_int32(int(boundary))):
         sys.exit("the boundary was refused")
+    library.llama_pop_set_continuation(handle(context), ctypes.c_bool(continues == "True"))
 
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     tokens = np.random.default_rng(3).integers(3, n_vocab, N_PROMPT + N_DECODE).tolist()

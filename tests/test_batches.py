@@ -10,6 +10,8 @@ from pop_reference import squared_error
 
 from pypop_gguf import _library
 
+pytestmark = pytest.mark.usefixtures("continuation")
+
 BOUNDARY = 3
 TOLERANCE = 1e-9
 OTHER_SHAPE = 1e-7  # the same sums, grouped by other batch shapes: random Gemma amplifies the rounding to 2e-9

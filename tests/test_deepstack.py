@@ -11,6 +11,8 @@ import transformers
 from engine import Engine, llama_cpp
 from pop_reference import squared_error
 
+pytestmark = pytest.mark.usefixtures("continuation")
+
 N_EMBD, N_IMAGE, N_LAYER = 64, 24, 6
 DEEPSTACK = [0, 1]  # features of these vision layers are added after text layers 0 and 1
 TOKENS = [5, 9, 17, 3]  # the prompt's text after the image

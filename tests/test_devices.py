@@ -44,19 +44,20 @@ def ports():
         server.communicate()
 
 
-def logits(model, boundary, out, *ports) -> tuple[np.ndarray, int, str]:
-    command = [sys.executable, WORKER, "run", model.gguf, boundary, out, *ports]
+def logits(model, boundary, continues, out, *ports) -> tuple[np.ndarray, int, str]:
+    command = [sys.executable, WORKER, "run", model.gguf, boundary, continues, out, *ports]
     done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(out), json.loads(done.stdout.splitlines()[-1])["pruned"], done.stderr
 
 
+@pytest.mark.parametrize("continues", [True, False])
 @pytest.mark.parametrize("boundary", [2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_layers_on_two_devices_equal_one(reference_models, ports, tmp_path, name, boundary):
+def test_layers_on_two_devices_equal_one(reference_models, ports, tmp_path, name, boundary, continues):
     model = reference_models[name]
-    one, _, _ = logits(model, boundary, tmp_path / "one.npy")
-    two, n_pruned, log = logits(model, boundary, tmp_path / "two.npy", *ports)
+    one, _, _ = logits(model, boundary, continues, tmp_path / "one.npy")
+    two, n_pruned, log = logits(model, boundary, continues, tmp_path / "two.npy", *ports)
     assert "RPC0" in log and "RPC1" in log  # both devices hold layers
     assert n_pruned == 40
     assert squared_error(two, one) <= 1e-9
