@@ -16,7 +16,7 @@ from conftest import ROOT, STOCK
 
 from pypop_gguf import PopError, _library
 from pypop_gguf.cli import main
-from pypop_gguf.tools import bench_report, quantize, random_model
+from pypop_gguf.tools import bench_report, bench_runs, quantize, random_model
 
 WORKER = ROOT / "tools" / "bench_worker.py"
 TYPES = ("q4_k_m", "q8_0", "q4_0", "f16")
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 def ask_worker(model: Path, *requests: dict, ours: bool = True) -> list[dict]:
     """A worker's answers to these requests, after loading the model into a context of 40 tokens."""
     load = {"request": "load", "model": str(model), "ours": ours, "n_threads": 1, "n_ubatch": 512, "flash_attn": False}
-    context = {"request": "context", "n_prompt": 32, "n_decode": 8, "n_parallel": 1}
+    context = {"request": "context", "n_prompt": 32, "n_decode": 8, "n_parallel": 1, "unified": False}
     done = subprocess.run(
         [sys.executable, WORKER],
         input="".join(json.dumps(request) + "\n" for request in (load, context, *requests)),
@@ -98,7 +98,7 @@ def measured(tiny, tmp_path_factory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("bench") / "runs.csv"
     done = subprocess.run(
         [sys.executable, "-m", "pypop_gguf", "bench", tiny["q4_0"], "--prompt", "32", "--parallel", "2", "--boundary", "4,6",
-         "--runs", "2", "--decode", "2", "--threads", "1", "--csv", path, *STOCK_OPTIONS],
+         "--runs", "2", "--decode", "2", "--threads", "1", "--repeat", "--mixed", "--csv", path, *STOCK_OPTIONS],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -112,18 +112,26 @@ def test_bench_records_every_run(measured):
     found = [(row["phase"], row["engine"], row["boundary"]) for row in rows]
     control = [("control", baseline, "0"), ("control", f"{baseline}-2", "0")]
     before = [("before", baseline, "0"), ("before", "pop-off", "0")]
-    turns = [("main", baseline, "0"), ("main", "pop", "4"), ("main", "pop", "6"), ("main", "pop-off", "0")]
-    assert found == control + control[::-1] + before + turns + turns[::-1]
+    ways = [(name, boundary) for boundary in ("4", "6") for name in ("pop", "pop-repeat")]
+    turns = [[(phase, *way) for way in [(baseline, "0"), *ways, ("pop-off", "0")]] for phase in ("main", "mixed")]
+    assert found == control + control[::-1] + before + sum((turn + turn[::-1] for turn in turns), [])
     assert all(float(row["ttft_ms"]) > 0 and float(row["decode_ms_per_token"]) > 0 for row in rows)
-    assert all(0 < float(row["flops_ratio"]) < 1 for row in rows if row["engine"] == "pop")
+    pruned = [row for row in rows if row["phase"] == "main" and row["engine"] in ("pop", "pop-repeat")]
+    assert all(0 < float(row["flops_ratio"]) < 1 for row in pruned)
+    # the pruned pass holds the last tokens or leaves them to a pass of their own, whose graph is planned as well
+    ratios = {(row["engine"], row["boundary"]): float(row["flops_ratio"]) for row in pruned}
+    assert ratios["pop", "4"] > ratios["pop-repeat", "4"]
+    assert all(float(row["plan_ms"]) > 0 for row in pruned)
 
 
 def test_bench_tables_show_the_bound_and_name_the_baseline(measured):
     assert "bound: the speed-up that the operations left allow" in measured[1]
     assert ("stock llama.cpp in a process of its own" in measured[1]) == bool(STOCK_OPTIONS)
     assert ("no --stock given" in measured[1]) == (not STOCK_OPTIONS)
-    lines = measured[1].splitlines()
-    assert [line.split()[:4] for line in lines if line.strip().startswith("32 ")][:2] == [["32", "2", "4", "2"], ["32", "2", "6", "2"]]
+    lines = [line.split() for line in measured[1].splitlines() if line.strip().startswith("32 ")]
+    ways = [["32", "2", boundary, way] for boundary in ("4", "6") for way in ("continued", "repeated")]
+    assert [line[:4] for line in lines] == ways * 3
+    assert all(float(line[4]) > 0 and float(line[5]) > 0 for line in lines[-4:])  # tokens per second
 
 
 def test_from_csv_gives_the_same_tables_and_a_plot(measured, tmp_path, capsys):
@@ -137,7 +145,9 @@ def test_from_csv_gives_the_same_tables_and_a_plot(measured, tmp_path, capsys):
 def test_json_output_has_what_the_tables_show(measured, capsys):
     assert main(["bench", "--from-csv", str(measured[0]), "--json"]) == 0
     (setting,) = json.loads(capsys.readouterr().out)
-    assert [case["boundary"] for case in setting["cases"]] == [4, 6]
+    assert [(case["boundary"], case["way"]) for case in setting["cases"]] == [
+        (4, "continued"), (4, "repeated"), (6, "continued"), (6, "repeated"),
+    ]  # fmt: skip
     assert all(case["speedup"]["low"] <= case["speedup"]["value"] <= case["speedup"]["high"] for case in setting["cases"])
 
 
@@ -156,43 +166,48 @@ def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and "interrupted after" in err, err
-    assert len(bench_report.read_csv(path)) >= n_of_first_case - 1
+    assert len(bench_runs.read_csv(path)) >= n_of_first_case - 1
     assert "Time to first token" in out
 
 
 def test_existing_csv_is_continued_and_a_foreign_one_refused(measured, tmp_path):
-    first = bench_report.read_csv(measured[0])
+    first = bench_runs.read_csv(measured[0])
     copy = tmp_path / "copy.csv"
     copy.write_bytes(measured[0].read_bytes())
-    recorder = bench_report.Recorder(copy)
+    recorder = bench_runs.Recorder(copy)
     recorder.add(first[0])
     recorder.close()
-    assert bench_report.read_csv(copy) == [*first, first[0]]
+    assert bench_runs.read_csv(copy) == [*first, first[0]]
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     with pytest.raises(PopError, match="not a table of this version"):
-        bench_report.Recorder(tmp_path / "foreign.csv")
+        bench_runs.Recorder(tmp_path / "foreign.csv")
 
 
-def stock_setting() -> bench_report.Setting:
-    return bench_report.Setting("cpu", "model", "F16", 8, 1, 512, "off", 2, "1", "stock")
+def stock_setting() -> bench_runs.Setting:
+    return bench_runs.Setting("cpu", "model", "F16", 8, 1, 512, "off", 2, "1", "stock")
 
 
 def runs_of(engine: str, times_ms: list[float], decode_ms: float, flops_ratio: float | None = None):
-    boundary = 6 if engine == "pop" else 0
+    boundary = 6 if engine.startswith("pop") else 0
     for turn, ttft_ms in enumerate(times_ms):
-        yield bench_report.Run(
-            "s", "t", stock_setting(), "main", engine, boundary, 64, 1, turn, ttft_ms, decode_ms, flops_ratio, None
+        yield bench_runs.Run(
+            "s", "t", stock_setting(), "main", engine, boundary, 64, 1, turn, ttft_ms, decode_ms, flops_ratio, 0.9, None
         )
 
 
-@pytest.mark.parametrize(("flops_ratio", "bound", "reached"), [(0.7, 100 / 80, 80 / 90), (None, None, None)])
-def test_bound_is_the_share_of_operations_plus_one_token(flops_ratio, bound, reached):
+@pytest.mark.parametrize(
+    ("engine", "flops_ratio", "bound_ms"),
+    [("pop-repeat", 0.7, 80.0), ("pop", 0.7, 72.5), ("pop", None, None)],  # one token: 10 ms, 2 of 8 layers remain for it
+)
+def test_bound_is_the_share_of_operations_plus_one_token(engine, flops_ratio, bound_ms):
     stock = runs_of("stock", [100.0, 99.0, 900.0], 10.0)  # medians: an outlier changes nothing
-    pop = runs_of("pop", [90.0, 89.0, 91.0], 10.0, flops_ratio)
+    pop = runs_of(engine, [90.0, 89.0, 91.0], 10.0, flops_ratio)
+    bound, reached = bound_ms and 100 / bound_ms, bound_ms and bound_ms / 90
     ((case,),) = bench_report.summarize([*stock, *pop]).values()
     assert case.speedup.value == pytest.approx(100 / 90)
     assert case.speedup.low <= case.speedup.value <= case.speedup.high
     assert (case.bound, case.reached) == (pytest.approx(bound), pytest.approx(reached))
+    assert case.planning == pytest.approx(0.01)
     assert ("N/A" in bench_report.tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
 
 

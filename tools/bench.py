@@ -1,7 +1,7 @@
 """``pop-gguf bench``: time to first token with POP against stock llama.cpp, with the bound and the machine's own spread.
 
 Engines are processes of their own (tools/bench_engine.py) that take turns in both orders. tools/bench_report.py turns the
-raw runs into tables, tools/bench_plot.py into a figure.
+raw runs (tools/bench_runs.py) into tables, tools/bench_plot.py into a figure.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from pypop_gguf import __version__, _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.gguf_header import read_header
-from pypop_gguf.metadata import metadata_of
 from pypop_gguf.tools import bench_plot, bench_report
 from pypop_gguf.tools.bench_engine import Engine
-from pypop_gguf.tools.bench_report import Recorder, Run, Setting
+from pypop_gguf.tools.bench_plan import Plan, plan_of, setting_of
+from pypop_gguf.tools.bench_runs import Recorder, Run, read_csv
 
 DESCRIPTION = """\
 Measures time to first token and time per token with POP and without. For each case: two stock processes against each other,
@@ -35,9 +29,6 @@ of what was measured so far."""
 EPILOG = """\
 Prompts are random tokens, the same for every engine. `pop-gguf random-model` writes a model to measure on without a
 download. A model is loaded twice at a time."""
-
-_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
@@ -50,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of each case (default: 5)")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
     parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a micro-batch (default: 512)")
+    parser.add_argument("--repeat", action="store_true", help="also POP that repeats the layers below the boundary for the last prompt tokens")
+    parser.add_argument("--mixed", action="store_true", help="also half of the sequences reading while the others write")
     parser.add_argument("--flash-attn", choices=("on", "off"), default="off", help="(default: off)")
     parser.add_argument("--stock", type=Path, metavar="DIR", help="directory with an unpatched llama_cpp package (default: compare with POP off)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append every run to it")
@@ -70,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.from_csv:
         if arguments.model or arguments.csv:
             raise PopError("--from-csv measures nothing: drop it, or MODEL.gguf and --csv")
-        runs = bench_report.read_csv(arguments.from_csv)
+        runs = read_csv(arguments.from_csv)
     else:
-        plan = _plan(arguments)
+        plan = plan_of(arguments)
         recorder = Recorder(arguments.csv)
         try:
             _measure(plan, recorder)
@@ -102,200 +95,129 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 32,128") from None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The checked arguments."""
-
-    model: Path
-    n_layer: int
-    boundaries: list[int]
-    prompts: list[int]
-    parallels: list[int]
-    n_decode: int
-    runs: int
-    threads: int
-    ubatch: int
-    flash_attn: str
-    stock: Path | None
-
-    @property
-    def baseline(self) -> str:
-        return "stock" if self.stock else "off"
-
-
-def _plan(arguments: argparse.Namespace) -> _Plan:
-    if arguments.model is None:
-        raise PopError("give a GGUF file to measure, or --from-csv FILE")
-    reader = read_header(arguments.model)
-    metadata = metadata_of(reader, arguments.model)
-    support = _library.describe_model(arguments.model)
-    n_layer = support.n_layer
-    if support.refusal:
-        raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
-    of_file = metadata.boundary if metadata else None
-    boundaries = arguments.boundary or [n_layer - n_layer // 3 if of_file is None else of_file]
-    context = reader.get_field(f"{support.architecture}.context_length")
-
-    _check_range("--boundary", boundaries, 1, n_layer)
-    longest = int(context.contents()) if context else None
-    _check_range("--decode", [arguments.decode], 1, None)
-    _check_range("--prompt", arguments.prompt, 2, longest and longest - arguments.decode)
-    _check_range("--runs", [arguments.runs], 1, None)
-    _check_range("--ubatch", [arguments.ubatch], 1, None)
-    _check_range("--parallel", arguments.parallel, 1, min(_MAX_SEQUENCES, arguments.ubatch))
-    threads = _cores() if arguments.threads is None else arguments.threads
-    _check_range("--threads", [threads], 1, None)
-    if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
-        raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it")
-    return _Plan(
-        arguments.model, n_layer, boundaries, arguments.prompt, arguments.parallel, arguments.decode, arguments.runs,
-        threads, arguments.ubatch, arguments.flash_attn, arguments.stock,
-    )  # fmt: skip
-
-
-def _check_range(option: str, values: list[int], low: int, high: int | None) -> None:
-    for value in values:
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise PopError(f"{option} {value} is out of range for this model and these settings: give {allowed}")
-
-
-def _measure(plan: _Plan, recorder: Recorder) -> None:
+def _measure(plan: Plan, recorder: Recorder) -> None:
     cases = [(n_parallel, n_prompt) for n_parallel in plan.parallels for n_prompt in plan.prompts]
     progress = _Progress(plan, cases)
     session = _now()
     try:
         for n_parallel, n_prompt in cases:
-            _measure_case(plan, n_parallel, n_prompt, session, recorder, progress)
+            case = _Case(plan, n_parallel, n_prompt, session, recorder, progress)
+            case.measure_prompts()
+            if plan.measures_mixed(n_parallel):
+                case.measure_mixed()
     finally:
         progress.end()
 
 
-def _measure_case(
-    plan: _Plan, n_parallel: int, n_prompt: int, session: str, recorder: Recorder, progress: _Progress
-) -> None:
-    # Fresh processes for each case: its peak memory is its own, and "before" really is before any pruned pass.
-    def start(name: str) -> contextlib.closing[Engine]:
+class _Case:
+    """One number of sequences and prompt tokens.
+
+    Its processes are fresh: its peak memory is its own, and "before" really is before any pruned pass.
+    """
+
+    def __init__(self, plan: Plan, n_parallel: int, n_prompt: int, session: str, recorder: Recorder, progress: _Progress) -> None:
+        self._plan, self._n_parallel, self._n_prompt = plan, n_parallel, n_prompt
+        self._session, self._recorder, self._progress = session, recorder, progress
+        self._n_warm_up = min(n_prompt, max(2, plan.ubatch // n_parallel))  # one micro-batch touches every weight
+
+    def measure_prompts(self) -> None:
+        plan = self._plan
+        with self._start(plan.baseline) as first:
+            self._setting = setting_of(plan, first.info)
+            with self._start(f"{plan.baseline}-2") as second:
+                for engine in (first, second):
+                    engine.warm_up(self._n_warm_up)
+                for turn in range(plan.runs):
+                    for engine in _in_turn([first, second], turn):
+                        self._run("control", turn, engine.name, engine)
+            with self._start("pop") as pop:
+                pop.warm_up(self._n_warm_up)
+                for turn in range(plan.before_runs):
+                    for engine in _in_turn([first, pop], turn):
+                        self._run("before", turn, "pop-off" if engine is pop else engine.name, engine)
+                ways = self._ways(pop)
+                flops_ratios = {
+                    way: _flops_ratio(plan, pop, self._n_parallel, self._n_prompt, way[1], way[0] == "pop") for way in ways
+                }
+                for boundary in plan.boundaries:
+                    pop.warm_up(self._n_warm_up, boundary)
+                main = [(first.name, first, None), *((name, pop, boundary) for name, boundary in ways)]
+                main.append(("pop-off", pop, plan.n_layer))
+                for turn in range(plan.runs):
+                    for name, engine, boundary in _in_turn(main, turn):
+                        self._run("main", turn, name, engine, boundary, flops_ratios.get((name, boundary)))
+
+    def measure_mixed(self) -> None:
+        n_steps = self._plan.n_steps(self._n_parallel, self._n_prompt)
+        with self._start(self._plan.baseline, n_steps) as first, self._start("pop", n_steps) as pop:
+            engines = [(first.name, first, None), *((name, pop, boundary) for name, boundary in self._ways(pop))]
+            engines.append(("pop-off", pop, self._plan.n_layer))
+            for engine in (first, pop):
+                engine.warm_up(self._n_warm_up)
+            for turn in range(self._plan.runs):
+                for name, engine, boundary in _in_turn(engines, turn):
+                    self._run("mixed", turn, name, engine, boundary)
+
+    def _start(self, name: str, n_mixed: int = 0) -> contextlib.closing[Engine]:
+        plan = self._plan
         engine = Engine(
             name, plan.model, plan.stock if name.startswith("stock") else None,
-            n_threads=plan.threads, n_ubatch=plan.ubatch, flash_attn=plan.flash_attn == "on",
-            n_prompt=n_prompt, n_decode=plan.n_decode, n_parallel=n_parallel,
+            n_threads=plan.threads, n_ubatch=plan.ubatch, flash_attn=plan.flash_attn == "on", n_prompt=self._n_prompt,
+            n_decode=max(plan.n_decode, n_mixed), n_parallel=self._n_parallel, unified=n_mixed > 0,
         )  # fmt: skip
         return contextlib.closing(engine)
 
-    def measure(phase: str, turn: int, name: str, engine: Engine, boundary: int | None = None) -> None:
-        progress.show(phase, turn, n_parallel, n_prompt)
-        prefill = engine.ask("prefill", n_prompt=n_prompt, boundary=boundary)
-        decode = engine.ask("decode", n=plan.n_decode)
-        pruned = boundary is not None and boundary < plan.n_layer
-        if bool(prefill["pruned"]) != pruned:
-            raise PopError(f"engine {name} pruned {prefill['pruned']} tokens at boundary {boundary}: not what was to be measured")
-        recorder.add(
+    def _ways(self, pop: Engine) -> list[tuple[str, int]]:
+        """The engines that prune, with their boundaries."""
+        ways = []
+        for boundary in self._plan.boundaries:
+            continues = pop.ask("boundary", boundary=boundary)["continues"]
+            ways += [("pop", boundary)] * continues + [("pop-repeat", boundary)] * (self._plan.repeat or not continues)
+        return ways
+
+    def _run(
+        self, phase: str, turn: int, name: str, engine: Engine, boundary: int | None = None, flops_ratio: float | None = None
+    ) -> None:
+        self._progress.show(phase, turn, self._n_parallel, self._n_prompt)
+        request = "mixed" if phase == "mixed" else "prefill"
+        result = engine.ask(request, n_prompt=self._n_prompt, boundary=boundary, continues=name != "pop-repeat")
+        pruned = boundary is not None and boundary < self._plan.n_layer
+        if bool(result["pruned"]) != pruned:
+            raise PopError(f"engine {name} pruned {result['pruned']} tokens at boundary {boundary}: not what was to be measured")
+        if phase == "mixed":
+            ttft_ms, decode_ms = result["ms"], result["ms"] / result["steps"]
+        else:
+            ttft_ms, decode_ms = result["ttft_ms"], engine.ask("decode", n=self._plan.n_decode)["ms_per_token"]
+        self._recorder.add(
             Run(
-                session=session,
+                session=self._session,
                 timestamp=_now(),
-                setting=setting,
+                setting=self._setting,
                 phase=phase,
                 engine=name,
-                boundary=boundary if name == "pop" else 0,
-                n_prompt=n_prompt,
-                n_parallel=n_parallel,
+                boundary=boundary if pruned else 0,
+                n_prompt=self._n_prompt,
+                n_parallel=self._n_parallel,
                 run=turn,
-                ttft_ms=prefill["ttft_ms"],
-                decode_ms_per_token=decode["ms_per_token"],
-                flops_ratio=flops_ratios.get(boundary) if name == "pop" else None,
+                ttft_ms=ttft_ms,
+                decode_ms_per_token=decode_ms,
+                flops_ratio=flops_ratio,
+                plan_ms=result.get("plan_ms"),
                 peak_bytes=engine.ask("memory")["peak_bytes"],
             )
         )
-        progress.advance(n_parallel, n_prompt)
-
-    flops_ratios: dict[int | None, float | None] = {}
-    n_warm_up = min(n_prompt, max(2, plan.ubatch // n_parallel))  # one micro-batch touches every weight
-    with start(plan.baseline) as first:
-        setting = _setting(plan, first.info)
-        with start(f"{plan.baseline}-2") as second:
-            for engine in (first, second):
-                engine.warm_up(n_warm_up)
-            for turn in range(plan.runs):
-                for engine in _in_turn([first, second], turn):
-                    measure("control", turn, engine.name, engine)
-        with start("pop") as pop:
-            pop.warm_up(n_warm_up)
-            for turn in range(_before_runs(plan)):
-                for engine in _in_turn([first, pop], turn):
-                    measure("before", turn, "pop-off" if engine is pop else engine.name, engine)
-            for boundary in plan.boundaries:
-                flops_ratios[boundary] = _flops_ratio(plan, pop, n_parallel, n_prompt, boundary)
-                pop.warm_up(n_warm_up, boundary)
-            main = [(first.name, first, None), *(("pop", pop, boundary) for boundary in plan.boundaries)]
-            main.append(("pop-off", pop, plan.n_layer))
-            for turn in range(plan.runs):
-                for name, engine, boundary in _in_turn(main, turn):
-                    measure("main", turn, name, engine, boundary)
+        self._progress.advance(self._n_parallel, self._n_prompt)
 
 
 def _in_turn(engines: list, turn: int) -> list:
     return engines[::-1] if turn % 2 else engines
 
 
-def _before_runs(plan: _Plan) -> int:
-    return (plan.runs + 1) // 2
-
-
-def _flops_ratio(plan: _Plan, pop: Engine, n_parallel: int, n_prompt: int, boundary: int) -> float | None:
-    full = pop.ask("flops", micro_batches=list(_micro_batches(plan, n_parallel, n_prompt, plan.n_layer, n_parallel)))
-    pruned = pop.ask("flops", micro_batches=list(_micro_batches(plan, n_parallel, n_prompt - 1, boundary, 0)))
+def _flops_ratio(plan: Plan, pop: Engine, n_parallel: int, n_prompt: int, boundary: int, continues: bool) -> float | None:
+    n_pruned = n_prompt if continues else n_prompt - 1  # the last token of a prompt is in the pruned pass, or it is not
+    full = pop.ask("flops", micro_batches=list(plan.micro_batches(n_parallel, n_prompt, plan.n_layer, n_parallel)))
+    pruned = pop.ask("flops", micro_batches=list(plan.micro_batches(n_parallel, n_pruned, boundary, 0)))
     return full["flops"] and pruned["flops"] / full["flops"]
-
-
-def _micro_batches(
-    plan: _Plan, n_parallel: int, n_tokens: int, boundary: int, n_outputs: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """How llama.cpp splits ``n_tokens`` of each sequence: (n_tokens, n_seqs, boundary, n_outputs); only the last one has outputs."""
-    step = plan.ubatch // n_parallel
-    for start in range(0, n_tokens, step):
-        size = min(step, n_tokens - start)
-        yield size * n_parallel, n_parallel, boundary, n_outputs if start + size == n_tokens else 0
-
-
-def _setting(plan: _Plan, baseline_info: dict) -> Setting:
-    versions = [f"pypop-gguf {__version__}{_commit()}"]
-    if plan.stock:
-        versions.append(f"stock llama-cpp-python {baseline_info['version']}")
-    return Setting(
-        machine=", ".join([_cpu(), f"{_cores()} cores", *baseline_info["devices"]]),
-        model=plan.model.stem,
-        file_type=baseline_info["model"],
-        n_layer=plan.n_layer,
-        threads=plan.threads,
-        ubatch=plan.ubatch,
-        flash_attn=plan.flash_attn,
-        n_decode=plan.n_decode,
-        version=", ".join(versions),
-        baseline=plan.baseline,
-    )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the source tree this runs from; nothing for an installed package."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return ""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        return f" ({subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()})"
-    return ""
 
 
 def _now() -> str:
@@ -305,11 +227,15 @@ def _now() -> str:
 class _Progress:
     """One line on stderr with the time left, judged by tokens: a generated one takes about as long as eight of a prompt."""
 
-    def __init__(self, plan: _Plan, cases: list[tuple[int, int]]) -> None:
-        per_case = plan.runs * (4 + len(plan.boundaries)) + 2 * _before_runs(plan)
+    def __init__(self, plan: Plan, cases: list[tuple[int, int]]) -> None:
+        n_ways = len(plan.boundaries) * (2 if plan.repeat else 1)
         self._cost: Callable[[int, int], int] = lambda n_parallel, n_prompt: n_parallel * n_prompt + 8 * plan.n_decode
-        self._left = sum(per_case * self._cost(*case) for case in cases)
-        self._done_runs, self._runs, self._case = 0, per_case * len(cases), None
+        runs = [
+            plan.runs * (4 + n_ways) + 2 * plan.before_runs + plan.measures_mixed(n_parallel) * plan.runs * (2 + n_ways)
+            for n_parallel, _ in cases
+        ]
+        self._left = sum(n * self._cost(*case) for n, case in zip(runs, cases, strict=True))
+        self._done_runs, self._runs, self._case = 0, sum(runs), None
         self._started, self._done = time.perf_counter(), 0
 
     def show(self, phase: str, turn: int, n_parallel: int, n_prompt: int) -> None:

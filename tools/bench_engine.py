@@ -28,6 +28,7 @@ class Engine:
         n_prompt: Tokens of each sequence's prompt.
         n_decode: Tokens generated after it.
         n_parallel: Sequences.
+        unified: One cache for all sequences instead of one each.
 
     Raises:
         PopError: The worker fails, here or at any of its requests.
@@ -36,6 +37,7 @@ class Engine:
     def __init__(
         self, name: str, model: Path, stock: Path | None, *,
         n_threads: int, n_ubatch: int, flash_attn: bool, n_prompt: int, n_decode: int, n_parallel: int,
+        unified: bool = False,
     ) -> None:  # fmt: skip
         self.name = name
         environment = dict(os.environ)
@@ -55,7 +57,7 @@ class Engine:
             )
             if stock and self.info["patched"]:
                 raise PopError(f"--stock {stock}: its llama.cpp has POP; give an unpatched one")
-            self.ask("context", n_prompt=n_prompt, n_decode=n_decode, n_parallel=n_parallel)
+            self.ask("context", n_prompt=n_prompt, n_decode=n_decode, n_parallel=n_parallel, unified=unified)
         except BaseException:
             self.close()
             raise

@@ -1,4 +1,4 @@
-"""The figure of ``pop-gguf bench``: speed-up over prompt length, a line a boundary, with the bound and the machine's spread.
+"""The figure of ``pop-gguf bench``: speed-up over prompt length, a line for each boundary and way, with the bound and the machine's spread.
 
 One row of panels for each setting, one column for each number of sequences.
 """
@@ -9,7 +9,8 @@ import importlib.util
 from pathlib import Path
 
 from pypop_gguf.errors import PopError
-from pypop_gguf.tools.bench_report import Case, Setting
+from pypop_gguf.tools.bench_report import Case
+from pypop_gguf.tools.bench_runs import Setting
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
 
@@ -66,19 +67,19 @@ def _panel(axes, setting: Setting, cases: list[Case]) -> None:
         lows, highs = [ratio.low for ratio in ratios], [ratio.high for ratio in ratios]
         axes.fill_between(prompts, lows, highs, color="#bbbbbb", alpha=0.6, linewidth=0, label=label)
     axes.axhline(1, color="#666666", linewidth=0.8)
-    boundaries = sorted({case.boundary for case in cases})
-    for i, boundary in enumerate(boundaries):
+    lines = sorted({(case.boundary, case.way) for case in cases})
+    for i, (boundary, way) in enumerate(lines):
         colour = _COLOURS[i % len(_COLOURS)]
-        of_boundary = sorted((case for case in cases if case.boundary == boundary), key=lambda case: case.n_prompt)
+        of_boundary = sorted((case for case in cases if (case.boundary, case.way) == (boundary, way)), key=lambda case: case.n_prompt)
         # side by side, so that error bars stay apart
-        shift = 1.03 ** (i - (len(boundaries) - 1) / 2)
+        shift = 1.03 ** (i - (len(lines) - 1) / 2)
         prompts = [case.n_prompt * shift for case in of_boundary]
         values = [case.speedup.value for case in of_boundary]
         errors = [
             [case.speedup.value - case.speedup.low for case in of_boundary],
             [case.speedup.high - case.speedup.value for case in of_boundary],
         ]
-        label = f"{boundary} of {setting.n_layer} layers kept"
+        label = f"{boundary} of {setting.n_layer} layers kept" + (", last token repeated" if way == "repeated" else "")
         axes.errorbar(prompts, values, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
         bounds = [(case.n_prompt * shift, case.bound) for case in of_boundary if case.bound]
         if bounds:

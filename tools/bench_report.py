@@ -1,72 +1,22 @@
-"""What ``pop-gguf bench`` makes of its raw runs: the CSV, medians with intervals, the bound, and the tables.
+"""What ``pop-gguf bench`` makes of its raw runs: medians with intervals, the bound, and the tables.
 
-One row of the CSV is one run of one engine. A run is paired with those of the same phase and round, so that a slow moment of
-the machine falls on both sides of a ratio; outliers stay in.
+A run is paired with those of the same phase and round, so that a slow moment of the machine falls on both sides of a ratio;
+outliers stay in.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from pypop_gguf.errors import PopError
+from pypop_gguf.tools.bench_runs import Run, Setting
 
 _RESAMPLES = 10000
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the runs of one table have in common."""
-
-    machine: str
-    model: str
-    file_type: str
-    n_layer: int
-    threads: int
-    ubatch: int
-    flash_attn: str
-    n_decode: int
-    version: str
-    baseline: str  # "stock", or "off": our library with POP off in a process of its own
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured run, a row of the CSV.
-
-    Attributes:
-        session: When the command started; rounds are paired within one session.
-        phase: "control": two baseline processes; "before": POP off in the POP process, before any pruned pass; "main".
-        engine: "stock" or "off" (the baseline) and the same with "-2", "pop", or "pop-off": off in the POP process.
-        boundary: Of a "pop" run; 0 for the others.
-        n_prompt: Tokens of each sequence's prompt.
-        n_parallel: Sequences.
-        run: Round within its phase.
-        flops_ratio: Of a "pop" run: operations of the pruned pass over those of stock's whole prefill.
-        peak_bytes: The most memory the engine's process has held so far.
-    """
-
-    session: str
-    timestamp: str
-    setting: Setting
-    phase: str
-    engine: str
-    boundary: int
-    n_prompt: int
-    n_parallel: int
-    run: int
-    ttft_ms: float
-    decode_ms_per_token: float
-    flops_ratio: float | None
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -82,13 +32,35 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """Half of the sequences read while the others write.
+
+    Attributes:
+        baseline_tokens_per_s: Prompt tokens and generated ones, median; ``pop_tokens_per_s`` likewise.
+        baseline_wait_ms: Between two tokens of a writing sequence, median; ``pop_wait_ms`` likewise.
+    """
+
+    speedup: Ratio
+    baseline_tokens_per_s: float
+    pop_tokens_per_s: float
+    baseline_wait_ms: float
+    pop_wait_ms: float
+
+
+_ENGINES = {"pop": "continued", "pop-repeat": "repeated"}
+
+
+@dataclass(frozen=True)
 class Case:
     """One line of the tables. Ratios are above 1 where the engine is faster than the baseline; None is not measured.
 
     Attributes:
+        way: "continued" or "repeated", how the last prompt tokens go through the whole model.
         baseline_ms: Median time to first token; ``pop_ms`` likewise.
-        bound: The speed-up that the operations left allow: baseline time x flops_ratio, plus one token's pass.
+        bound: The speed-up that the operations left allow: baseline time x flops_ratio, plus one token's pass through the
+            layers that remain for it.
         reached: The bound's time over the measured one.
+        planning: Share of POP's time to first token that building and planning graphs took.
         off_before: POP off in the POP process before its first pruned pass; ``off_after``: between pruned passes.
         control: One stock process over another: the machine's own spread.
     """
@@ -96,6 +68,7 @@ class Case:
     n_parallel: int
     n_prompt: int
     boundary: int
+    way: str
     runs: int
     baseline_ms: float
     pop_ms: float
@@ -106,97 +79,10 @@ class Case:
     off_before: Ratio | None
     off_after: Ratio | None
     control: Ratio | None
+    planning: float | None
+    mixed: Mixed | None
     baseline_peak_bytes: int | None
     pop_peak_bytes: int | None
-
-
-_SETTING = [field.name for field in dataclasses.fields(Setting)]
-_OWN = [field.name for field in dataclasses.fields(Run) if field.name != "setting"]
-COLUMNS = [*_OWN[:2], *_SETTING, *_OWN[2:]]
-
-
-class Recorder:
-    """Keeps runs, and appends each to a CSV file at once, so that whatever ends the command leaves what it has measured.
-
-    Args:
-        path: None keeps them in memory only; an existing file is continued.
-
-    Raises:
-        PopError: The file cannot be written or has other columns.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.runs: list[Run] = []
-        self._path, self._file = path, None
-        if path is None:
-            return
-        try:
-            if path.exists() and path.stat().st_size:
-                with path.open(newline="", encoding="utf-8") as file:
-                    _check_columns(file, path)
-            self._file = path.open("a", newline="", encoding="utf-8")
-        except OSError as error:
-            raise self._failure(error) from error
-        if not self._file.tell():
-            self._write(COLUMNS)
-
-    def add(self, run: Run) -> None:
-        self.runs.append(run)
-        if self._file:
-            values = {**vars(run), **vars(run.setting)}
-            self._write(["" if values[name] is None else values[name] for name in COLUMNS])
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-
-    def _write(self, row: Sequence[object]) -> None:
-        try:
-            csv.writer(self._file).writerow(row)
-            self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> PopError:
-        return PopError(f"cannot write {self._path}: {error.strerror or error}")
-
-
-def read_csv(path: Path) -> list[Run]:
-    """Reads the runs of a file that ``Recorder`` wrote.
-
-    Raises:
-        PopError: No such file, other columns, or a row that makes no sense.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            _check_columns(file, path)
-            rows = list(csv.DictReader(file, COLUMNS))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PopError(f"{path}: cannot read it: {getattr(error, 'strerror', None) or error}") from error
-    runs = []
-    for number, row in enumerate(rows, 2):
-        try:
-            setting = Setting(**{name: int(row[name]) if name in _INTEGERS else row[name] for name in _SETTING})
-            own = {name: _parsed(name, row[name]) for name in _OWN}
-        except (TypeError, ValueError):
-            raise PopError(f"{path}: line {number} is damaged: delete it") from None
-        runs.append(Run(setting=setting, **own))
-    return runs
-
-
-_INTEGERS = {"n_layer", "threads", "ubatch", "n_decode", "boundary", "n_prompt", "n_parallel", "run", "peak_bytes"}
-_FLOATS = {"ttft_ms", "decode_ms_per_token", "flops_ratio"}
-
-
-def _parsed(name: str, text: str) -> int | float | str | None:
-    if not text and name in ("flops_ratio", "peak_bytes"):
-        return None
-    return int(text) if name in _INTEGERS else float(text) if name in _FLOATS else text
-
-
-def _check_columns(file: IO[str], path: Path) -> None:
-    if next(csv.reader(file), None) != COLUMNS:
-        raise PopError(f"{path} is not a table of this version of `pop-gguf bench`: give another file")
 
 
 def summarize(runs: Iterable[Run]) -> dict[Setting, list[Case]]:
@@ -207,33 +93,41 @@ def summarize(runs: Iterable[Run]) -> dict[Setting, list[Case]]:
         ordered, key=lambda run: (run.setting, run.n_parallel, run.n_prompt)
     ):
         of_case = list(group)
-        for boundary in sorted({run.boundary for run in of_case if run.engine == "pop"}):
-            case = _case(of_case, setting.baseline, n_parallel, n_prompt, boundary)
+        for engine, boundary in sorted({(run.engine, run.boundary) for run in of_case if run.engine in _ENGINES}, key=lambda key: key[::-1]):
+            case = _case(of_case, setting, n_parallel, n_prompt, engine, boundary)
             if case:
                 result.setdefault(setting, []).append(case)
     return result
 
 
-def _case(runs: list[Run], baseline: str, n_parallel: int, n_prompt: int, boundary: int) -> Case | None:
-    def pairs(phase: str, engine: str, against: str = baseline) -> list[tuple[Run, Run]]:
-        cut = boundary if engine == "pop" else 0
+def _case(runs: list[Run], setting: Setting, n_parallel: int, n_prompt: int, engine: str, boundary: int) -> Case | None:
+    baseline = setting.baseline
+
+    def pairs(phase: str, name: str) -> list[tuple[Run, Run]]:
         of_phase = [run for run in runs if run.phase == phase]
-        left = {(run.session, run.run): run for run in of_phase if run.engine == against}
-        right = {(run.session, run.run): run for run in of_phase if run.engine == engine and run.boundary == cut}
+        left = {(run.session, run.run): run for run in of_phase if run.engine == baseline}
+        right = {
+            (run.session, run.run): run
+            for run in of_phase
+            if run.engine == name and (name not in _ENGINES or run.boundary == boundary)
+        }
         return [(left[key], right[key]) for key in left if key in right]
 
-    main = pairs("main", "pop")
+    main = pairs("main", engine)
     if not main:
         return None
     stock, pop = zip(*main, strict=True)
-    baseline_ms, pop_ms = (statistics.median(run.ttft_ms for run in side) for side in (stock, pop))
-    one_token_ms = statistics.median(run.decode_ms_per_token for run in stock)
+    baseline_ms, pop_ms = (_median(side, "ttft_ms") for side in (stock, pop))
+    # one token's pass; a token that is continued has only the layers from the boundary on before it
+    share = (setting.n_layer - boundary) / setting.n_layer if engine == "pop" else 1
     flops_ratio = pop[-1].flops_ratio
-    bound_ms = None if flops_ratio is None else baseline_ms * flops_ratio + one_token_ms
+    bound_ms = None if flops_ratio is None else baseline_ms * flops_ratio + _median(stock, "decode_ms_per_token") * share
+    planned = [run.plan_ms / run.ttft_ms for run in pop if run.plan_ms is not None]
     return Case(
         n_parallel=n_parallel,
         n_prompt=n_prompt,
         boundary=boundary,
+        way=_ENGINES[engine],
         runs=len(main),
         baseline_ms=baseline_ms,
         pop_ms=pop_ms,
@@ -244,9 +138,32 @@ def _case(runs: list[Run], baseline: str, n_parallel: int, n_prompt: int, bounda
         off_before=_ratio(pairs("before", "pop-off"), "ttft_ms"),
         off_after=_ratio(pairs("main", "pop-off"), "ttft_ms"),
         control=_ratio(pairs("control", f"{baseline}-2"), "ttft_ms"),
+        planning=statistics.median(planned) if planned else None,
+        mixed=_mixed(pairs("mixed", engine), n_parallel, n_prompt),
         baseline_peak_bytes=max((run.peak_bytes for run in stock if run.peak_bytes), default=None),
         pop_peak_bytes=max((run.peak_bytes for run in pop if run.peak_bytes), default=None),
     )
+
+
+def _mixed(pairs: list[tuple[Run, Run]], n_parallel: int, n_prompt: int) -> Mixed | None:
+    if not pairs:
+        return None
+    n_writers = n_parallel // 2
+    n_read = (n_parallel - n_writers) * n_prompt
+
+    def tokens_per_s(run: Run) -> float:
+        return 1000 * (n_read / run.ttft_ms + n_writers / run.decode_ms_per_token)
+
+    stock, pop = zip(*pairs, strict=True)
+    return Mixed(
+        _ratio(pairs, "ttft_ms"),
+        *(statistics.median(map(tokens_per_s, side)) for side in (stock, pop)),
+        *(_median(side, "decode_ms_per_token") for side in (stock, pop)),
+    )
+
+
+def _median(runs: Iterable[Run], attribute: str) -> float:
+    return statistics.median(getattr(run, attribute) for run in runs)
 
 
 def _ratio(pairs: list[tuple[Run, Run]], attribute: str) -> Ratio | None:
@@ -269,16 +186,22 @@ def tables(setting: Setting, cases: list[Case]) -> str:
     stock = setting.baseline == "stock"
     name = "stock" if stock else "off"
     baseline = "stock llama.cpp in a process of its own" if stock else "our library with POP off (no --stock given)"
-    first = [("prompt", "seqs", "boundary", "runs", f"{name} ms", "POP ms", "speed-up [95%]", "bound", "of bound")]
-    second = [("prompt", "seqs", "boundary", f"{name}/{name}", "POP off before", "POP off after", "decode", f"{name} MB", "POP MB")]
+    key = ("prompt", "seqs", "boundary", "last token")
+    first = [(*key, "runs", f"{name} ms", "POP ms", "speed-up [95%]", "bound", "of bound", "planning")]
+    second = [(*key, f"{name}/{name}", "POP off before", "POP off after", "decode", f"{name} MB", "POP MB")]
+    third = [(*key, f"{name} tokens/s", "POP tokens/s", "speed-up [95%]", f"{name} ms/token", "POP ms/token")]
     for case in cases:
-        key = (case.n_prompt, case.n_parallel, case.boundary)
+        key = (case.n_prompt, case.n_parallel, case.boundary, case.way)
         reached = _text(case.reached, "{:.1%}")
         times = (f"{case.baseline_ms:.1f}", f"{case.pop_ms:.1f}", str(case.speedup), _text(case.bound, "{:.3f}"), reached)
-        first.append((*key, case.runs, *times))
+        first.append((*key, case.runs, *times, _text(case.planning, "{:.2%}")))
         ratios = map(_text, (case.control, case.off_before, case.off_after, case.decode))
         peaks = (_text(peak and peak / 1e6, "{:.0f}") for peak in (case.baseline_peak_bytes, case.pop_peak_bytes))
         second.append((*key, *ratios, *peaks))
+        if mixed := case.mixed:
+            rates = (f"{value:.1f}" for value in (mixed.baseline_tokens_per_s, mixed.pop_tokens_per_s))
+            waits = (f"{value:.1f}" for value in (mixed.baseline_wait_ms, mixed.pop_wait_ms))
+            third.append((*key, *rates, str(mixed.speedup), *waits))
     return "\n".join(
         (
             f"model     {setting.model} ({setting.file_type}), {setting.n_layer} layers",
@@ -286,14 +209,21 @@ def tables(setting: Setting, cases: list[Case]) -> str:
             f"baseline  {baseline}; {setting.version}",
             "",
             "Time to first token, medians. bound: the speed-up that the operations left allow (from the two real graphs, plus one",
-            "token's pass through the whole model).",
+            "token's pass through the layers that remain for it). planning: share that building and planning POP's graphs took.",
             *_aligned(first),
             "",
             f"What POP must leave alone, as {name} time / other time: two {name} processes (the machine's own spread), POP off before",
             f"the first pruned pass and between pruned passes, time per generated token (mean of {setting.n_decode}); peak memory.",
             *_aligned(second),
+            *(["", *_MIXED, *_aligned(third)] if len(third) > 1 else []),
         )
     )
+
+
+_MIXED = (
+    "Half of the sequences read their prompts while the others write: tokens per second of both, and a writer's wait for each",
+    "token (a step: one token of each writer, and as much of the prompts as fits into the micro-batch).",
+)
 
 
 def _text(value: object, form: str = "{}") -> str:

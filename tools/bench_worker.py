@@ -62,8 +62,15 @@ class Worker:
             "devices": self._devices(),
         }
 
-    def context(self, n_prompt: int, n_decode: int, n_parallel: int) -> dict:
-        """Makes a context that holds the case and no more; the prompt goes in with a single llama_decode."""
+    def context(self, n_prompt: int, n_decode: int, n_parallel: int, unified: bool) -> dict:
+        """Makes a context that holds the case and no more; the prompt goes in with a single llama_decode.
+
+        Args:
+            n_prompt: Tokens of each sequence's prompt.
+            n_decode: Tokens after it.
+            n_parallel: Sequences.
+            unified: One cache for all sequences, as servers have it, instead of one each.
+        """
         if self.ctx:
             self.llama.llama_free(self.ctx)
         per_sequence = -(-(n_prompt + n_decode) // 256) * 256
@@ -71,6 +78,7 @@ class Worker:
         parameters.n_ctx = parameters.n_batch = n_parallel * per_sequence
         parameters.n_ubatch = self.n_ubatch
         parameters.n_seq_max = n_parallel
+        parameters.kv_unified = unified
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.flash_attn_type = int(self.flash_attn)
         self.ctx = self.llama.llama_init_from_model(self.model, parameters)
@@ -83,36 +91,65 @@ class Worker:
         self.tokens = [[seeded.randrange(n_vocab) for _ in range(n_prompt + n_decode)] for _ in range(n_parallel)]
         return {}
 
-    def prefill(self, n_prompt: int, boundary: int | None) -> dict:
+    def boundary(self, boundary: int) -> dict:
+        """Sets the boundary. ``continues``: tokens that ask for logits go on from there instead of repeating what is below."""
+        self.library.set_boundary(self.ctx, boundary)
+        return {"continues": self.library.continues(self.ctx)}
+
+    def prefill(self, n_prompt: int, boundary: int | None, continues: bool = True) -> dict:
         """Reads the prompt of every sequence into an empty cache.
 
         Args:
             n_prompt: Tokens of each sequence.
             boundary: For our engine; None leaves the context as it is, off from its start on.
+            continues: Whether tokens that ask for logits go on from the boundary, where they can.
 
         Returns:
             ``ttft_ms``: until the logits after every prompt are there; ``pruned``: tokens that POP pruned in it;
-            ``logits_sha256``: of the last sequence's logits.
+            ``plan_ms``: spent on building and planning graphs in it, None for stock; ``logits_sha256``: of the last
+            sequence's logits.
         """
-        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.ctx), True)
-        if boundary is not None:
-            self.library.set_boundary(self.ctx, boundary)
-        pruned = self.library.n_pruned(self.ctx) if self.library else 0
-        self.n_past = 0
+        self._begin(boundary, continues)
+        pruned, plan_ms = self._counters()
         time.sleep(_PAUSE_S)
         ttft_ms = self._decode(n_prompt)
+        pruned, plan_ms = (after and after - before for after, before in zip(self._counters(), (pruned, plan_ms)))
         row = np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, -1), shape=(self.n_vocab,))
         if not np.isfinite(row).all():
             raise RuntimeError("the logits are not finite: timings of this model would mean nothing")
         return {
             "ttft_ms": ttft_ms,
-            "pruned": (self.library.n_pruned(self.ctx) if self.library else 0) - pruned,
+            "pruned": pruned,
+            "plan_ms": plan_ms,
             "logits_sha256": hashlib.sha256(row.tobytes()).hexdigest(),
         }
 
     def decode(self, n: int) -> dict:
         """Decodes ``n`` steps of one token a sequence after the prefill; ``ms_per_token`` is a step's mean time."""
         return {"ms_per_token": sum(self._decode(1) for _ in range(n)) / n}
+
+    def mixed(self, n_prompt: int, boundary: int | None, continues: bool = True) -> dict:
+        """One half of the sequences reads its prompts, one after the other, while the other half writes a token each step.
+
+        The writers' prompts are in the cache. A step is one llama_decode: a token of each writer, and as much of the prompts as
+        fits into the micro-batch.
+
+        Returns:
+            ``ms``: until all prompts are read; ``steps``; ``pruned``: tokens that POP pruned in them.
+        """
+        self._begin(boundary, continues)
+        writers, readers = range(self.n_parallel // 2), range(self.n_parallel // 2, self.n_parallel)
+        self._run([(self.tokens[s][i], i, s, i == n_prompt - 1) for s in writers for i in range(n_prompt)])
+        to_read = [(self.tokens[s][i], i, s, i == n_prompt - 1) for s in readers for i in range(n_prompt)]
+        pruned, _ = self._counters()
+        time.sleep(_PAUSE_S)
+        ms, steps, chunk = 0.0, 0, self.n_ubatch - len(writers)
+        for first in range(0, len(to_read), chunk):
+            position = n_prompt + steps
+            writes = [(self.tokens[s][position], position, s, True) for s in writers]
+            ms += self._run(writes + to_read[first : first + chunk])
+            steps += 1
+        return {"ms": ms, "steps": steps, "pruned": self._counters()[0] - pruned}
 
     def flops(self, micro_batches: list[list[int]]) -> dict:
         """Floating-point operations of these micro-batches' graphs in all, [n_tokens, n_seqs, boundary, n_outputs] each."""
@@ -133,25 +170,38 @@ class Worker:
         scale = 1 if sys.platform == "darwin" else 1024
         return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
 
+    def _begin(self, boundary: int | None, continues: bool) -> None:
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.ctx), True)
+        if boundary is not None:
+            self.library.set_boundary(self.ctx, boundary)
+            self.library.set_continuation(self.ctx, continues)
+        self.n_past = 0
+
+    def _counters(self) -> tuple[int, float | None]:
+        """Tokens pruned, and milliseconds spent on graphs, since the context was made."""
+        return (self.library.n_pruned(self.ctx), self.library.plan_ms(self.ctx)) if self.library else (0, None)
+
     def _decode(self, n_tokens: int) -> float:
         """The next ``n_tokens`` of every sequence, logits for the last of each. Returns milliseconds."""
-        batch = self.llama.llama_batch_init(n_tokens * self.n_parallel, 0, 1)
-        batch.n_tokens = n_tokens * self.n_parallel
-        i = 0
-        for sequence, tokens in enumerate(self.tokens):
-            for position in range(self.n_past, self.n_past + n_tokens):
-                batch.token[i], batch.pos[i] = tokens[position], position
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                batch.logits[i] = position == self.n_past + n_tokens - 1
-                i += 1
+        last = self.n_past + n_tokens - 1
+        entries = [(tokens[i], i, s, i == last) for s, tokens in enumerate(self.tokens) for i in range(self.n_past, last + 1)]
+        self.n_past += n_tokens
+        return self._run(entries)
+
+    def _run(self, entries: list[tuple[int, int, int, bool]]) -> float:
+        """One llama_decode of (token, position, sequence, asks for logits). Returns milliseconds."""
+        batch = self.llama.llama_batch_init(len(entries), 0, 1)
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, asks) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, asks
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
         started = time.perf_counter_ns()
         status = self.llama.llama_decode(self.ctx, batch)
         self.llama.llama_synchronize(self.ctx)
         elapsed = time.perf_counter_ns() - started
         self.llama.llama_batch_free(batch)
         if status:
-            raise RuntimeError(f"llama_decode of {i} tokens failed with {status}: {self._reason()}")
-        self.n_past += n_tokens
+            raise RuntimeError(f"llama_decode of {len(entries)} tokens failed with {status}: {self._reason()}")
         return elapsed / 1e6
 
     def _keep_error(self, level: int, text: bytes, _user_data) -> None:
