@@ -9,7 +9,7 @@
 #include "llama.h"
 
 #define LLAMA_POP_OFF          0
-#define LLAMA_POP_FROM_FILE  (-1) // the model file's pop.boundary; off where it has none
+#define LLAMA_POP_FROM_FILE  (-1) // the model file's pop.boundary, off where it has none, and its pop.head and pop.tail
 
 #ifdef __cplusplus
 extern "C" {
@@ -18,7 +18,11 @@ extern "C" {
     // Holds from the next llama_decode on. On false nothing has changed and llama_pop_last_error() says why.
     LLAMA_API bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
 
-    // Where a micro-batch holds tokens of both kinds, those that ask for logits go on from their own state at the boundary,
+    // Other tokens that run every layer, from the next llama_decode on: of each sequence the first n_head positions, and in each
+    // batch the n_tail tokens up to each that asks for logits, itself included. 0 and 1 at the start.
+    LLAMA_API bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
+
+    // Where a micro-batch holds tokens of both kinds, those that run every layer go on from their own state at the boundary,
     // if the architecture and its memory allow; off, or where they do not: a micro-batch of their own runs every layer. On at
     // the start; the results are the same.
     LLAMA_API void llama_pop_set_continuation(struct llama_context * ctx, bool continues);

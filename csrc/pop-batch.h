@@ -3,7 +3,10 @@
 
 #pragma once
 
+#include "llama.h"
+
 #include <cstdint>
+#include <map>
 #include <vector>
 
 struct ggml_tensor;
@@ -40,9 +43,19 @@ struct llama_pop_batch {
     bool prunes = false; // micro-batches in which no token needs the whole model are pruned
     bool mixes  = false; // tokens of both kinds may share a micro-batch
 
+    int32_t n_head = 0; // of each sequence, this many first positions need the whole model
+    int32_t n_tail = 1; // of each sequence, this many tokens up to each that asks for logits do
+
     // called at the start of every attempt to split a batch
-    void reset(const int8_t * output, int32_t n_tokens) {
-        full.assign(output, output + n_tokens);
+    void reset(const llama_batch & batch) {
+        full.assign(batch.logits, batch.logits + batch.n_tokens);
+
+        std::map<llama_seq_id, int32_t> n_left; // of the tail of the nearest later token that asks
+        for (int32_t i = batch.n_tokens - 1; i >= 0; --i) {
+            int32_t & n = n_left[batch.seq_id[i][0]];
+            full[i] = full[i] || n > 0 || batch.pos[i] < n_head;
+            n       = batch.logits[i] ? n_tail - 1 : n - 1;
+        }
     }
 
     // recurrent snapshots need the last n_tail tokens of a sequence in one micro-batch: if one of them asks for logits, all

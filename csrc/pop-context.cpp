@@ -30,6 +30,8 @@ void llama_pop_context::begin(const llama_cparams & cparams, llama_pop_batch & b
     // a non-causal batch has to stay in one piece
     batch.prunes = boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
     batch.mixes  = batch.prunes && mixes();
+    batch.n_head = n_head;
+    batch.n_tail = n_tail;
 }
 
 llama_pop_graph llama_pop_context::graph(const llama_cparams & cparams, llm_graph_type gtype, const llama_ubatch & ubatch) const {
@@ -162,10 +164,14 @@ bool llama_pop_set_boundary(llama_context * ctx, int32_t boundary) {
 
     if (boundary == LLAMA_POP_FROM_FILE) {
         std::string why;
-        boundary = pop_boundary_of_file(model, why);
-        if (boundary < 0) {
+        pop_file    file;
+        if (!pop_read_file(model, file, why)) {
             return refuse(why);
         }
+        if (!llama_pop_set_boundary(ctx, file.boundary)) {
+            return false;
+        }
+        return llama_pop_set_ends(ctx, file.head, file.tail);
     }
     if (boundary == LLAMA_POP_OFF || boundary == n_layer) {
         ctx->pop.boundary = 0;
@@ -193,6 +199,16 @@ bool llama_pop_set_boundary(llama_context * ctx, int32_t boundary) {
 
 int32_t llama_pop_get_boundary(const llama_context * ctx) {
     return ctx->pop.boundary ? (int32_t) ctx->pop.boundary : pop_n_layer(*llama_get_model(ctx));
+}
+
+bool llama_pop_set_ends(llama_context * ctx, int32_t n_head, int32_t n_tail) {
+    if (n_head < 0 || n_tail < 1) {
+        return refuse("a head of " + std::to_string(n_head) + " and a tail of " + std::to_string(n_tail) +
+                      " tokens: give at least 0 and at least 1");
+    }
+    ctx->pop.n_head = n_head;
+    ctx->pop.n_tail = n_tail;
+    return true;
 }
 
 void llama_pop_set_continuation(llama_context * ctx, bool continues) {

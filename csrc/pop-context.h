@@ -14,6 +14,8 @@
 struct llama_pop_context {
     uint32_t boundary        = 0;    // first layer that prefill skips, 0 = off
     bool     continues       = true; // tokens that need the whole model go on from their boundary states where that is proven
+    int32_t  n_head          = 0;    // see llama_pop_batch
+    int32_t  n_tail          = 1;
     uint64_t n_tokens_pruned = 0;
     int64_t  t_plan_us       = 0;
 

@@ -75,32 +75,42 @@ static bool meta_int(const llama_model & model, const char * key, bool & present
     return errno == 0 && end != text && *end == '\0';
 }
 
-int32_t pop_boundary_of_file(const llama_model & model, std::string & why) {
+bool pop_read_file(const llama_model & model, pop_file & file, std::string & why) {
     const int32_t n_layer = pop_n_layer(model);
+    const char *  mend    = ": write the file again with pop-gguf convert";
 
-    bool    has_version  = false;
-    bool    has_boundary = false;
-    int64_t version      = 0;
-    int64_t boundary     = 0;
-
+    bool    has_version = false;
+    int64_t version     = 0;
     if (!meta_int(model, "pop.version", has_version, version) || (has_version && version < 1)) {
-        why = "pop.version is not a positive integer: write the file again with pop-gguf convert";
-        return -1;
+        why = std::string("pop.version is not a positive integer") + mend;
+        return false;
     }
     if (has_version && version > POP_VERSION) {
         why = "pop.version " + std::to_string(version) + " is newer than this build reads (" + std::to_string(POP_VERSION) +
               "): update pypop-gguf";
-        return -1;
-    }
-    if (!meta_int(model, "pop.boundary", has_boundary, boundary) ||
-            (has_boundary && (boundary < 1 || boundary > n_layer))) {
-        why = "pop.boundary is not an integer from 1 to " + std::to_string(n_layer) + ": write the file again with pop-gguf convert";
-        return -1;
-    }
-    if (has_boundary && !has_version) {
-        why = "pop.boundary stands without pop.version: write the file again with pop-gguf convert";
-        return -1;
+        return false;
     }
 
-    return has_boundary ? (int32_t) boundary : n_layer;
+    file = {};
+    file.boundary = n_layer;
+
+    const struct { const char * key; int64_t low, high; int32_t * value; } keys[] = {
+        { "pop.boundary", 1, n_layer,   &file.boundary },
+        { "pop.head",     0, INT32_MAX, &file.head     },
+        { "pop.tail",     1, INT32_MAX, &file.tail     },
+    };
+    for (const auto & k : keys) {
+        bool    present = false;
+        int64_t value   = 0;
+        if (!meta_int(model, k.key, present, value) || (present && (value < k.low || value > k.high))) {
+            why = std::string(k.key) + " is not an integer from " + std::to_string(k.low) + " to " + std::to_string(k.high) + mend;
+            return false;
+        }
+        if (present && !has_version) {
+            why = std::string(k.key) + " stands without pop.version" + mend;
+            return false;
+        }
+        *k.value = present ? (int32_t) value : *k.value;
+    }
+    return true;
 }

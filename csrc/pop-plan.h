@@ -17,5 +17,12 @@ int32_t pop_lossless_boundary(const llama_model & model);
 // why this model cannot be pruned at this boundary (1..L), empty if it can
 std::string pop_refusal(const llama_model & model, int32_t boundary);
 
-// pop.boundary of the model's file, L where it has none; on a key that is not usable returns -1 and sets why
-int32_t pop_boundary_of_file(const llama_model & model, std::string & why);
+// what a model's file says
+struct pop_file {
+    int32_t boundary; // L where it has none
+    int32_t head = 0;
+    int32_t tail = 1;
+};
+
+// false where a key is not usable, and why
+bool pop_read_file(const llama_model & model, pop_file & file, std::string & why);

@@ -23,6 +23,7 @@ from pypop_gguf.errors import PopError
 
 _DECLARATIONS = """
     bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
+    bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
     void llama_pop_set_continuation(struct llama_context * ctx, bool continues);
     bool llama_pop_continues(const struct llama_context * ctx);
     int32_t llama_pop_get_boundary(const struct llama_context * ctx);
@@ -113,6 +114,16 @@ def set_boundary(ctx: int, boundary: int) -> None:
         PopError: The model cannot be pruned there; the context keeps the boundary it had.
     """
     if not _native.llama_pop_set_boundary(_context(ctx), boundary):
+        raise PopError(_last_error())
+
+
+def set_ends(ctx: int, n_head: int, n_tail: int) -> None:
+    """Which prompt tokens run every layer besides the last: the first ``n_head`` of each sequence, the last ``n_tail``.
+
+    Raises:
+        PopError: ``n_head`` is below 0 or ``n_tail`` below 1.
+    """
+    if not _native.llama_pop_set_ends(_context(ctx), n_head, n_tail):
         raise PopError(_last_error())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.metadata import read_metadata
+from pypop_gguf.metadata import PopMetadata, read_metadata
 
 llama_cpp = _library.load()
 
@@ -39,12 +39,18 @@ class PopStatus:
         n_layer: Layers of the model, L.
         source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper layers
             share a cache, so a lower boundary is exact) or ``"off"``.
+        head: First tokens of a sequence that run every layer all the same.
+        tail: Last tokens of a prompt that do, the very last included.
+        min_tokens: Prompts with fewer new tokens are not pruned.
     """
 
     enabled: bool
     boundary: int
     n_layer: int
     source: str
+    head: int = 0
+    tail: int = 1
+    min_tokens: int = 0
 
 
 @dataclass
@@ -83,22 +89,35 @@ class PopLlama(llama_cpp.Llama):
         pop_boundary: First layer that prefill skips, 1..L (L = off), or ``"lossless"``: the last layer that writes to the
             cache. Default: the file's ``pop.boundary``; without one, off, except where upper layers share a cache
             (Gemma 3n, Gemma 4), where the lossless boundary is the default.
+        pop_head: First tokens of each sequence that run every layer. Default: the file's ``pop.head``, else 0.
+        pop_tail: Last tokens of each prompt that run every layer, 1 to ``n_batch``. Default: the file's ``pop.tail``, else 1.
+        pop_min_tokens: Prompts with fewer new tokens, what is reused from the cache left out, are not pruned. Default: the
+            file's ``pop.min_tokens``, else 0.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes.
 
     Raises:
         TypeError: An argument neither class knows, or ``pop_boundary`` of another type.
-        PopError: The file cannot be read, or the model cannot be pruned at that boundary.
+        PopError: The file cannot be read, the model cannot be pruned at that boundary, or a number of tokens is out of range.
     """
 
     def __init__(
-        self, model_path: str, *, pop: bool = True, pop_boundary: int | str | None = None, **llama_kwargs
+        self,
+        model_path: str,
+        *,
+        pop: bool = True,
+        pop_boundary: int | str | None = None,
+        pop_head: int | None = None,
+        pop_tail: int | None = None,
+        pop_min_tokens: int | None = None,
+        **llama_kwargs,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ needs it also where we refuse to start
         unknown = sorted(set(llama_kwargs) - _PARENT_PARAMETERS)
         if unknown:
             raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
         _check_boundary_type("pop_boundary", pop_boundary)
-        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary}
+        ends = {"pop_head": pop_head, "pop_tail": pop_tail, "pop_min_tokens": pop_min_tokens}
+        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, **ends}
         self._requested: int | None = None  # boundary of the call that is running, None outside calls
         self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
@@ -116,7 +135,9 @@ class PopLlama(llama_cpp.Llama):
             boundary, source = self._choose(stored.boundary if stored else None, n_layer)
             if boundary < n_layer:
                 _library.set_boundary(self._ctx.ctx, boundary)
-            self._status = PopStatus(boundary < n_layer, boundary, n_layer, source if boundary < n_layer else "off")
+            self._status = PopStatus(
+                boundary < n_layer, boundary, n_layer, source if boundary < n_layer else "off", *self._choose_ends(stored)
+            )
         # Boundary that each cached position was computed with; n_layer = by the whole model.
         self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
 
@@ -147,6 +168,21 @@ class PopLlama(llama_cpp.Llama):
                 file=sys.stderr,
             )
         return n_layer, "off"
+
+    def _choose_ends(self, stored: PopMetadata | None) -> tuple[int, int, int]:
+        """Head, tail and fewest tokens; head and tail are the context's from now on."""
+        chosen = []
+        for name, default, low, high in (("head", 0, 0, None), ("tail", 1, 1, self.n_batch), ("min_tokens", 0, 0, None)):
+            value = self._pop_arguments[f"pop_{name}"]
+            if value is None:
+                of_file = getattr(stored, name, None)
+                value = default if of_file is None else of_file
+            if not isinstance(value, int) or value < low or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"{low} to {high} (n_batch)"
+                raise PopError(f"pop_{name} is {value!r}: give a whole number, {allowed}")
+            chosen.append(value)
+        _library.set_ends(self._ctx.ctx, *chosen[:2])
+        return tuple(chosen)
 
     def _resolve(self, boundary: int | str) -> int:
         """Validates a boundary by setting it; every eval() sets the one it needs again, which then costs nothing."""
@@ -267,13 +303,53 @@ class PopLlama(llama_cpp.Llama):
         Raises:
             RuntimeError: llama.cpp could not decode (the context is full, for one).
         """
+        self._eval(tokens, self._logits_everywhere or (self._logits_all and not self._reading_prompt))
+
+    def score(
+        self, prompt: Sequence[int], continuation: Sequence[int], *, pop: bool | None = None, boundary: int | str | None = None
+    ) -> np.ndarray:
+        """Logits for each token of a continuation, by the whole model on the cache that a pruned prompt has left.
+
+        Args:
+            prompt: Token ids, at least one. What is cached is forgotten first.
+            continuation: Token ids, at least one.
+            pop: As in :meth:`create_completion`; ``boundary`` likewise.
+
+        Returns:
+            F32 [len(continuation), n_vocab]; row i predicts ``continuation[i]``.
+
+        Raises:
+            ValueError: Both together are longer than the context, or one is empty.
+            PopError: The model cannot be pruned at that boundary.
+        """
+        if not prompt or not continuation or len(prompt) + len(continuation) > self.n_ctx():
+            raise ValueError(f"{len(prompt)} and {len(continuation)} tokens: give one each at least, and {self.n_ctx()} at most")
+        requested = self._boundary_for(pop, boundary)
+        self.reset()
+        self._ctx.kv_cache_clear()
+        rows = []
+        with self._calling(requested):
+            self._eval(prompt, self._logits_everywhere)
+            rows.append(self._logits_of(1))
+            for start in range(0, len(continuation) - 1, self.n_batch):
+                chunk = continuation[start : min(start + self.n_batch, len(continuation) - 1)]
+                self._eval(chunk, True)
+                rows.append(self._logits_of(len(chunk)))
+        return np.concatenate(rows)
+
+    def _logits_of(self, n: int) -> np.ndarray:
+        """Of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
+        rows = (llama_cpp.llama_get_logits_ith(self._ctx.ctx, i) for i in range(-n, 0))
+        return np.stack([np.ctypeslib.as_array(row, shape=(self._n_vocab,)) for row in rows])
+
+    def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
         started = time.perf_counter()
-        every_token = self._logits_everywhere or (self._logits_all and not self._reading_prompt)
-        _library.set_boundary(self._ctx.ctx, self._asked_boundary())
-        computed_with = self._as_recorded(self._asked_boundary())
+        boundary = self._status.n_layer if len(tokens) < self._status.min_tokens else self._asked_boundary()
+        _library.set_boundary(self._ctx.ctx, boundary)
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-        for start in range(0, len(tokens), self.n_batch):
-            chunk = tokens[start : start + self.n_batch]
+        starts = self._chunk_starts(len(tokens))
+        for start, end in zip(starts, [*starts[1:], len(tokens)]):
+            chunk = tokens[start:end]
             past, size = self.n_tokens, len(chunk)
             self._batch.set_batch(batch=chunk, n_past=past, logits_all=every_token)
             last_of_all = start + size == len(tokens)
@@ -287,15 +363,23 @@ class PopLlama(llama_cpp.Llama):
                     self.scores[past : past + size, :].reshape(-1)[::] = logits
                 self._computed_with[past : past + size] = self._status.n_layer
             else:
-                self._computed_with[past : past + size] = computed_with
-                if last_of_all:
-                    self._computed_with[past + size - 1] = self._status.n_layer
+                whole_from = past + size - self._status.tail if last_of_all else past + size
+                pruned = slice(max(past, self._status.head), max(past, whole_from))
+                self._computed_with[past : past + size] = self._status.n_layer
+                self._computed_with[pruned] = self._as_recorded(boundary)
             self.n_tokens += size
             self._requires_eval = False
         if self._reading_prompt:
             llama_cpp.llama_synchronize(self._ctx.ctx)
             self._prefill = (len(tokens), time.perf_counter() - started)
             self._reading_prompt = False
+
+    def _chunk_starts(self, n_tokens: int) -> list[int]:
+        """Where pieces of at most n_batch tokens start; the tail stays in one of them, with the token that asks for logits."""
+        starts = list(range(0, n_tokens, self.n_batch))
+        if len(starts) > 1 and n_tokens - starts[-1] < self._status.tail:
+            starts[-1] = n_tokens - self._status.tail
+        return starts
 
     def _asked_boundary(self) -> int:
         return self._status.boundary if self._requested is None else self._requested

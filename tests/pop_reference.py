@@ -1,15 +1,15 @@
 """POP written a second time, in PyTorch on transformers: what the engine is compared with.
 
-Prefill runs every prompt token but the last with hooks that make each layer from the boundary on return its input; the
-layer still runs, so its keys and values of the boundary state reach the cache. Then the last token and all that follow
-run through the whole model on that cache.
+Prefill runs every prompt token but those of head and tail with hooks that make each layer from the boundary on return its
+input; the layer still runs, so its keys and values of the boundary state reach the cache. Head and tail, and all tokens that
+follow, run through the whole model on that cache.
 """
 
 import numpy as np
 import torch
 
 
-def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int) -> np.ndarray:
+def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1) -> np.ndarray:
     """Logits of the last prompt token and of every token after it.
 
     Args:
@@ -18,6 +18,8 @@ def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: in
         tokens: Prompt and continuation, [T].
         boundary: First skipped layer of the prefill; len(decoder_layers) skips none.
         n_prompt: Tokens of the prompt, N.
+        head: First tokens of the prompt that run through the whole model.
+        tail: Last tokens of the prompt that do.
 
     Returns:
         F32 [T - N + 1, n_vocab].
@@ -29,17 +31,19 @@ def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: in
 
     ids = torch.tensor([tokens])
     with torch.no_grad():
+        cache = model(input_ids=ids[:, :head], use_cache=True).past_key_values if head else None
         hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in decoder_layers[boundary:]]
         try:
-            cache = model(input_ids=ids[:, : n_prompt - 1], use_cache=True).past_key_values
+            pruned = ids[:, head : n_prompt - tail]
+            cache = model(input_ids=pruned, past_key_values=cache, use_cache=True).past_key_values
         finally:
             for hook in hooks:
                 hook.remove()
         rows = []
-        for position in range(n_prompt - 1, len(tokens)):
+        for position in range(n_prompt - tail, len(tokens)):
             out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
             rows.append(out.logits[0, -1].float().numpy())
-    return np.stack(rows)
+    return np.stack(rows[tail - 1 :])
 
 
 def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:

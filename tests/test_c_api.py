@@ -41,8 +41,9 @@ def test_file_without_a_boundary_means_off(tmp_path):
         ([("pop.version", 1, UINT32), ("pop.boundary", 7, UINT32)], "not an integer from 1 to 6"),
         ([("pop.version", 1, UINT32), ("pop.boundary", "four", STRING)], "not an integer from 1 to 6"),
         ([("pop.boundary", 4, UINT32)], "without pop.version"),
+        ([("pop.version", 1, UINT32), ("pop.tail", 0, UINT32)], "pop.tail is not an integer from 1"),
     ],
-    ids=["newer-version", "zero", "above-the-last", "text", "no-version"],
+    ids=["newer-version", "zero", "above-the-last", "text", "no-version", "no-tail"],
 )
 def test_unusable_key_is_refused_and_changes_nothing(tmp_path, keys, advice):
     with Engine(write_model(tmp_path / "a.gguf", *keys), boundary=3) as engine:
