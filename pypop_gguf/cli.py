@@ -14,6 +14,8 @@ from pypop_gguf import PopError, __version__
 COMMANDS = {
     "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
     "inspect": ("inspect_gguf", "print a GGUF's POP metadata"),
+    "eval": ("eval", "measure what pruning costs the model's answers, on texts of your own"),
+    "tune": ("tune", "choose the boundary by a budget of quality, measured on texts of your own"),
     "bench": ("bench", "measure time to first token with POP against stock llama.cpp"),
     "random-model": ("random_model", "write a GGUF of a known geometry with random weights, to measure on"),
 }

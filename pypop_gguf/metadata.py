@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,19 @@ from pypop_gguf.gguf_header import GGUFHeader, read_header
 
 VERSION = 1  # newest pop.version that this package reads, and the one it writes
 
+# key -> attribute of PopMetadata, all uint32
+_ENDS = {"pop.head": "head", "pop.tail": "tail", "pop.min_tokens": "min_tokens"}
+# key -> (attribute of Curve, type in the file, or of an array's items)
+_CURVE_ARRAYS = {
+    "pop.curve.boundary": ("boundary", GGUFValueType.UINT32),
+    "pop.curve.kl": ("kl", GGUFValueType.FLOAT32),
+    "pop.curve.loss_increase": ("loss_increase", GGUFValueType.FLOAT32),
+    "pop.curve.speedup": ("speedup", GGUFValueType.FLOAT32),
+}
+_CURVE_SCALARS = {
+    "pop.curve.samples": ("samples", GGUFValueType.UINT32),
+    "pop.curve.source": ("source", GGUFValueType.STRING),
+}
 # key -> (attribute of PopMetadata, type in the file)
 _CALIBRATION = {
     "pop.calibration.source": ("calibration_source", GGUFValueType.STRING),
@@ -32,13 +46,38 @@ _IMPORTANCE = {
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What was measured at some boundaries. Lists of the same length.
+
+    Attributes:
+        boundary: First layer that prefill skips.
+        kl: KL divergence to the whole model, nats a token of the continuation.
+        loss_increase: Relative increase of the negative log-likelihood.
+        speedup: That the operations left allow, for a prompt of 512 tokens.
+        samples: Number of samples behind the means.
+        source: Name of the file that they are from.
+    """
+
+    boundary: list[int]
+    kl: list[float]
+    loss_increase: list[float]
+    speedup: list[float]
+    samples: int
+    source: str
+
+
+@dataclass(frozen=True)
 class PopMetadata:
     """What a file says about POP. Attributes that the file does not set are None.
 
     Attributes:
         boundary: 0-based index of the first layer that prefill skips, 1..L; L = off.
+        head: First tokens of a sequence that run every layer.
+        tail: Last tokens of a prompt that run every layer, at least 1.
+        min_tokens: Prompts with fewer new tokens are not pruned.
         importance_prefill: Fisher score of each layer for prompt tokens, float32 [L].
         importance_decode: The same for the last prompt token and generated tokens, float32 [L].
+        curve: Measured quality, from ``pop-gguf tune``.
         calibration_source: Name of the calibration file, or "bundled".
         calibration_samples: Number of samples behind the scores.
         calibration_tokens: Their tokens in all.
@@ -47,8 +86,12 @@ class PopMetadata:
     """
 
     boundary: int | None = None
+    head: int | None = None
+    tail: int | None = None
+    min_tokens: int | None = None
     importance_prefill: np.ndarray | None = None
     importance_decode: np.ndarray | None = None
+    curve: Curve | None = None
     calibration_source: str | None = None
     calibration_samples: int | None = None
     calibration_tokens: int | None = None
@@ -56,13 +99,19 @@ class PopMetadata:
     calibration_sha256: str | None = None
 
     def key_values(self) -> list[tuple[str, Any, GGUFValueType]]:
-        """The keys to write: (key, value, type in the file); arrays are lists of float32."""
+        """The keys to write: (key, value, type in the file); arrays are of uint32 where all items are int, else of float32."""
         result: list[tuple[str, Any, GGUFValueType]] = [("pop.version", VERSION, GGUFValueType.UINT32)]
         if self.boundary is not None:
             result.append(("pop.boundary", self.boundary, GGUFValueType.UINT32))
+        for key, attribute in _ENDS.items():
+            if (value := getattr(self, attribute)) is not None:
+                result.append((key, value, GGUFValueType.UINT32))
         for key, attribute in _IMPORTANCE.items():
             if (scores := getattr(self, attribute)) is not None:
                 result.append((key, [float(score) for score in scores], GGUFValueType.ARRAY))
+        if self.curve is not None:
+            result += [(key, getattr(self.curve, name), GGUFValueType.ARRAY) for key, (name, _) in _CURVE_ARRAYS.items()]
+            result += [(key, getattr(self.curve, name), kind) for key, (name, kind) in _CURVE_SCALARS.items()]
         for key, (attribute, kind) in _CALIBRATION.items():
             if (value := getattr(self, attribute)) is not None:
                 result.append((key, value, kind))
@@ -131,6 +180,10 @@ def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | No
     boundary = found["boundary"] = value("pop.boundary", GGUFValueType.UINT32)
     if boundary is not None and not 1 <= boundary <= n_layer:
         raise refuse("pop.boundary", str(boundary), f"1 to {n_layer}")
+    for key, attribute in _ENDS.items():
+        found[attribute] = value(key, GGUFValueType.UINT32)
+    if found["tail"] == 0:
+        raise refuse("pop.tail", "0", "at least 1")
     for key, attribute in _IMPORTANCE.items():
         field = reader.get_field(key)
         if field is None:
@@ -142,6 +195,26 @@ def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | No
         found[attribute] = np.asarray(field.contents(), dtype=np.float32)
         if not (np.isfinite(found[attribute]).all() and (found[attribute] >= 0).all()):
             raise refuse(key, "negative or not finite somewhere", "scores of at least 0")
+    if any(key in reader.fields for key in (*_CURVE_ARRAYS, *_CURVE_SCALARS)):
+        found["curve"] = _curve_of(reader, value, refuse, n_layer)
     for key, (attribute, kind) in _CALIBRATION.items():
         found[attribute] = value(key, kind)
     return PopMetadata(**found)
+
+
+def _curve_of(reader: GGUFHeader, value: Callable, refuse: Callable, n_layer: int) -> Curve:
+    found: dict[str, Any] = {}
+    for key, (name, kind) in _CURVE_ARRAYS.items():
+        field = reader.get_field(key)
+        if field is None or field.types != [GGUFValueType.ARRAY, kind]:
+            raise refuse(key, "missing or of another type", f"an array of {kind.name.lower()}")
+        found[name] = list(field.contents())
+        if len(found[name]) != len(found["boundary"]) or not np.isfinite(found[name]).all():
+            raise refuse(key, "of another length than pop.curve.boundary, or not finite", "one number for each boundary")
+    if not all(1 <= boundary <= n_layer for boundary in found["boundary"]):
+        raise refuse("pop.curve.boundary", str(found["boundary"]), f"boundaries of 1 to {n_layer}")
+    for key, (name, kind) in _CURVE_SCALARS.items():
+        if (scalar := value(key, kind)) is None:
+            raise refuse(key, "missing", kind.name.lower())
+        found[name] = scalar
+    return Curve(**found)

@@ -11,13 +11,17 @@ from gguf_files import ARRAY, BOOL, FLOAT32, FLOAT64, INT32, STRING, UINT32, ins
 
 from pypop_gguf import PopError, PopLlama, cli
 from pypop_gguf.gguf_header import read_header
-from pypop_gguf.metadata import VERSION, PopMetadata, read_metadata, trunk_layers
+from pypop_gguf.metadata import VERSION, Curve, PopMetadata, read_metadata, trunk_layers
 from pypop_gguf.tools.gguf_copy import copy_with_metadata
 
 DOCS = Path(__file__).parents[1] / "docs" / "metadata.md"
 VERSION_1 = ("pop.version", 1, UINT32)
 FULL = PopMetadata(
     boundary=4,
+    head=0,
+    tail=16,
+    min_tokens=32,
+    curve=Curve([5, 4], [0.0, 0.25], [0.0, -0.125], [1.25, 1.5], 40, "texts.jsonl"),
     importance_prefill=np.array([3.5, 0.25, 1e-30, 0.1, 7, 0], dtype=np.float32),
     importance_decode=np.array([1, 2, 3, 4, 5, 6], dtype=np.float32),
     calibration_source="märchen.txt",
@@ -29,6 +33,12 @@ FULL = PopMetadata(
 
 # keys beside pop.version (or instead of it) -> what the refusal says, for a model of 12 layers
 BAD_KEYS = {
+    "tail 0": ([("pop.version", 1, UINT32), ("pop.tail", 0, UINT32)], "pop.tail is 0"),
+    "curve without figures": ([("pop.version", 1, UINT32), ("pop.curve.boundary", [4], ARRAY, UINT32)], "pop.curve.kl is missing"),
+    "curve of another length": (
+        [("pop.version", 1, UINT32), ("pop.curve.boundary", [4], ARRAY, UINT32), ("pop.curve.kl", [0.5, 0.1], ARRAY, FLOAT32)],
+        "pop.curve.kl is of another length",
+    ),
     "no version": ([("pop.boundary", 8, UINT32)], "pop.version is missing"),
     "version 0": ([("pop.version", 0, UINT32)], "pop.version is 0"),
     "version of another type": ([("pop.version", "1", STRING)], "pop.version is of type string"),
@@ -146,6 +156,8 @@ def test_docs_list_every_key_with_its_type_and_version():
     written = {}
     for key, value, kind in FULL.key_values():
         is_array = kind == ARRAY
-        written[key] = ("array of float32" if is_array else kind.name.lower(), "[L]" if is_array else "")
+        items = "uint32" if is_array and isinstance(value[0], int) else "float32"
+        shape = "[n]" if key.startswith("pop.curve.") else "[L]"
+        written[key] = (f"array of {items}" if is_array else kind.name.lower(), shape if is_array else "")
     assert {key: (kind, shape.strip()) for key, kind, shape, _since in rows} == written
     assert {since for *_row, since in rows} == {str(VERSION)}

@@ -88,6 +88,42 @@ def choose_boundary(
     return BoundaryChoice(chosen, None if importance is None else skipped_share(importance, chosen), rule)
 
 
+def check_budget(max_kl: float | None, max_loss_increase: float | None) -> None:
+    """Refuses a budget that means nothing.
+
+    Raises:
+        PopError: A number out of range.
+    """
+    for name, value in (("--max-kl", max_kl), ("--max-loss-increase", max_loss_increase)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise PopError(f"{name} {value:g} is out of range: give at least 0")
+
+
+def choose_by_curve(
+    n_layer: int,
+    curve: dict[int, tuple[float, float]],
+    *,
+    max_kl: float | None = None,
+    max_loss_increase: float | None = None,
+) -> BoundaryChoice:
+    """The deepest cut that keeps a budget, and above which every measured one keeps it too.
+
+    Args:
+        n_layer: Layers of the model, L.
+        curve: Boundary -> (KL divergence, relative increase of the loss), measured; L counts as within any budget.
+        max_kl: Largest divergence, nats a token.
+        max_loss_increase: Largest increase of the loss, percent; one of the two is given.
+    """
+    chosen = n_layer
+    for boundary in sorted(curve, reverse=True):
+        kl, increase = curve[boundary]
+        if boundary != n_layer and not (kl <= max_kl if max_kl is not None else 100 * increase <= max_loss_increase):
+            break
+        chosen = boundary
+    rule = f"--max-kl {max_kl:g}" if max_kl is not None else f"--max-loss-increase {max_loss_increase:g}"
+    return BoundaryChoice(chosen, None, rule)
+
+
 def skipped_share(importance: np.ndarray, boundary: int) -> float:
     """Share of the prefill importance that lies in layers ``boundary`` and above, 0..1."""
     total = float(np.sum(importance, dtype=np.float64))

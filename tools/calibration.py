@@ -1,8 +1,7 @@
-"""Calibration texts for the layer importance: read, choose, tokenize, split into prompt and output.
+"""Texts to calibrate or to measure on: read, choose, tokenize, split into prompt and output.
 
-Called by the importance step of the converter, which hands the samples to
-``pypop_gguf.tools.importance.compute_importance``. Needs a tokenizer but not torch. The bundled texts,
-``data/calibration.jsonl``, were written for this package and share its license.
+``convert`` estimates layer importance on them (``pypop_gguf.tools.importance``), ``eval`` and ``tune`` measure quality. Needs a
+tokenizer but not torch. The bundled texts, ``data/calibration.jsonl``, were written for this package and share its license.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,17 @@ _MIN_TEXT_TOKENS = 8  # a shorter text has nothing to prefill
 _MIN_PROMPT_TOKENS = 2  # the last prompt token is a decode step, so one token alone would leave prefill empty
 _CHARACTERS_PER_TOKEN = 4  # sizes the pieces of a long text before it is tokenized; too large only wastes text
 _GIVE = 'give a plain text file, or JSON Lines with "text", "prompt" and "response", or "messages"'
+# keys of a JSON line -> how its prompt is written, and what stands before the response
+_PAIRS = {
+    ("prompt", "response"): ("{}", ""),
+    ("question", "answer"): ("Question: {}\nAnswer:", " "),  # GSM8K
+    ("prompt", "canonical_solution"): ("{}", ""),  # HumanEval
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One calibration request.
+    """One request.
 
     Attributes:
         tokens: Token ids of the prompt and the output after it, [T].
@@ -72,11 +77,18 @@ class CalibrationInfo:
 
 
 @dataclass(frozen=True)
-class _Record:
-    """A text as it stands in the file: ``content`` is a text, a (prompt, response) pair or a list of messages."""
+class Record:
+    """A text as it stands in the file.
 
-    line: int  # 1-based
+    Attributes:
+        line: Its first line, 1-based.
+        content: A text, a (prompt, response) pair or a list of messages.
+        item: The JSON object it was read from; empty for plain text.
+    """
+
+    line: int
     content: Any
+    item: dict = field(default_factory=dict)
 
 
 class _Unusable(Exception):
@@ -86,13 +98,15 @@ class _Unusable(Exception):
 def load_samples(
     tokenizer: Any, path: str | Path | None = None, *, max_samples: int = 200, max_tokens: int = 512, seed: int = 0
 ) -> tuple[list[Sample], CalibrationInfo]:
-    """Read calibration samples.
+    """Read samples.
 
     A plain text file is taken as blocks separated by blank lines, joined and cut to pieces of about ``max_tokens``.
     A ``.jsonl``, ``.ndjson`` or ``.json`` file has one JSON object a line with one of
 
     - ``"text"``: the first 60% of its tokens are the prompt, as for plain text;
-    - ``"prompt"`` and ``"response"``: joined as they are, with a newline where neither has white space;
+    - ``"prompt"`` and ``"response"``: joined as they are, with a newline where neither has white space; so are
+      ``"question"`` and ``"answer"`` (GSM8K), written as ``Question:`` and ``Answer:``, and ``"prompt"`` and
+      ``"canonical_solution"`` (HumanEval);
     - ``"messages"``: a chat, written with the tokenizer's chat template, or as ``role: content`` lines where it has
       none; everything before the last assistant message is the prompt.
 
@@ -119,12 +133,47 @@ def load_samples(
         raise PopError(f"max_tokens is {max_tokens}; give at least {_MIN_TEXT_TOKENS}")
 
     file = BUNDLED_PATH if path is None else Path(path)
+    records, skipped = read_records(file, max_tokens)
+    chosen = choose_samples(tokenizer, file, records, skipped, max_samples=max_samples, max_tokens=max_tokens, seed=seed)
+    samples = [sample for _, sample in chosen]
+    digest = hashlib.sha256()
+    for record, _ in chosen:
+        digest.update(json.dumps(record.content).encode() + b"\n")
+    return samples, CalibrationInfo(
+        source="bundled" if path is None else file.name,
+        n_samples=len(samples),
+        n_tokens=sum(len(sample.tokens) for sample in samples),
+        seed=seed,
+        sha256=digest.hexdigest(),
+        skipped=notes(skipped),
+    )
+
+
+def read_records(file: Path, max_tokens: int) -> tuple[list[Record], dict[int, str]]:
+    """The texts of a file, and the reasons against the lines that are none, by line number.
+
+    Raises:
+        PopError: The file cannot be read or is no UTF-8 text.
+    """
     text = _read_text(file)
     if file.suffix.lower() in _JSONL_SUFFIXES:
-        records, skipped = _parse_json_lines(text)
-    else:
-        records, skipped = _parse_plain_text(text, max_tokens * _CHARACTERS_PER_TOKEN), {}
+        return _parse_json_lines(text)
+    return _parse_plain_text(text, max_tokens * _CHARACTERS_PER_TOKEN), {}
 
+
+def notes(skipped: dict[int, str]) -> tuple[str, ...]:
+    """Each reason with its line number."""
+    return tuple(f"line {line}: {skipped[line]}" for line in sorted(skipped))
+
+
+def choose_samples(
+    tokenizer: Any, file: Path, records: list[Record], skipped: dict[int, str], *, max_samples: int, max_tokens: int, seed: int
+) -> list[tuple[Record, Sample]]:
+    """At most ``max_samples`` records that can be used, in the file's order, tokenized; adds to ``skipped`` those that cannot.
+
+    Raises:
+        PopError: None can be used.
+    """
     # Only chosen texts are tokenized: a calibration file may be far larger than what is needed of it.
     order = list(range(len(records)))
     if len(records) > max_samples:
@@ -139,32 +188,20 @@ def load_samples(
             skipped[records[i].line] = str(reason)
     if not chosen:
         first = f" (line {min(skipped)}: {skipped[min(skipped)]})" if skipped else ""
-        raise PopError(f"calibration file {file} has no usable text{first}; {_GIVE}")
-
-    samples = [chosen[i] for i in sorted(chosen)]
-    digest = hashlib.sha256()
-    for i in sorted(chosen):
-        digest.update(json.dumps(records[i].content).encode() + b"\n")
-    return samples, CalibrationInfo(
-        source="bundled" if path is None else file.name,
-        n_samples=len(samples),
-        n_tokens=sum(len(sample.tokens) for sample in samples),
-        seed=seed,
-        sha256=digest.hexdigest(),
-        skipped=tuple(f"line {line}: {skipped[line]}" for line in sorted(skipped)),
-    )
+        raise PopError(f"{file} has no usable text{first}; {_GIVE}")
+    return [(records[i], chosen[i]) for i in sorted(chosen)]
 
 
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PopError(f"calibration file {file} is not UTF-8 text; {_GIVE}") from error
+        raise PopError(f"{file} is not UTF-8 text; {_GIVE}") from error
     except OSError as error:
-        raise PopError(f"cannot read calibration file {file}: {error.strerror}; {_GIVE}") from error
+        raise PopError(f"cannot read {file}: {error.strerror}; {_GIVE}") from error
 
 
-def _parse_plain_text(text: str, piece_characters: int) -> list[_Record]:
+def _parse_plain_text(text: str, piece_characters: int) -> list[Record]:
     """Join blocks up to ``piece_characters`` and cut longer ones, each record named by its first line."""
     blocks: list[tuple[int, str]] = []  # line number, block
     lines: list[str] = []
@@ -175,32 +212,33 @@ def _parse_plain_text(text: str, piece_characters: int) -> list[_Record]:
             blocks.append((number - len(lines), "\n".join(lines)))
             lines = []
 
-    records: list[_Record] = []
+    records: list[Record] = []
     for number, block in blocks:
         last = records[-1].content if records else None
         if last is not None and len(last) + 2 + len(block) <= piece_characters:
-            records[-1] = _Record(records[-1].line, f"{last}\n\n{block}")
+            records[-1] = Record(records[-1].line, f"{last}\n\n{block}")
             continue
         while len(block) > piece_characters:
             cut = block.rfind(" ", piece_characters // 2, piece_characters)
             cut = piece_characters if cut < 0 else cut
-            records.append(_Record(number, block[:cut]))
+            records.append(Record(number, block[:cut]))
             block = block[cut:].lstrip()
         if block:
-            records.append(_Record(number, block))
+            records.append(Record(number, block))
     return records
 
 
-def _parse_json_lines(text: str) -> tuple[list[_Record], dict[int, str]]:
+def _parse_json_lines(text: str) -> tuple[list[Record], dict[int, str]]:
     """Records of the well-formed lines, and the reasons against the others by line number."""
-    records: list[_Record] = []
+    records: list[Record] = []
     skipped: dict[int, str] = {}
     # Not splitlines(): JSON strings may hold other line separators of Unicode unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            records.append(_Record(number, _record_content(json.loads(line))))
+            item = json.loads(line)
+            records.append(Record(number, _record_content(item), item))
         except json.JSONDecodeError as error:
             skipped[number] = f"not JSON: {error.msg}"
         except _Unusable as reason:
@@ -213,11 +251,16 @@ def _record_content(item: Any) -> str | tuple[str, str] | list[dict[str, str]]:
         raise _Unusable("not a JSON object")
     if "messages" in item:
         return _chat_messages(item["messages"])
-    keys = ("prompt", "response") if "prompt" in item or "response" in item else ("text",)
+    given = [keys for keys in _PAIRS if keys[0] in item and keys[1] in item]
+    given += [keys for keys in _PAIRS if keys[0] in item or (keys[1] in item and "text" not in item)]  # one of them is missing
+    keys = given[0] if given else ("text",)
     for key in keys:
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise _Unusable(f'no "{key}" text')
-    return item["text"] if keys == ("text",) else (item["prompt"], item["response"])
+    if keys == ("text",):
+        return item["text"]
+    form, before = _PAIRS[keys]
+    return form.format(item[keys[0]]), before + item[keys[1]]
 
 
 def _chat_messages(messages: Any) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ Conversion and quantization are llama.cpp's own; this adds layer importance, the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -99,11 +100,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         metadata = _importance(arguments, source, is_gguf, support)
         choice = _choose(arguments, support, metadata.importance_prefill)
-        metadata = PopMetadata(**{**vars(metadata), "boundary": choice.boundary})
+        metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 
         if arguments.outtype in quantize.QUANTIZER_TYPES and (is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES):
             print(f"quantizing to {arguments.outtype}", file=sys.stderr)
             quantize.quantize(plain, scratch / "quantized.gguf", arguments.outtype)
+            metadata = dataclasses.replace(metadata, curve=None)  # measured on other weights
             plain = scratch / "quantized.gguf"
         copy_with_metadata(plain, target, metadata, _bytes_progress)
         if arguments.mmproj:

@@ -103,5 +103,7 @@ def _packed(order: str, key: str, value, kind: GGUFValueType) -> bytes:
     if kind == GGUFValueType.STRING:
         return head + text(value)
     if kind == GGUFValueType.ARRAY:
-        return head + struct.pack(f"{order}IQ{len(value)}f", GGUFValueType.FLOAT32, len(value), *value)
+        integers = all(isinstance(item, int) for item in value)
+        kind, code = (GGUFValueType.UINT32, "I") if integers else (GGUFValueType.FLOAT32, "f")
+        return head + struct.pack(f"{order}IQ{len(value)}{code}", kind, len(value), *value)
     return head + struct.pack(f"{order}I", value)

@@ -1,0 +1,234 @@
+"""``pop-gguf eval``: what pruning costs a model, as it is quantized, on texts of one's own.
+
+For each sample the context is read with the boundary, and the continuation scored by the whole model on that cache, next to the
+whole model's own score. tools/quality.py measures, tools/tasks.py says on what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pypop_gguf import PopLlama, _library
+from pypop_gguf.errors import PopError
+from pypop_gguf.metadata import read_metadata
+from pypop_gguf.tools import tasks
+from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, score_samples, summarize
+from pypop_gguf.tools.tasks import Question, Task
+
+DESCRIPTION = """\
+Scores continuations by the whole model on the cache that a pruned prompt has left: negative log-likelihood, KL divergence to the
+whole model and agreement of the likeliest token, as means over samples with 95% intervals. Where answers can be checked, also
+generates them (greedy) and counts exact matches. Ctrl-C prints what was measured so far."""
+
+EPILOG = """\
+FILE is plain text (cut into pieces) or JSON Lines: "text"; "prompt" and "response", with "answer" also a question; "messages";
+GSM8K's "question" and "answer"; HumanEval's "prompt", "canonical_solution", "test" and "entry_point"."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="texts or questions; each is a task")
+    parser.add_argument("--recall", type=int, default=0, metavar="N", help="also N built-in texts to recall a code from (needs no FILE)")
+    parser.add_argument("--boundary", type=numbers, metavar="B,B", help="first layer that prefill skips (default: the file's, or two thirds of the layers)")
+    parser.add_argument("--run-code", action="store_true", help="run what the model writes for HumanEval's problems: only where you trust it")
+    parser.add_argument("--no-generate", action="store_true", help="score only")
+    add_model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``eval`` and ``tune`` share."""
+    parser.add_argument("--samples", type=int, default=40, metavar="N", help="at most, of each file (default: 40)")
+    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sample, prompt and continuation, at most (default: 512)")
+    parser.add_argument("--head", type=int, metavar="H", help="first prompt tokens that run every layer (default: the file's, or 0)")
+    parser.add_argument("--tail", type=int, metavar="T", help="last prompt tokens that do (default: the file's, or 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: llama.cpp's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Raises:
+        PopError: The arguments do not fit the model, or a file has nothing to measure on.
+    """
+    if not arguments.files and not arguments.recall:
+        raise PopError("nothing to measure on: give a FILE of texts, or --recall N")
+    if arguments.recall < 0:
+        raise PopError(f"--recall {arguments.recall} is out of range: give at least 0")
+    llm, boundaries = open_model(arguments, arguments.boundary)
+    tokenizer = Tokenizer(llm)
+    chosen = [
+        tasks.of_file(
+            tokenizer, path, max_samples=arguments.samples, max_tokens=arguments.context, seed=arguments.seed,
+            run_code=arguments.run_code,
+        )
+        for path in arguments.files
+    ]  # fmt: skip
+    if arguments.recall:
+        chosen.append(tasks.recall(tokenizer, arguments.recall, arguments.context, arguments.seed))
+    report_skipped(chosen)
+
+    results, interrupted = [], False
+    for task in chosen:
+        scores, answers = [], []
+        progress = Progress(task.name, len(task.samples) + (0 if arguments.no_generate else len(task.questions)))
+        try:
+            for score in progress.over(score_samples(llm, task.samples, boundaries)):
+                scores.append(score)
+            if not arguments.no_generate:
+                for answer in progress.over(_answers(llm, task, boundaries)):
+                    answers.append(answer)
+        except KeyboardInterrupt:
+            interrupted = True
+        progress.end()
+        if scores:
+            results.append((task, summarize(scores), _exact_matches(answers)))
+        if interrupted:
+            print("interrupted: these are the samples that were done", file=sys.stderr)
+            break
+    print(json.dumps([_as_json(*result) for result in results], indent=2) if arguments.json else _tables(arguments, llm, results))
+    return 130 if interrupted else 0
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 20,22") from None
+
+
+def open_model(arguments: argparse.Namespace, boundaries: list[int] | None) -> tuple[PopLlama, list[int]]:
+    """The model with a context of ``--context`` tokens, and the boundaries to measure.
+
+    Raises:
+        PopError: It cannot be read or pruned there, or a number is out of range.
+    """
+    for name, least in (("samples", 1), ("context", 16), ("threads", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise PopError(f"--{name} {value} is out of range: give at least {least}")
+    stored = read_metadata(arguments.model)
+    support = _library.describe_model(arguments.model)
+    if support.refusal:
+        raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
+    n_layer = support.n_layer
+    if boundaries is None:
+        of_file = stored.boundary if stored else None
+        boundaries = [n_layer - n_layer // 3 if of_file is None else of_file]
+    for boundary in boundaries:
+        if not 1 <= boundary <= n_layer:
+            raise PopError(f"--boundary {boundary} is out of range: give 1 to {n_layer}")
+    llm = PopLlama(
+        str(arguments.model), pop_boundary=boundaries[-1], pop_head=arguments.head, pop_tail=arguments.tail, pop_min_tokens=0,
+        n_ctx=arguments.context, n_batch=arguments.context, n_threads=arguments.threads, n_threads_batch=arguments.threads,
+        verbose=False,
+    )  # fmt: skip
+    trained = int(llm.metadata.get(f"{support.architecture}.context_length", arguments.context))
+    if arguments.context > trained:
+        raise PopError(f"--context {arguments.context} is more than the {trained} tokens that the model was trained for: give fewer")
+    return llm, boundaries
+
+
+def report_skipped(chosen: Iterable[Task]) -> None:
+    """Names the lines that were not used, a few of them in full."""
+    for task in chosen:
+        if task.skipped:
+            more = f", and {len(task.skipped) - 3} more" if len(task.skipped) > 3 else ""
+            print(f"{task.name}: {len(task.skipped)} lines not used ({'; '.join(task.skipped[:3])}{more})", file=sys.stderr)
+
+
+class Progress:
+    """A line on stderr with samples done and the time left; nothing where stderr is no terminal."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total, self._done, self._started = name, total, 0, time.perf_counter()
+
+    def over(self, results: Iterable) -> Iterator:
+        self._show()
+        for result in results:
+            self._done += 1
+            self._show()
+            yield result
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        if sys.stderr.isatty():
+            spent = time.perf_counter() - self._started
+            left = f", {spent / self._done * (self._total - self._done) / 60:.1f} min left" if self._done else ""
+            print(f"\r\033[K{self._name}: {self._done}/{self._total}{left}", end="", file=sys.stderr, flush=True)
+
+
+def _answers(llm: PopLlama, task: Task, boundaries: list[int]) -> Iterator[dict[int, bool]]:
+    for question in task.questions:
+        yield {boundary: _answer(llm, task, question, boundary) for boundary in [llm.pop.n_layer, *boundaries]}
+
+
+def _answer(llm: PopLlama, task: Task, question: Question, boundary: int) -> bool:
+    tokens = llm.tokenize(question.prompt.encode())
+    room = llm.n_ctx() - len(tokens)
+    if room < 1:
+        return False  # as a question that does not fit is answered
+    done = llm.create_completion(
+        question.prompt, max_tokens=min(task.max_tokens, room), temperature=0, stop=list(task.stop), boundary=boundary
+    )
+    return question.check(done["choices"][0]["text"])
+
+
+def _exact_matches(answers: list[dict[int, bool]]) -> dict[int, Mean]:
+    return {b: bootstrap_mean(np.array([float(each[b]) for each in answers])) for b in answers[0]} if answers else {}
+
+
+def _as_json(task: Task, qualities: list[Quality], matches: dict[int, Mean]) -> dict:
+    rows = [
+        {**dataclasses.asdict(quality), "exact_match": dataclasses.asdict(matches[quality.boundary]) if matches else None}
+        for quality in qualities
+    ]
+    return {"task": task.name, "skipped_lines": list(task.skipped), "boundaries": rows}
+
+
+def _tables(arguments: argparse.Namespace, llm: PopLlama, results: list) -> str:
+    n_layer = llm.pop.n_layer
+    lines = [
+        f"model  {arguments.model.name}, {n_layer} layers; head {llm.pop.head}, tail {llm.pop.tail}; at most {arguments.context} tokens a sample",
+        "Per token of the continuation, mean over samples [95% interval]; KL to the whole model in nats.",
+    ]
+    for task, qualities, matches in results:
+        rows = [("boundary", "samples", "NLL", "loss increase", "KL", "same top token", "exact match")]
+        for quality in qualities:
+            whole = quality.boundary == n_layer
+            rows.append(
+                (
+                    f"{quality.boundary}{' (whole)' if whole else ''}",
+                    quality.samples,
+                    quality.nll,
+                    "" if whole else percent(quality.loss_increase),
+                    "" if whole else quality.kl,
+                    "" if whole else percent(quality.top1),
+                    percent(matches[quality.boundary]) if matches else "N/A",
+                )
+            )
+        lines += ["", task.name, *aligned(rows)]
+    return "\n".join(lines)
+
+
+def percent(mean: Mean) -> str:
+    return f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}]"
+
+
+def aligned(rows: list[tuple]) -> list[str]:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell!s:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
