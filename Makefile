@@ -8,7 +8,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow architectures bench clean
+.PHONY: demo test test-slow architectures bench quality clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -45,10 +45,18 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 	for type in q4_k_m q8_0; do \
 	    model=build/bench/llama-3.2-1b-$$type.gguf; \
 	    test -f $$model || $(BIN)/pop-gguf random-model llama-3.2-1b $$model --outtype $$type || exit 1; \
-	    $(BIN)/pop-gguf bench $$model --boundary 11 --prompt 32,128,512,2048 --parallel 1 --runs 5 --decode 16 \
-	        --stock $(STOCK) --csv bench/$(MACHINE).csv || exit 1; \
+	    $(BIN)/pop-gguf bench $$model --boundary 11 --prompt 16,32,64,128,256 --parallel 1 --repeat --runs 7 --decode 16 \
+	        --threads 2 --stock $(STOCK) --csv bench/$(MACHINE).csv || exit 1; \
+	    $(BIN)/pop-gguf bench $$model --boundary 11 --prompt 512,2048 --parallel 1 --runs 3 --decode 16 \
+	        --threads 2 --stock $(STOCK) --csv bench/$(MACHINE).csv || exit 1; \
 	done
+	$(BIN)/pop-gguf bench build/bench/llama-3.2-1b-q4_k_m.gguf --boundary 11 --prompt 128 --parallel 8 --mixed --repeat --runs 3 \
+	    --decode 8 --threads 2 --stock $(STOCK) --csv bench/$(MACHINE).csv
 	$(BIN)/pop-gguf bench --from-csv bench/$(MACHINE).csv --plot bench/$(MACHINE).png
+
+# docs/quality.md; DATA has held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl, OTHER is a second model
+quality: $(VENV)/.installed
+	$(BIN)/python tools/quality_report.py --data $(DATA) $(if $(OTHER),--other $(OTHER))
 
 # upstream's generator of tiny random models
 $(STOCK)/.generator: $(STOCK)/.installed

@@ -1,6 +1,6 @@
 """The figure of ``pop-gguf bench``: speed-up over prompt length, a line for each boundary and way, with the bound and the machine's spread.
 
-One row of panels for each setting, one column for each number of sequences.
+One panel for each setting and number of sequences.
 """
 
 from __future__ import annotations
@@ -36,18 +36,25 @@ def plot(summary: dict[Setting, list[Case]], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    parallels = sorted({case.n_parallel for cases in summary.values() for case in cases})
-    figure = Figure(figsize=(1.6 + 4.2 * len(parallels), 0.6 + 3.6 * len(summary)), layout="constrained")
-    grid = figure.subplots(len(summary), len(parallels), squeeze=False, sharey="row")
-    for row, (setting, cases) in zip(grid, summary.items(), strict=True):
-        for axes, n_parallel in zip(row, parallels, strict=True):
-            _panel(axes, setting, [case for case in cases if case.n_parallel == n_parallel])
-            axes.set_title("1 sequence" if n_parallel == 1 else f"{n_parallel} sequences", fontsize=10)
-        row[0].set_ylabel(f"{_short(setting)}\nspeed-up over {_baseline(setting)}")
-        row[-1].legend(*_legend(row), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
+    panels = [
+        (setting, n_parallel, [case for case in cases if case.n_parallel == n_parallel])
+        for setting, cases in summary.items()
+        for n_parallel in sorted({case.n_parallel for case in cases})
+    ]
+    n_columns = min(2, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = Figure(figsize=(5.4 * n_columns, 0.9 + 3.4 * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axes, (setting, n_parallel, cases) in zip(grid, panels):
+        _panel(axes, setting, cases)
+        sequences = "" if n_parallel == 1 else f", {n_parallel} prompts at once"
+        axes.set_title(f"{setting.model}, {setting.threads} threads{sequences}", fontsize=10)
+        axes.set_ylabel(f"speed-up over {_baseline(setting)}")
+        axes.set_xlabel("prompt tokens")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     figure.suptitle("Time to first token", fontsize=12)
-    for axes in grid[-1]:
-        axes.set_xlabel("prompt tokens of each sequence")
+    figure.legend(*_legend(grid), loc="outside lower center", ncols=n_columns, fontsize=8, frameon=False)
     # a fixed salt and no date, so that the same numbers give the same file
     with matplotlib.rc_context({"svg.hashsalt": "pop-gguf"}):
         try:
@@ -96,14 +103,10 @@ def _panel(axes, setting: Setting, cases: list[Case]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(row) -> tuple[list, list[str]]:
-    """Every label of a row of panels once."""
-    entries = {label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+def _legend(panels) -> tuple[list, list[str]]:
+    """Every label once."""
+    entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     return list(entries.values()), list(entries)
-
-
-def _short(setting: Setting) -> str:
-    return f"{setting.model}, {setting.threads} threads"
 
 
 def _baseline(setting: Setting) -> str:
