@@ -31,7 +31,7 @@ def texts(tmp_path):
 def test_scores_equal_pytorch(reference_models):
     model = reference_models["bundled"]
     tokens = model.tokens(60)
-    llm = PopLlama(str(model.gguf), pop_boundary=6, n_ctx=128, type_k=0, type_v=0, flash_attn=False, verbose=False)
+    llm = PopLlama(str(model.gguf), pop_boundary=6, n_ctx=128, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, flash_attn=False, verbose=False)
     scores = quality.score_sample(llm, Sample(tuple(tokens), 40), [6, 8])
     llm.close()
     whole, *others = (
@@ -77,7 +77,7 @@ def test_deepest_boundary_within_the_budget_and_none_above_it_beyond(budget, exp
 
 
 def test_eval_prints_every_boundary_and_names_broken_lines(bundled_gguf, texts, capsys):
-    assert main(["eval", str(bundled_gguf), str(texts), "--boundary", "6,8", "--recall", "3", "--context", "256"]) == 0
+    assert main(["eval", "--threads", "1", str(bundled_gguf), str(texts), "--boundary", "6,8", "--recall", "3", "--context", "256"]) == 0
     out, err = capsys.readouterr()
     assert "stories: 2 lines not used (line 2: not JSON" in err and 'line 3: no "response" text' in err
     rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in ("12", "8", "6")]
@@ -86,8 +86,8 @@ def test_eval_prints_every_boundary_and_names_broken_lines(bundled_gguf, texts, 
 
 
 def test_eval_as_json_has_the_same_figures(bundled_gguf, texts, capsys):
-    assert main(["eval", str(bundled_gguf), str(texts), "--boundary", "8", "--json"]) == 0
-    (task,) = json.loads(capsys.readouterr().out)
+    assert main(["eval", "--threads", "1", str(bundled_gguf), str(texts), "--boundary", "8", "--json"]) == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
     whole, pruned = task["boundaries"]
     assert (whole["boundary"], pruned["boundary"], pruned["samples"]) == (12, 8, 3)
     assert whole["kl"]["value"] == 0 < pruned["kl"]["value"] and math.isfinite(pruned["nll"]["value"])
@@ -97,15 +97,15 @@ def test_eval_as_json_has_the_same_figures(bundled_gguf, texts, capsys):
 def test_a_longer_tail_comes_nearer_to_the_whole_model(bundled_gguf, texts, capsys):
     found = []
     for tail in ("1", "32"):
-        assert main(["eval", str(bundled_gguf), str(texts), "--boundary", "6", "--tail", tail, "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)[0]["boundaries"][1]["kl"]["value"])
+        assert main(["eval", "--threads", "1", str(bundled_gguf), str(texts), "--boundary", "6", "--tail", tail, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["tasks"][0]["boundaries"][1]["kl"]["value"])
     assert found[1] < found[0]
 
 
 def test_tune_writes_boundary_and_curve_and_draws_them(bundled_gguf, texts, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     before = bundled_gguf.read_bytes()
-    command = ["tune", str(bundled_gguf), "--text", str(texts), "--max-kl", "0.1", "--tail", "2", "--boundary", "4,8,11"]
+    command = ["tune", "--threads", "1", str(bundled_gguf), "--text", str(texts), "--max-kl", "0.1", "--tail", "2", "--boundary", "4,8,11"]
     assert main([*command, "--outfile", str(tmp_path / "tuned.gguf"), "--plot", str(tmp_path / "curve.png")]) == 0
     assert bundled_gguf.read_bytes() == before
     stored = read_metadata(tmp_path / "tuned.gguf")
@@ -163,12 +163,12 @@ def refused(capsys, *arguments: object) -> str:
 
 def test_a_text_longer_than_the_context_is_cut_to_pieces(bundled_gguf, tmp_path, capsys):
     (tmp_path / "long.txt").write_text(STORY * 60)
-    assert main(["eval", str(bundled_gguf), str(tmp_path / "long.txt"), "--context", "64", "--samples", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["boundaries"][0]["samples"] == 3
+    assert main(["eval", "--threads", "1", str(bundled_gguf), str(tmp_path / "long.txt"), "--context", "64", "--samples", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"][0]["boundaries"][0]["samples"] == 3
 
 
 def test_questions_of_known_formats(bundled_gguf, tmp_path):
-    llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=256, verbose=False)
+    llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     common = dict(max_samples=9, max_tokens=256, seed=0)
 
     def questions(line: dict, run_code: bool = False):
@@ -193,7 +193,7 @@ def test_code_that_does_not_end_fails():
 
 
 def test_recall_hides_its_codes_at_every_depth(bundled_gguf):
-    llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=512, verbose=False)
+    llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
     task = tasks.recall(Tokenizer(llm), 8, 400, seed=1)
     depths = []
     for sample, question in zip(task.samples, task.questions):
@@ -203,3 +203,34 @@ def test_recall_hides_its_codes_at_every_depth(bundled_gguf):
         depths.append(question.prompt.index(f"The code of the {asked} is ") / len(question.prompt))
     assert depths == sorted(depths) and depths[0] < 0.1 and depths[-1] > 0.6
     llm.close()
+
+
+HARNESS_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: {target}
+{extra}
+"""
+
+
+def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    data = tmp_path / "data.jsonl"
+    prompt = "The code of the hat is 41. The code of the dog is 17.\\nWhat is the code of the dog? The code of the dog is"
+    data.write_text("".join(f'{{"prompt": "{prompt}", "answer": 1, "text": " 17"}}\n' for _ in range(3)))
+    choices = 'doc_to_choice: ["41", "17", "99"]\nmetric_list: [{metric: acc}]'
+    written = 'generation_kwargs: {until: ["."], max_gen_toks: 4}\nmetric_list: [{metric: exact_match, ignore_punctuation: true}]'
+    for name, kind, target, extra in (("choose", "multiple_choice", "answer", choices), ("write", "generate_until", "text", written)):
+        (tmp_path / f"{name}.yaml").write_text(HARNESS_TASK.format(name=name, data=data, kind=kind, target=target, extra=extra))
+    command = ["eval", "--threads", "1", str(bundled_gguf), "--lm-eval", "choose,write", "--task-dir", str(tmp_path), "--boundary", "1,8", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)["lm_eval"]
+    assert list(found) == ["12", "1", "8"]
+    assert found["12"]["choose"]["acc,none"] == found["12"]["write"]["exact_match,none"] == 1.0
+    assert found["8"]["choose"]["acc,none"] == 1.0
+    assert found["1"]["write"]["exact_match,none"] == 0.0  # the harness sees what pruning does
+    assert "no task nowhere" in refused(capsys, "eval", bundled_gguf, "--lm-eval", "nowhere")

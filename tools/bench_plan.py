@@ -89,7 +89,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     _check_range("--runs", [arguments.runs], 1, None)
     _check_range("--ubatch", [arguments.ubatch], 1, None)
     _check_range("--parallel", arguments.parallel, 1, min(_MAX_SEQUENCES, arguments.ubatch))
-    threads = _cores() if arguments.threads is None else arguments.threads
+    threads = cores() if arguments.threads is None else arguments.threads
     _check_range("--threads", [threads], 1, None)
     if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
         raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it")
@@ -112,7 +112,7 @@ def setting_of(plan: Plan, baseline_info: dict) -> Setting:
     if plan.stock:
         versions.append(f"stock llama-cpp-python {baseline_info['version']}")
     return Setting(
-        machine=", ".join([_cpu(), f"{_cores()} cores", *baseline_info["devices"]]),
+        machine=", ".join([_cpu(), f"{cores()} cores", *baseline_info["devices"]]),
         model=plan.model.stem,
         file_type=baseline_info["model"],
         n_layer=plan.n_layer,
@@ -125,7 +125,8 @@ def setting_of(plan: Plan, baseline_info: dict) -> Setting:
     )
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

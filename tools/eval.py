@@ -20,6 +20,7 @@ from pypop_gguf import PopLlama, _library
 from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import read_metadata
 from pypop_gguf.tools import tasks
+from pypop_gguf.tools.bench_plan import cores
 from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, score_samples, summarize
 from pypop_gguf.tools.tasks import Question, Task
 
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="texts or questions; each is a task")
     parser.add_argument("--recall", type=int, default=0, metavar="N", help="also N built-in texts to recall a code from (needs no FILE)")
     parser.add_argument("--boundary", type=numbers, metavar="B,B", help="first layer that prefill skips (default: the file's, or two thirds of the layers)")
+    parser.add_argument("--lm-eval", metavar="TASK,TASK", help="also tasks of lm-evaluation-harness, at most --samples documents each")
+    parser.add_argument("--task-dir", type=Path, metavar="DIR", help="with harness tasks of your own (YAML)")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes for HumanEval's problems: only where you trust it")
     parser.add_argument("--no-generate", action="store_true", help="score only")
     add_model_arguments(parser)
@@ -53,7 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", type=int, metavar="H", help="first prompt tokens that run every layer (default: the file's, or 0)")
     parser.add_argument("--tail", type=int, metavar="T", help="last prompt tokens that do (default: the file's, or 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: llama.cpp's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The arguments do not fit the model, or a file has nothing to measure on.
     """
-    if not arguments.files and not arguments.recall:
-        raise PopError("nothing to measure on: give a FILE of texts, or --recall N")
+    if not arguments.files and not arguments.recall and not arguments.lm_eval:
+        raise PopError("nothing to measure on: give a FILE of texts, --recall N or --lm-eval TASK")
+    if arguments.lm_eval:
+        from pypop_gguf.tools import lm_eval_model  # tells what is missing before anything is measured
     if arguments.recall < 0:
         raise PopError(f"--recall {arguments.recall} is out of range: give at least 0")
     llm, boundaries = open_model(arguments, arguments.boundary)
@@ -97,7 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
         if interrupted:
             print("interrupted: these are the samples that were done", file=sys.stderr)
             break
-    print(json.dumps([_as_json(*result) for result in results], indent=2) if arguments.json else _tables(arguments, llm, results))
+    harness = {}
+    if arguments.lm_eval and not interrupted:
+        names = arguments.lm_eval.split(",")
+        for boundary in [llm.pop.n_layer, *boundaries]:
+            harness[boundary] = lm_eval_model.evaluate(llm, boundary, names, arguments.task_dir, arguments.samples)
+    if arguments.json:
+        print(json.dumps({"tasks": [_as_json(*result) for result in results], "lm_eval": harness}, indent=2))
+    else:
+        print("\n".join([_tables(arguments, llm, results), *_harness_table(harness)]))
     return 130 if interrupted else 0
 
 
@@ -129,9 +142,10 @@ def open_model(arguments: argparse.Namespace, boundaries: list[int] | None) -> t
     for boundary in boundaries:
         if not 1 <= boundary <= n_layer:
             raise PopError(f"--boundary {boundary} is out of range: give 1 to {n_layer}")
+    threads = arguments.threads or cores()
     llm = PopLlama(
         str(arguments.model), pop_boundary=boundaries[-1], pop_head=arguments.head, pop_tail=arguments.tail, pop_min_tokens=0,
-        n_ctx=arguments.context, n_batch=arguments.context, n_threads=arguments.threads, n_threads_batch=arguments.threads,
+        n_ctx=arguments.context, n_batch=arguments.context, n_threads=threads, n_threads_batch=threads,
         verbose=False,
     )  # fmt: skip
     trained = int(llm.metadata.get(f"{support.architecture}.context_length", arguments.context))
@@ -223,6 +237,17 @@ def _tables(arguments: argparse.Namespace, llm: PopLlama, results: list) -> str:
             )
         lines += ["", task.name, *aligned(rows)]
     return "\n".join(lines)
+
+
+def _harness_table(harness: dict[int, dict[str, dict]]) -> list[str]:
+    if not harness:
+        return []
+    rows = [("task", "metric", *(f"b = {boundary}" for boundary in harness))]
+    whole = next(iter(harness.values()))
+    for name, metrics in whole.items():
+        for metric in metrics:
+            rows.append((name, metric.removesuffix(",none"), *(f"{found[name][metric]:.4f}" for found in harness.values())))
+    return ["", "lm-evaluation-harness (the largest boundary is the whole model)", *aligned(rows)]
 
 
 def percent(mean: Mean) -> str:

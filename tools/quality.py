@@ -101,11 +101,11 @@ def score_sample(llm: PopLlama, sample: Sample, boundaries: Iterable[int]) -> di
     """
     prompt, continuation = list(sample.tokens[: sample.prompt_len]), list(sample.tokens[sample.prompt_len :])
     n_layer = llm.pop.n_layer
-    whole = _log_softmax(llm.score(prompt, continuation, pop=False))
-    result = {n_layer: _compare(whole, whole, continuation)}
+    whole = log_softmax(llm.score(prompt, continuation, pop=False))
+    result = {n_layer: compare(whole, whole, continuation)}
     for boundary in boundaries:
         if boundary != n_layer:
-            result[boundary] = _compare(_log_softmax(llm.score(prompt, continuation, boundary=boundary)), whole, continuation)
+            result[boundary] = compare(log_softmax(llm.score(prompt, continuation, boundary=boundary)), whole, continuation)
     return result
 
 
@@ -116,13 +116,14 @@ def score_samples(llm: PopLlama, samples: Iterable[Sample], boundaries: Iterable
         yield score_sample(llm, sample, boundaries)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """F64 [n, n_vocab]."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities, F64 [n, n_vocab]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _compare(log_p: np.ndarray, whole: np.ndarray, continuation: list[int]) -> Score:
+def compare(log_p: np.ndarray, whole: np.ndarray, continuation: list[int]) -> Score:
+    """A continuation's score from log-probabilities, F64 [n, n_vocab], POP's and the whole model's."""
     rows = np.arange(len(continuation))
     return Score(
         nll=float(-log_p[rows, continuation].mean()),
