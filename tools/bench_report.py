@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pypop_gguf.tools.bench_runs import Run, Setting
+from pypop_gguf.tools.tables import aligned
 
 _RESAMPLES = 10000
 
@@ -210,12 +211,12 @@ def tables(setting: Setting, cases: list[Case]) -> str:
             "",
             "Time to first token, medians. bound: the speed-up that the operations left allow (from the two real graphs, plus one",
             "token's pass through the layers that remain for it). planning: share that building and planning POP's graphs took.",
-            *_aligned(first),
+            *aligned(first),
             "",
             f"What POP must leave alone, as {name} time / other time: two {name} processes (the machine's own spread), POP off before",
             f"the first pruned pass and between pruned passes, time per generated token (mean of {setting.n_decode}); peak memory.",
-            *_aligned(second),
-            *(["", *_MIXED, *_aligned(third)] if len(third) > 1 else []),
+            *aligned(second),
+            *(["", *_MIXED, *aligned(third)] if len(third) > 1 else []),
         )
     )
 
@@ -228,8 +229,3 @@ _MIXED = (
 
 def _text(value: object, form: str = "{}") -> str:
     return "N/A" if value is None else form.format(value)
-
-
-def _aligned(rows: list[tuple]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(f"{cell!s:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -22,6 +22,7 @@ from pypop_gguf.metadata import read_metadata
 from pypop_gguf.tools import tasks
 from pypop_gguf.tools.bench_plan import cores
 from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, score_samples, summarize
+from pypop_gguf.tools.tables import aligned
 from pypop_gguf.tools.tasks import Question, Task
 
 DESCRIPTION = """\
@@ -252,8 +253,3 @@ def _harness_table(harness: dict[int, dict[str, dict]]) -> list[str]:
 
 def percent(mean: Mean) -> str:
     return f"{mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}]"
-
-
-def aligned(rows: list[tuple]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(f"{cell!s:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

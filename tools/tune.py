@@ -16,9 +16,10 @@ from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import Curve, PopMetadata, read_metadata
 from pypop_gguf.tools import curve_plot, tasks
 from pypop_gguf.tools.boundary import check_budget, choose_by_curve
-from pypop_gguf.tools.eval import Progress, add_model_arguments, aligned, numbers, open_model, percent, report_skipped
+from pypop_gguf.tools.eval import Progress, add_model_arguments, numbers, open_model, percent, report_skipped
 from pypop_gguf.tools.gguf_copy import copy_with_metadata
 from pypop_gguf.tools.quality import Quality, Tokenizer, score_samples, summarize
+from pypop_gguf.tools.tables import aligned
 
 DESCRIPTION = """\
 Measures quality at each boundary, as `pop-gguf eval` does, and the speed-up that the operations left allow; chooses the deepest
