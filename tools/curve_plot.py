@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -73,12 +74,12 @@ def _page(title: str, points: list[Quality], speedups: dict[int, float], chosen:
         )
 
     parts = []
-    for i in range(6):
-        x, y = 1 + i * (x_max - 1) / 5, i * y_max / 5
-        (px, _), (_, py) = at(x, 0), at(1, y)
+    for y in _ticks(0, y_max):
+        py = at(1, y)[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{py:.1f}" x2="{_WIDTH - _RIGHT}" y2="{py:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        parts.append(f'<text x="{px:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x:.2f}</text>')
+    for x in _ticks(1, x_max):
+        parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x:.3g}</text>')
     parts.append('<polyline class="curve" points="' + " ".join("{:.1f},{:.1f}".format(*at(*xy)) for xy in zip(xs, ys)) + '"/>')
     for quality, x, y in zip(points, xs, ys, strict=True):
         px, py = at(x, y)
@@ -95,6 +96,13 @@ def _page(title: str, points: list[Quality], speedups: dict[int, float], chosen:
         f'<text transform="translate(16 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">KL to the whole model, nats a token</text>'
     )
     return _TEMPLATE.format(title=html.escape(title), width=_WIDTH, height=_HEIGHT, parts="\n".join(parts))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """From low on in round steps, six at most."""
+    power = 10 ** math.floor(math.log10((high - low) / 5 or 1e-9))
+    step = next(power * m for m in (1, 2, 5, 10) if (high - low) / (power * m) <= 6)
+    return [low + i * step for i in range(int((high - low) / step) + 1)]
 
 
 _TEMPLATE = """\
