@@ -142,6 +142,8 @@ class PopLlama(llama_cpp.Llama):
         self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
 
     def _load(self, model_path: str, llama_kwargs: dict) -> None:
+        if mtmd := getattr(llama_kwargs.get("chat_handler"), "_mtmd_cpp", None):
+            mtmd.mtmd_helper_log_set(llama_cpp._logger.llama_log_callback, None)  # else it is loud also where verbose is off
         if llama_kwargs.get("verbose", True):
             super().__init__(model_path, **llama_kwargs)
             return
@@ -211,6 +213,7 @@ class PopLlama(llama_cpp.Llama):
     @contextlib.contextmanager
     def _calling(self, boundary: int):
         outer, self._requested = self._requested, boundary
+        _library.set_boundary(self._ctx.ctx, boundary)  # images are read before any eval()
         try:
             yield
         finally:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pop_reference
@@ -153,6 +156,47 @@ def test_texts_that_cannot_be_used_are_refused_in_one_line(bundled_gguf, tmp_pat
 
 def test_eval_without_anything_to_measure_is_refused(bundled_gguf, capsys):
     assert "nothing to measure on" in refused(capsys, "eval", bundled_gguf)
+
+
+@pytest.mark.parametrize("command", ["eval", "tune"])
+def test_interrupted_run_prints_what_it_has(bundled_gguf, tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "long.txt").write_text(STORY * 60)
+    score_sample, done = quality.score_sample, []
+
+    def interrupted_at_the_third(*arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(None)
+        return score_sample(*arguments)
+
+    monkeypatch.setattr(quality, "score_sample", interrupted_at_the_third)
+    arguments = {"eval": [str(tmp_path / "long.txt")], "tune": ["--text", str(tmp_path / "long.txt"), "--max-kl", "1", "--outfile", str(tmp_path / "x.gguf")]}
+    assert main([command, str(bundled_gguf), *arguments[command], "--threads", "1", "--boundary", "8", "--context", "64", "--json"]) == 130
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    (whole, pruned) = (found["tasks"][0] if command == "eval" else found)["boundaries"]
+    assert pruned["samples"] == 2 and pruned["kl"]["value"] > 0
+    assert "interrupted" in err and not (tmp_path / "x.gguf").exists()
+
+
+def test_tune_times_reads_when_asked(bundled_gguf, texts, capsys):
+    command = ["tune", str(bundled_gguf), "--text", str(texts), "--max-kl", "1", "--threads", "1", "--boundary", "3", "--measure", "2"]
+    assert main([*command, "--json"]) == 0
+    whole, pruned = json.loads(capsys.readouterr().out)["boundaries"]
+    least, middle, most = pruned["measured_speedup"]
+    assert whole["measured_speedup"] == [1, 1, 1] and 0 < least <= middle <= most
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_measuring(bundled_gguf, texts, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    program = "import sys; from pypop_gguf.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["tune", bundled_gguf, "--text", texts, "--max-kl", "1", "--plot", closed / "x.png"]
+    # root may write anywhere
+    drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    done = subprocess.run([*drop, sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"pop-gguf: error: --plot {closed / 'x.png'}: no permission to write there\n")
+    assert not list(closed.iterdir())
 
 
 def refused(capsys, *arguments: object) -> str:

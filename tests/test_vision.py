@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pypop_gguf import PopLlama, cli
+from pypop_gguf.llama import llama_cpp
 from pypop_gguf.metadata import read_metadata
 
 BUNDLED = Path(__file__).parents[1] / "models" / "lab-llama-12l"
@@ -22,6 +23,9 @@ TEXT = dict(
     vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.1,
 )  # fmt: skip
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} She said:{% endif %}"""
 VISION = dict(hidden_size=32, intermediate_size=64, patch_size=14)
 
 
@@ -59,6 +63,7 @@ def converted(request, tmp_path_factory) -> Path:
     request.param(source)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, source / name)
+    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     preprocessor = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, image_seq_length=4)
     (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     target = directory / "out" / "text.gguf"
@@ -99,3 +104,55 @@ def test_projector_loads_with_its_text_model(converted):
     assert context
     assert mtmd.mtmd_support_vision(context)
     mtmd.mtmd_free(context)
+
+
+IMAGE_TASK = """\
+task: look
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_image: !function look.images
+doc_to_target: answer
+process_results: !function look.results
+generation_kwargs: {{until: ["<|endoftext|>"], max_gen_toks: 6}}
+metric_list: [{{metric: same, aggregation: mean, higher_is_better: true}}]
+"""
+IMAGE_CODE = """\
+from PIL import Image
+def images(doc):
+    return [Image.new("RGB", (56, 56), tuple(colour)) for colour in doc["colours"]]
+def results(doc, answers):
+    return {"same": float(answers[0] == doc["answer"])}
+"""
+
+
+@pytest.mark.parametrize("converted", [qwen3vl], indirect=True, ids=["qwen3vl"])
+def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, capsys):
+    """MMMU's format: <image> marks in the text, images beside it. Answers are the model's own, so the whole model scores 1."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    from PIL import Image
+
+    from pypop_gguf.tools import lm_eval_model
+
+    projector = converted.with_name("mmproj-text.gguf")
+    handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(projector), verbose=False)
+    llm = PopLlama(str(converted), n_ctx=256, n_batch=256, chat_handler=handler, n_threads=1, n_threads_batch=1, verbose=False)
+    model, options = lm_eval_model.PopLM(llm, 6), {"until": ["<|endoftext|>"], "max_gen_toks": 6}
+    documents = []
+    for colour in ((255, 0, 0), (0, 80, 255)):
+        question = "Which colour has the <image> ball of Lily?"
+        answer = model._generate(question, options, {"visual": [Image.new("RGB", (56, 56), colour)]})
+        documents.append({"question": question, "colours": [colour], "answer": answer})
+    llm.close()
+    assert documents[0]["answer"] != documents[1]["answer"]  # what is in the image changes the answer
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "look.yaml").write_text(IMAGE_TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "look.py").write_text(IMAGE_CODE)
+    command = ["eval", str(converted), "--lm-eval", "look", "--task-dir", str(tmp_path), "--context", "256", "--threads", "1", "--json"]
+    assert cli.main([*command, "--mmproj", str(projector), "--boundary", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)["lm_eval"]
+    assert found["6"]["look"]["same,none"] == 1.0 and found["1"]["look"]["same,none"] < 1.0
+    assert cli.main([*command, "--boundary", "1"]) == 1
+    assert "multimodal" in capsys.readouterr().err

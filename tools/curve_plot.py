@@ -88,6 +88,7 @@ def _page(title: str, points: list[Quality], speedups: dict[int, float], chosen:
             f"speed-up {x:.3f}\nKL {quality.kl}\nloss increase {quality.loss_increase.value:.2%}\n"
             f"same top token {quality.top1.value:.1%}\n{quality.samples} samples"
         )
+        parts.append(f'<text x="{px - 8:.1f}" y="{py - 8:.1f}" text-anchor="end">{quality.boundary}</text>')
         kind = "chosen" if quality.boundary == chosen else "point"
         parts.append(f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="6" tabindex="0" data-figures="{html.escape(figures)}"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
@@ -125,7 +126,7 @@ pre {{ min-height: 7em; margin: 0; font: inherit }}
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">
 {parts}
 </svg>
-<pre id="figures">Point at a boundary for its figures.</pre>
+<pre id="figures">Numbers are boundaries, orange the chosen one. Point at one for its figures.</pre>
 <script>
 for (const point of document.querySelectorAll("circle"))
   for (const event of ["mouseenter", "focus"])

@@ -18,6 +18,7 @@ import numpy as np
 
 from pypop_gguf import PopLlama, _library
 from pypop_gguf.errors import PopError
+from pypop_gguf.llama import llama_cpp
 from pypop_gguf.metadata import read_metadata
 from pypop_gguf.tools import tasks
 from pypop_gguf.tools.bench_plan import cores
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--boundary", type=numbers, metavar="B,B", help="first layer that prefill skips (default: the file's, or two thirds of the layers)")
     parser.add_argument("--lm-eval", metavar="TASK,TASK", help="also tasks of lm-evaluation-harness, at most --samples documents each")
     parser.add_argument("--task-dir", type=Path, metavar="DIR", help="with harness tasks of your own (YAML)")
+    parser.add_argument("--mmproj", type=Path, metavar="FILE.gguf", help="the model's projector, for harness tasks with images")
     parser.add_argument("--run-code", action="store_true", help="run what the model writes for HumanEval's problems: only where you trust it")
     parser.add_argument("--no-generate", action="store_true", help="score only")
     add_model_arguments(parser)
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         from pypop_gguf.tools import lm_eval_model  # tells what is missing before anything is measured
     if arguments.recall < 0:
         raise PopError(f"--recall {arguments.recall} is out of range: give at least 0")
-    llm, boundaries = open_model(arguments, arguments.boundary)
+    llm, boundaries = open_model(arguments, arguments.boundary, arguments.mmproj)
     tokenizer = Tokenizer(llm)
     chosen = [
         tasks.of_file(
@@ -87,19 +89,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     results, interrupted = [], False
     for task in chosen:
-        scores, answers = [], []
+        scores, answered = [], []
         progress = Progress(task.name, len(task.samples) + (0 if arguments.no_generate else len(task.questions)))
         try:
             for score in progress.over(score_samples(llm, task.samples, boundaries)):
                 scores.append(score)
             if not arguments.no_generate:
-                for answer in progress.over(_answers(llm, task, boundaries)):
-                    answers.append(answer)
+                for answer in progress.over(answers(llm, task, boundaries)):
+                    answered.append(answer)
         except KeyboardInterrupt:
             interrupted = True
         progress.end()
         if scores:
-            results.append((task, summarize(scores), _exact_matches(answers)))
+            results.append((task, summarize(scores), exact_matches(answered)))
         if interrupted:
             print("interrupted: these are the samples that were done", file=sys.stderr)
             break
@@ -122,8 +124,10 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 20,22") from None
 
 
-def open_model(arguments: argparse.Namespace, boundaries: list[int] | None) -> tuple[PopLlama, list[int]]:
-    """The model with a context of ``--context`` tokens, and the boundaries to measure.
+def open_model(
+    arguments: argparse.Namespace, boundaries: list[int] | None, mmproj: Path | None = None
+) -> tuple[PopLlama, list[int]]:
+    """The model with a context of ``--context`` tokens, its projector where one is given, and the boundaries to measure.
 
     Raises:
         PopError: It cannot be read or pruned there, or a number is out of range.
@@ -144,10 +148,12 @@ def open_model(arguments: argparse.Namespace, boundaries: list[int] | None) -> t
         if not 1 <= boundary <= n_layer:
             raise PopError(f"--boundary {boundary} is out of range: give 1 to {n_layer}")
     threads = arguments.threads or cores()
+    if mmproj and not mmproj.is_file():
+        raise PopError(f"--mmproj {mmproj}: no such file")
     llm = PopLlama(
         str(arguments.model), pop_boundary=boundaries[-1], pop_head=arguments.head, pop_tail=arguments.tail, pop_min_tokens=0,
         n_ctx=arguments.context, n_batch=arguments.context, n_threads=threads, n_threads_batch=threads,
-        verbose=False,
+        chat_handler=llama_cpp.llama_chat_format.MTMDChatHandler(str(mmproj), verbose=False) if mmproj else None, verbose=False,
     )  # fmt: skip
     trained = int(llm.metadata.get(f"{support.architecture}.context_length", arguments.context))
     if arguments.context > trained:
@@ -187,7 +193,8 @@ class Progress:
             print(f"\r\033[K{self._name}: {self._done}/{self._total}{left}", end="", file=sys.stderr, flush=True)
 
 
-def _answers(llm: PopLlama, task: Task, boundaries: list[int]) -> Iterator[dict[int, bool]]:
+def answers(llm: PopLlama, task: Task, boundaries: Iterable[int]) -> Iterator[dict[int, bool]]:
+    """Of each question of a task: boundary -> whether the answer is right; L, the whole model, is always there."""
     for question in task.questions:
         yield {boundary: _answer(llm, task, question, boundary) for boundary in [llm.pop.n_layer, *boundaries]}
 
@@ -203,8 +210,9 @@ def _answer(llm: PopLlama, task: Task, question: Question, boundary: int) -> boo
     return question.check(done["choices"][0]["text"])
 
 
-def _exact_matches(answers: list[dict[int, bool]]) -> dict[int, Mean]:
-    return {b: bootstrap_mean(np.array([float(each[b]) for each in answers])) for b in answers[0]} if answers else {}
+def exact_matches(answered: list[dict[int, bool]]) -> dict[int, Mean]:
+    """Share of right answers at each boundary; empty where nothing was asked."""
+    return {b: bootstrap_mean(np.array([float(each[b]) for each in answered])) for b in answered[0]} if answered else {}
 
 
 def _as_json(task: Task, qualities: list[Quality], matches: dict[int, Mean]) -> dict:

@@ -1,10 +1,13 @@
 """lm-evaluation-harness on a pruned model: its tasks, its metrics, our engine. ``pop-gguf eval --lm-eval`` uses it.
 
-A request's context is read with the boundary; what is scored or generated runs through the whole model.
+A request's context is read with the boundary; what is scored or generated runs through the whole model. Tasks with images
+(MMMU and the like) go through the model's own chat template and projector, as a chat would.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ import numpy as np
 from pypop_gguf.errors import PopError
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.tools.quality import Tokenizer, log_softmax
+
+_IMAGE = "<image>"  # where the harness's prompts have one
 
 try:
     from lm_eval import simple_evaluate
@@ -33,6 +38,7 @@ class PopLM(TemplateLM):
     def __init__(self, llm: PopLlama, boundary: int) -> None:
         super().__init__()
         self._llm, self._boundary, self._tokenizer = llm, boundary, Tokenizer(llm)
+        self.MULTIMODAL = llm.chat_handler is not None  # the harness asks for this name
 
     @property
     def eot_token_id(self) -> int:
@@ -78,19 +84,44 @@ class PopLM(TemplateLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         return [self._generate(*request.args) for request in requests]
 
-    def _generate(self, context: str, options: dict) -> str:
+    def _generate(self, context: str, options: dict, media: dict | None = None) -> str:
         room = self._llm.n_ctx() - 1
         max_tokens = min(int(options.get("max_gen_toks", 256)), room // 2)
-        tokens = self.tok_encode(context, add_special_tokens=True)[-(room - max_tokens) :]
         until = options.get("until") or []
-        done = self._llm.create_completion(
-            tokens,
+        common = dict(
             max_tokens=max_tokens,
             stop=[until] if isinstance(until, str) else until,
             temperature=float(options.get("temperature", 0)) if options.get("do_sample") else 0,
             boundary=self._boundary,
         )
-        return done["choices"][0]["text"]
+        if media:
+            messages = [{"role": "user", "content": _content(context, media["visual"])}]
+            return self._llm.create_chat_completion(messages, **common)["choices"][0]["message"]["content"]
+        tokens = self.tok_encode(context, add_special_tokens=True)[-(room - max_tokens) :]
+        return self._llm.create_completion(tokens, **common)["choices"][0]["text"]
+
+
+def _content(context: str, images: list) -> list[dict]:
+    """A chat message's parts: the images, in turn, where the text has its marks; those without a mark come first."""
+    texts = context.split(_IMAGE)
+    n_marks = len(texts) - 1
+    if n_marks > len(images):
+        raise PopError(f"a question has {n_marks} {_IMAGE} marks and {len(images)} images")
+    first = len(images) - n_marks
+    parts = [_image_part(image) for image in images[:first]]
+    for i, text in enumerate(texts):
+        if i:
+            parts.append(_image_part(images[first + i - 1]))
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _image_part(image) -> dict:
+    """Of a ``PIL.Image``, losslessly."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}}
 
 
 def evaluate(llm: PopLlama, boundary: int, names: list[str], task_dir: Path | None, limit: int) -> dict[str, dict]:

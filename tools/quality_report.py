@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from pypop_gguf.tools.ablations import Variant, block_influence, continuation_lo
 from pypop_gguf.tools.bench_plan import cores
 from pypop_gguf.tools.boundary import choose_by_curve
 from pypop_gguf.tools.calibration import load_samples
+from pypop_gguf.tools.eval import answers, exact_matches
 from pypop_gguf.tools.importance import compute_importance, find_decoder_layers
 from pypop_gguf.tools.load_model import load_for_importance
 from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize
@@ -56,6 +58,7 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
         assert pop_gguf(command) == 0
     curves = {outtype: _engine(path, arguments.data, range(3, 12)) for outtype, path in files.items()}
     n_layer = curves["f16"]["stories"][0].boundary
+    exact = _exact_answers(files["q8_0"], arguments.data, (10, 9, 8, 7, 6, 5, 4))
     ends = {pair: _engine(files["q8_0"], arguments.data, (6, 8), *pair) for pair in ENDS}
     torch_rows, profiles = _torch(arguments.data)
     _plot_curves(curves, plots / "curves.png")
@@ -76,6 +79,12 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
         _curve_table(curves, n_layer),
         _choices(curves, n_layer),
         "`pop-gguf tune` on the Q8_0 file and the stories: ![tune](quality/tune.png) [with figures under the pointer](quality/tune.html).",
+    ]
+    parts += [
+        "## Generated answers, exact match",
+        f"Q8_0, the engine, greedy. Of {N_SAMPLES} each: the code of the recall texts; the number of the arithmetic answers (which this model "
+        "cannot do: it is here to be seen); a code among fillers in 400 tokens, at every depth (the built-in task of `pop-gguf eval`).",
+        _exact_table(exact),
     ]
     if other:
         parts += [f"The other model, `{arguments.other.stem}` (stories alone, which is what it can):", _one_curve(other["stories"])]
@@ -111,6 +120,26 @@ def _engine(path: Path, data: Path, boundaries: Iterable[int], head: int = 0, ta
         )
         print(f"{path.stem} {name} head {head} tail {tail}", file=sys.stderr)
         result[name] = summarize(list(score_samples(llm, task.samples, boundaries)))
+    llm.close()
+    return result
+
+
+def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[str, dict[int, Mean]]:
+    """Of each task's questions, answered by the engine: task -> boundary -> share that is right."""
+    llm = PopLlama(str(path), pop_boundary=1, n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=cores(), n_threads_batch=cores(), verbose=False)
+    tokenizer = Tokenizer(llm)
+    common = dict(max_samples=N_SAMPLES, max_tokens=CONTEXT, seed=0, run_code=False)
+    with tempfile.TemporaryDirectory() as directory:  # a prompt and a response, as eval reads GSM8K's own keys
+        arithmetic = Path(directory) / "arithmetic.jsonl"
+        records = [json.loads(line) for line in (data / "arithmetic.jsonl").read_text().splitlines()]
+        as_gsm8k = [{"question": r["prompt"][len("Question: ") : -len("\nAnswer:")], "answer": r["response"]} for r in records]
+        arithmetic.write_text("".join(json.dumps(record) + "\n" for record in as_gsm8k))
+        chosen = [tasks.of_file(tokenizer, data / "recall.jsonl", **common), tasks.of_file(tokenizer, arithmetic, **common)]
+    chosen.append(tasks.recall(tokenizer, N_SAMPLES, 400, seed=0))
+    result = {}
+    for task in chosen:
+        print(f"{path.stem} {task.name}, answers", file=sys.stderr)
+        result[task.name] = exact_matches(list(answers(llm, task, boundaries)))
     llm.close()
     return result
 
@@ -191,6 +220,11 @@ def _choices(curves: dict, n_layer: int) -> str:
 def _one_curve(qualities: list[Quality]) -> str:
     rows = [[q.boundary, _cell(q.kl), f"{q.loss_increase.value:.2%}", _percent(q.top1)] for q in qualities[1:]]
     return _table(["b", "KL", "loss increase", "same top token"], rows)
+
+
+def _exact_table(exact: dict[str, dict[int, Mean]]) -> str:
+    boundaries = sorted(next(iter(exact.values())), reverse=True)
+    return _table(["b", *exact], [[b, *(_percent(found[b]) for found in exact.values())] for b in boundaries])
 
 
 def _ends_table(ends: dict) -> str:

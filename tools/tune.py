@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from pypop_gguf import PopLlama, _library
 from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import Curve, PopMetadata, read_metadata
@@ -27,7 +29,8 @@ boundary within the budget. --outfile writes both into a file's metadata, a copy
 
 EPILOG = """\
 The budget is kept by the mean over samples, at the chosen boundary and at every one above it. The speed-up is the operations of
-the whole graph over those of the pruned one, a prompt of --context tokens; `pop-gguf bench` measures it."""
+the whole graph over those of the pruned one, a prompt of 512 tokens; --measure times this machine, `pop-gguf bench` does it
+with care, against stock llama.cpp."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--max-loss-increase", type=float, metavar="P", help="increase of the negative log-likelihood, percent")
     parser.add_argument("--boundary", type=numbers, metavar="B,B", help="boundaries to measure (default: all from a third of the layers on)")
     add_model_arguments(parser)
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="also time N reads of a prompt of --context tokens at each boundary")
     parser.add_argument("--outfile", type=Path, metavar="FILE.gguf", help="write boundary and curve into it; may be MODEL.gguf itself")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the curve, also as FILE.html with figures under the pointer")
     parser.add_argument("--json", action="store_true", help="print the curve as JSON")
@@ -52,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: The arguments do not fit the model, the file has nothing to measure on, or a file cannot be written.
     """
     check_budget(arguments.max_kl, arguments.max_loss_increase)
+    if arguments.measure < 0:
+        raise PopError(f"--measure {arguments.measure} is out of range: give at least 0")
     if arguments.plot:
         curve_plot.check(arguments.plot)
     if arguments.outfile and not arguments.outfile.absolute().parent.is_dir():
@@ -64,14 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     report_skipped([task])
 
-    scores, interrupted = [], False
+    scores, measured, interrupted = [], {}, False
     progress = Progress(task.name, len(task.samples))
     try:
         for score in progress.over(score_samples(llm, task.samples, boundaries)):
             scores.append(score)
+        progress.end()
+        measured = _measured(llm, [n_layer, *(boundary for boundary in boundaries if boundary != n_layer)], arguments.measure)
     except KeyboardInterrupt:
         interrupted = True
-    progress.end()
+        progress.end()
     if interrupted and not scores:
         raise KeyboardInterrupt
     qualities = summarize(scores)
@@ -84,9 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     title = f"{arguments.model.stem} on {arguments.text.name}, {len(scores)} samples"
     if arguments.json:
-        print(json.dumps(_as_json(qualities, speedups, choice.boundary), indent=2))
+        print(json.dumps(_as_json(qualities, speedups, measured, choice.boundary), indent=2))
     else:
-        print(_table(title, qualities, speedups, choice.boundary, n_layer, llm))
+        print(_table(title, qualities, speedups, measured, choice.boundary, llm))
     if arguments.plot:
         curve_plot.plot(title, qualities, speedups, choice.boundary, arguments.plot)
     if interrupted:
@@ -116,6 +124,27 @@ def _speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
     return result
 
 
+def _measured(llm: PopLlama, boundaries: list[int], rounds: int) -> dict[int, list[float]]:
+    """Time to first token of the whole model over a boundary's: [least, median, most] of ``rounds``, all boundaries in each."""
+    tokens = [token % llm.n_vocab() for token in range(1000, 1000 + llm.n_ctx() - 1)]  # which tokens they are costs nothing
+    ratios = {boundary: [] for boundary in boundaries}
+    progress = Progress("timing", rounds * len(boundaries))
+
+    def first_token_ms(boundary: int) -> float:
+        llm.reset()
+        llm.create_completion(tokens, max_tokens=1, temperature=0, boundary=boundary)
+        return llm.timings.time_to_first_token_ms
+
+    for boundary in boundaries if rounds else []:
+        first_token_ms(boundary)  # what is done once, like reserving buffers
+    for _ in range(rounds):
+        times = dict(zip(boundaries, progress.over(map(first_token_ms, boundaries))))
+        for boundary in boundaries:
+            ratios[boundary].append(times[llm.pop.n_layer] / times[boundary])
+    progress.end()
+    return {boundary: np.percentile(found, (0, 50, 100)).tolist() for boundary, found in ratios.items() if found}
+
+
 def _write(arguments: argparse.Namespace, llm: PopLlama, qualities: list[Quality], speedups: dict, boundary: int) -> None:
     kept = [quality for quality in qualities if quality.boundary != llm.pop.n_layer]
     if not kept:
@@ -135,20 +164,25 @@ def _write(arguments: argparse.Namespace, llm: PopLlama, qualities: list[Quality
     print(f"wrote {arguments.outfile}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
 
 
-def _as_json(qualities: list[Quality], speedups: dict[int, float], chosen: int) -> dict:
-    rows = [{**dataclasses.asdict(quality), "speedup": speedups[quality.boundary]} for quality in qualities]
+def _as_json(qualities: list[Quality], speedups: dict[int, float], measured: dict[int, list[float]], chosen: int) -> dict:
+    rows = [
+        {**dataclasses.asdict(quality), "speedup": speedups[quality.boundary], "measured_speedup": measured.get(quality.boundary)}
+        for quality in qualities
+    ]
     return {"chosen": chosen, "boundaries": rows}
 
 
-def _table(title: str, qualities: list[Quality], speedups: dict, chosen: int, n_layer: int, llm: PopLlama) -> str:
-    rows = [("", "boundary", "layers kept", "speed-up", "KL [95%]", "loss increase [95%]", "same top token")]
+def _table(title: str, qualities: list[Quality], speedups: dict, measured: dict, chosen: int, llm: PopLlama) -> str:
+    timed = ("measured [range]",) if measured else ()
+    rows = [("", "boundary", "layers kept", "speed-up", *timed, "KL [95%]", "loss increase [95%]", "same top token")]
     for quality in qualities:
         rows.append(
             (
                 "*" if quality.boundary == chosen else "",
                 quality.boundary,
-                f"{quality.boundary / n_layer:.0%}",
+                f"{quality.boundary / llm.pop.n_layer:.0%}",
                 f"{speedups[quality.boundary]:.3f}",
+                *("{1:.3f} [{0:.3f}, {2:.3f}]".format(*measured[quality.boundary]) for _ in timed),
                 quality.kl,
                 percent(quality.loss_increase),
                 percent(quality.top1),
