@@ -97,6 +97,15 @@ def test_eval_as_json_has_the_same_figures(bundled_gguf, texts, capsys):
     assert len(task["skipped_lines"]) == 2
 
 
+def test_generated_answers_are_the_boundarys_own(bundled_gguf, capsys):
+    # each question is answered by the whole model first, whose cache must not help
+    command = ["eval", "--threads", "1", str(bundled_gguf), "--recall", "8", "--context", "128", "--boundary", "1", "--json"]
+    assert main(command) == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    whole, pruned = (row["exact_match"]["value"] for row in task["boundaries"])
+    assert whole > 0.5 > pruned
+
+
 def test_a_longer_tail_comes_nearer_to_the_whole_model(bundled_gguf, texts, capsys):
     found = []
     for tail in ("1", "32"):

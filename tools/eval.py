@@ -204,6 +204,7 @@ def _answer(llm: PopLlama, task: Task, question: Question, boundary: int) -> boo
     room = llm.n_ctx() - len(tokens)
     if room < 1:
         return False  # as a question that does not fit is answered
+    llm.reset()  # what the whole model has read would be reused
     done = llm.create_completion(
         question.prompt, max_tokens=min(task.max_tokens, room), temperature=0, stop=list(task.stop), boundary=boundary
     )

@@ -94,6 +94,7 @@ class PopLM(TemplateLM):
             temperature=float(options.get("temperature", 0)) if options.get("do_sample") else 0,
             boundary=self._boundary,
         )
+        self._llm.reset()  # what another boundary has read would be reused
         if media:
             messages = [{"role": "user", "content": _content(context, media["visual"])}]
             return self._llm.create_chat_completion(messages, **common)["choices"][0]["message"]["content"]
