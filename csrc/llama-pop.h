@@ -36,6 +36,21 @@ extern "C" {
     // Tokens that went through a pruned graph since the context was made.
     LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
 
+    // Fitted K/V projections (docs/metadata.md): what a pruned pass at their boundary writes to the caches of the skipped
+    // layers. Graphs that run those layers never see them. The model owns the result; NULL: llama_pop_last_error() says why.
+    LLAMA_API struct llama_adapter_lora * llama_pop_adapter_init(struct llama_model * model, const char * path);
+
+    LLAMA_API int32_t llama_pop_adapter_boundary(const struct llama_adapter_lora * adapter);
+
+    // Pruned passes at the adapter's boundary use it from the next llama_decode on, in the place of another one for the same
+    // boundary. On false the context keeps what it had.
+    LLAMA_API bool llama_pop_add_adapter(struct llama_context * ctx, struct llama_adapter_lora * adapter);
+
+    LLAMA_API void llama_pop_clear_adapters(struct llama_context * ctx);
+
+    // Equal for all files of one model, however quantized: an adapter's pop.fingerprint, in hexadecimal.
+    LLAMA_API uint64_t llama_pop_fingerprint(const struct llama_model * model);
+
     // Microseconds spent on building and planning graphs since the context was made.
     LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
 

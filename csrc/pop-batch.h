@@ -10,6 +10,7 @@
 #include <vector>
 
 struct ggml_tensor;
+struct llama_adapter_lora;
 
 enum llama_pop_part : uint8_t {
     LLAMA_POP_WHOLE,     // every layer
@@ -33,9 +34,11 @@ struct llama_pop_graph {
     uint32_t       first    = 0;       // CONTINUED: as above
     ggml_tensor *  states   = nullptr; // F32 [n_embd, n_ubatch], the context's
 
+    llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
+
     bool operator==(const llama_pop_graph & other) const {
         return part == other.part && boundary == other.boundary && n_rows == other.n_rows && first == other.first &&
-               states == other.states;
+               states == other.states && adapter == other.adapter;
     }
 };
 

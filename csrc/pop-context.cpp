@@ -1,9 +1,11 @@
 #include "pop-context.h"
+#include "pop-adapter.h"
 #include "pop-graph.h"
 #include "pop-memory.h"
 #include "pop-plan.h"
 #include "llama-pop.h"
 
+#include "llama-adapter.h"
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-graph.h"
@@ -26,6 +28,11 @@ bool llama_pop_context::mixes() const {
     return continues && it != proven.end() && it->second;
 }
 
+llama_adapter_lora * llama_pop_context::adapter_for(llama_pop_part part, uint32_t b) const {
+    const auto it = adapters.find(b);
+    return part == LLAMA_POP_PRUNED && it != adapters.end() ? it->second : nullptr;
+}
+
 void llama_pop_context::begin(const llama_cparams & cparams, llama_pop_batch & batch) const {
     // a non-causal batch has to stay in one piece
     batch.prunes = boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
@@ -42,7 +49,7 @@ llama_pop_graph llama_pop_context::graph(const llama_cparams & cparams, llm_grap
     const auto & label = ubatch.data->pop;
     // where no states were kept, the pruned pass was left whole, and so is what follows it
     if (label.part == LLAMA_POP_PRUNED || (label.part == LLAMA_POP_CONTINUED && states_kept)) {
-        res = { label.part, boundary, (uint32_t) label.rows.size(), label.first, states };
+        res = { label.part, boundary, (uint32_t) label.rows.size(), label.first, states, adapter_for(label.part, boundary) };
     }
     return res;
 }
@@ -108,6 +115,7 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
     const uint32_t n_seqs   = cparams.n_seq_max;
 
     llama_pop_graph pruned = { LLAMA_POP_PRUNED, boundary };
+    pruned.adapter = pop.adapter_for(LLAMA_POP_PRUNED, boundary);
     const auto * res = pop_build_graph(pruned, n_tokens, n_seqs, 0);
     if (!res || !res->pop_rewritten) {
         return false;
@@ -140,6 +148,19 @@ void llama_context::pop_reserve_states(uint32_t boundary) {
         throw std::runtime_error("no memory for the states at the boundary");
     }
     pop.states = states;
+}
+
+// the node budget counts a model's adapters when it is reserved
+bool llama_context::pop_add_adapter(llama_adapter_lora * adapter) {
+    const uint32_t b      = pop_adapter_boundary(*adapter);
+    const auto     before = pop.adapters;
+    pop.adapters[b] = adapter;
+    sched_need_reserve = true;
+    if (needs_whole_model(cparams) || pop_try_boundary(b)) {
+        return true;
+    }
+    pop.adapters = before;
+    return false;
 }
 
 //
@@ -197,6 +218,38 @@ bool llama_pop_set_boundary(llama_context * ctx, int32_t boundary) {
     return true;
 }
 
+uint64_t llama_pop_fingerprint(const llama_model * model) {
+    return pop_fingerprint(*model);
+}
+
+llama_adapter_lora * llama_pop_adapter_init(llama_model * model, const char * path) {
+    std::string why;
+    auto * adapter = pop_load_adapter(*model, path, why);
+    if (!adapter) {
+        refuse(why);
+    }
+    return adapter;
+}
+
+int32_t llama_pop_adapter_boundary(const llama_adapter_lora * adapter) {
+    return pop_adapter_boundary(*adapter);
+}
+
+bool llama_pop_add_adapter(llama_context * ctx, llama_adapter_lora * adapter) {
+    if (pop_adapter_boundary(*adapter) == 0 || adapter->model != llama_get_model(ctx)) {
+        return refuse("this is no adapter that llama_pop_adapter_init() made for this context's model");
+    }
+    try {
+        return ctx->pop_add_adapter(adapter) || refuse("this architecture's graph has no place for fitted projections");
+    } catch (const std::exception & e) {
+        return refuse(std::string("the pruned graph could not be built: ") + e.what());
+    }
+}
+
+void llama_pop_clear_adapters(llama_context * ctx) {
+    ctx->pop.adapters.clear();
+}
+
 int32_t llama_pop_get_boundary(const llama_context * ctx) {
     return ctx->pop.boundary ? (int32_t) ctx->pop.boundary : pop_n_layer(*llama_get_model(ctx));
 }
@@ -229,8 +282,9 @@ uint64_t llama_pop_n_pruned(const llama_context * ctx) {
 
 double llama_pop_graph_flops(llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs) {
     const bool whole = boundary == pop_n_layer(*llama_get_model(ctx)) || n_outputs > 0;
-    auto * res = ctx->pop_build_graph(
-        { whole ? LLAMA_POP_WHOLE : LLAMA_POP_PRUNED, (uint32_t) boundary }, n_tokens, n_seqs, n_outputs);
+    llama_pop_graph what = { whole ? LLAMA_POP_WHOLE : LLAMA_POP_PRUNED, (uint32_t) boundary };
+    what.adapter = ctx->pop.adapter_for(what.part, boundary);
+    auto * res = ctx->pop_build_graph(what, n_tokens, n_seqs, n_outputs);
     return res ? pop_flops(res->get_gf()) : 0.0;
 }
 

@@ -19,6 +19,8 @@ struct llama_pop_context {
     uint64_t n_tokens_pruned = 0;
     int64_t  t_plan_us       = 0;
 
+    std::map<uint32_t, llama_adapter_lora *> adapters; // fitted projections by the boundary that they are for
+
     // boundaries that pop_try_boundary() has built graphs for -> whether tokens may go on from there
     std::map<uint32_t, bool> proven;
 
@@ -29,6 +31,9 @@ struct llama_pop_context {
 
     // whether tokens that need the whole model share micro-batches with others
     bool mixes() const;
+
+    // the adapter that such a graph takes
+    llama_adapter_lora * adapter_for(llama_pop_part part, uint32_t b) const;
 
     // decode(): what is allowed when this batch is split
     void begin(const llama_cparams & cparams, llama_pop_batch & batch) const;

@@ -1,5 +1,6 @@
 #include "pop-graph.h"
 
+#include "llama-adapter.h"
 #include "llama-graph.h"
 
 #include "ggml-backend.h"
@@ -147,6 +148,18 @@ struct rewrite {
         }
     }
 
+    // the pair that belongs to the weight of a matrix product, nullptr without
+    const llama_adapter_lora_weight * fitted(const ggml_tensor * t) const {
+        return pop.adapter && t->op == GGML_OP_MUL_MAT ? pop.adapter->get_weight(t->src[0]) : nullptr;
+    }
+
+    // What reads the product reads its sum with B A x from now on. x is the state that the product itself reads.
+    void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
+        ggml_context * ctx = res.get_ctx();
+        ggml_tensor  * low = ggml_mul_mat(ctx, w.a, product->src[1]);
+        replaced[product] = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
+    }
+
     bool works_on_replaced(const ggml_tensor * t) const {
         return is_in_place(t) && replaced_memory.count(t->view_src);
     }
@@ -193,6 +206,12 @@ struct rewrite {
             }
             if (cur != x_b) {
                 replace(cur, x_b);
+            }
+        }
+
+        for (const ggml_tensor * node : nodes) {
+            if (fitted(node)) {
+                replaced_memory.insert(node);
             }
         }
 
@@ -272,6 +291,9 @@ struct rewrite {
             }
             for (ggml_tensor * & src : node->src) {
                 src = src ? source(src) : nullptr;
+            }
+            if (const auto * w = fitted(node)) {
+                add_fitted(node, *w);
             }
         }
 

@@ -34,11 +34,16 @@ _DECLARATIONS = """
     int32_t llama_pop_n_layer(const struct llama_model * model);
     int32_t llama_pop_lossless_boundary(const struct llama_model * model);
     bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
+    struct llama_adapter_lora * llama_pop_adapter_init(struct llama_model * model, const char * path);
+    int32_t llama_pop_adapter_boundary(const struct llama_adapter_lora * adapter);
+    bool llama_pop_add_adapter(struct llama_context * ctx, struct llama_adapter_lora * adapter);
+    void llama_pop_clear_adapters(struct llama_context * ctx);
+    uint64_t llama_pop_fingerprint(const struct llama_model * model);
     const char * llama_pop_last_error(void);
 """
 
 _ffi = FFI()
-_ffi.cdef("struct llama_context; struct llama_model;" + _DECLARATIONS)
+_ffi.cdef("struct llama_context; struct llama_model; struct llama_adapter_lora;" + _DECLARATIONS)
 _native = None
 
 
@@ -115,6 +120,44 @@ def set_boundary(ctx: int, boundary: int) -> None:
     """
     if not _native.llama_pop_set_boundary(_context(ctx), boundary):
         raise PopError(_last_error())
+
+
+def add_adapter(ctx: int, model: int, path: str | os.PathLike) -> int:
+    """Gives a context fitted K/V projections for the boundary that it returns.
+
+    Raises:
+        PopError: The file cannot be read, or is for another model.
+    """
+    adapter = _native.llama_pop_adapter_init(_model(model), os.fsencode(path))
+    if adapter == _ffi.NULL:
+        raise PopError(_last_error())
+    if not _native.llama_pop_add_adapter(_context(ctx), adapter):
+        raise PopError(f"{path}: {_last_error()}")
+    return _native.llama_pop_adapter_boundary(adapter)
+
+
+def clear_adapters(ctx: int) -> None:
+    _native.llama_pop_clear_adapters(_context(ctx))
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Of a model file's norms: equal for all files of one model, however quantized.
+
+    Raises:
+        PopError: llama.cpp cannot load the file.
+    """
+    llama_cpp = load()
+    with captured_log() as errors:
+        llama_cpp.llama_backend_init()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not model:
+            raise PopError(load_failure(path, errors))
+        try:
+            return f"{_native.llama_pop_fingerprint(_model(model)):016x}"
+        finally:
+            llama_cpp.llama_model_free(model)
 
 
 def set_ends(ctx: int, n_head: int, n_tail: int) -> None:

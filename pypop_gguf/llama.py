@@ -42,6 +42,7 @@ class PopStatus:
         head: First tokens of a sequence that run every layer all the same.
         tail: Last tokens of a prompt that do, the very last included.
         min_tokens: Prompts with fewer new tokens are not pruned.
+        adapters: Boundaries at which fitted K/V projections fill the caches of the skipped layers.
     """
 
     enabled: bool
@@ -51,6 +52,7 @@ class PopStatus:
     head: int = 0
     tail: int = 1
     min_tokens: int = 0
+    adapters: tuple[int, ...] = ()
 
 
 @dataclass
@@ -93,6 +95,8 @@ class PopLlama(llama_cpp.Llama):
         pop_tail: Last tokens of each prompt that run every layer, 1 to ``n_batch``. Default: the file's ``pop.tail``, else 1.
         pop_min_tokens: Prompts with fewer new tokens, what is reused from the cache left out, are not pruned. Default: the
             file's ``pop.min_tokens``, else 0.
+        pop_adapter: File, or files for several boundaries, with fitted K/V projections (``pop-gguf convert --fit-kv``); False for
+            none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, where there is one.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -109,6 +113,7 @@ class PopLlama(llama_cpp.Llama):
         pop_head: int | None = None,
         pop_tail: int | None = None,
         pop_min_tokens: int | None = None,
+        pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None = None,
         **llama_kwargs,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ needs it also where we refuse to start
@@ -117,7 +122,7 @@ class PopLlama(llama_cpp.Llama):
             raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
         _check_boundary_type("pop_boundary", pop_boundary)
         ends = {"pop_head": pop_head, "pop_tail": pop_tail, "pop_min_tokens": pop_min_tokens}
-        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, **ends}
+        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, "pop_adapter": pop_adapter, **ends}
         self._requested: int | None = None  # boundary of the call that is running, None outside calls
         self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
@@ -136,8 +141,9 @@ class PopLlama(llama_cpp.Llama):
             if boundary < n_layer:
                 _library.set_boundary(self._ctx.ctx, boundary)
             self._status = PopStatus(
-                boundary < n_layer, boundary, n_layer, source if boundary < n_layer else "off", *self._choose_ends(stored)
-            )
+                boundary < n_layer, boundary, n_layer, source if boundary < n_layer else "off", *self._choose_ends(stored),
+                self._add_adapters(boundary, n_layer),
+            )  # fmt: skip
         # Boundary that each cached position was computed with; n_layer = by the whole model.
         self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
 
@@ -185,6 +191,25 @@ class PopLlama(llama_cpp.Llama):
             chosen.append(value)
         _library.set_ends(self._ctx.ctx, *chosen[:2])
         return tuple(chosen)
+
+    def _add_adapters(self, boundary: int, n_layer: int) -> tuple[int, ...]:
+        """Loads what was asked for or lies beside the model; returns the boundaries that it is for."""
+        asked = self._pop_arguments["pop_adapter"]
+        single = isinstance(asked, (str, os.PathLike))
+        if asked is None:
+            beside = os.path.splitext(self.model_path)[0] + f".pop-b{boundary}.gguf"
+            asked = [beside] if boundary < n_layer and os.path.isfile(beside) else []
+        elif isinstance(asked, bool):
+            if asked:
+                raise PopError("pop_adapter=True names no file: give a path, or leave it out to take the one beside the model")
+            asked = []
+        elif single:
+            asked = [asked]
+        with _library.captured_log():  # what it says is in the error
+            found = tuple(_library.add_adapter(self._ctx.ctx, self._model.model, path) for path in asked)
+        if single and found != (boundary,) and boundary < n_layer:
+            raise PopError(f"{os.fspath(asked[0])} was fitted for boundary {found[0]}, this model is pruned at {boundary}: give both the same")
+        return found
 
     def _resolve(self, boundary: int | str) -> int:
         """Validates a boundary by setting it; every eval() sets the one it needs again, which then costs nothing."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1) -> np.ndarray:
+def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1, added=None) -> np.ndarray:
     """Logits of the last prompt token and of every token after it.
 
     Args:
@@ -20,6 +20,7 @@ def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: in
         n_prompt: Tokens of the prompt, N.
         head: First tokens of the prompt that run through the whole model.
         tail: Last tokens of the prompt that do.
+        added: Module -> matrix [n_out, n_in] that the pruned pass adds to its weight.
 
     Returns:
         F32 [T - N + 1, n_vocab].
@@ -33,6 +34,10 @@ def logits(model, decoder_layers, tokens: list[int], boundary: int, n_prompt: in
     with torch.no_grad():
         cache = model(input_ids=ids[:, :head], use_cache=True).past_key_values if head else None
         hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in decoder_layers[boundary:]]
+        hooks += [
+            module.register_forward_hook(lambda _module, args, output, matrix=matrix: output + args[0] @ matrix.T)
+            for module, matrix in (added or {}).items()
+        ]
         try:
             pruned = ids[:, head : n_prompt - tail]
             cache = model(input_ids=pruned, past_key_values=cache, use_cache=True).past_key_values

@@ -63,6 +63,14 @@ def configs() -> dict:
     }  # fmt: skip
 
 
+def fused_configs() -> dict:
+    """Models that write queries, keys and values with one matrix."""
+    import transformers
+
+    plain = {key: value for key, value in _COMMON.items() if key != "head_dim"}
+    return {"phi3": transformers.Phi3Config(num_hidden_layers=6, pad_token_id=0, bos_token_id=1, eos_token_id=2, **plain)}
+
+
 def shared_cache_configs() -> dict:
     """Models whose upper layers read the cache of lower ones: only 20 of 30 and 6 of 10 layers write."""
     import transformers

@@ -18,7 +18,7 @@ from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import PopMetadata, read_metadata
 from pypop_gguf.tools import hf_to_gguf, quantize
 from pypop_gguf.tools.boundary import BoundaryChoice, check_rule, choose_boundary
-from pypop_gguf.tools.gguf_copy import check_free_space, copy_with_metadata, replacing
+from pypop_gguf.tools.gguf_copy import adapter_path, check_free_space, copy_with_metadata, replacing
 
 DESCRIPTION = """\
 Writes a GGUF with pop.* metadata: where prefill may stop, and the layer importance behind it. A GGUF is copied with its
@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importance.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     importance.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights (default: auto, float32 on the CPU)")
 
+    fit = parser.add_argument_group("fitted projections")
+    fit.add_argument("--fit-kv", action="store_true", help="fit what skipped layers write to their caches, as OUTFILE's stem with .pop-bN.gguf; on the calibration texts")
+    fit.add_argument("--rank", type=int, default=32, metavar="R", help="of the fitted differences (default: 32)")
+    fit.add_argument("--distill-steps", type=int, default=0, metavar="N", help="then N steps of gradient descent on the KL to the whole model (default: 0)")
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Carries out one conversion.
@@ -98,10 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
             _convert_projector(arguments, source, scratch / "projector.gguf")
         _choose(arguments, support, None if arguments.max_importance_loss is None else [1.0] * support.n_layer)
 
-        metadata = _importance(arguments, source, is_gguf, support)
+        calibration = _Calibration(arguments, source)
+        metadata = _importance(arguments, calibration, source, is_gguf, support)
         choice = _choose(arguments, support, metadata.importance_prefill)
         metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 
+        adapter = adapter_path(target, choice.boundary)
+        if arguments.fit_kv:
+            fits = _fit(arguments, calibration, choice.boundary, plain, scratch / "adapter.gguf")
         if arguments.outtype in quantize.QUANTIZER_TYPES and (is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES):
             print(f"quantizing to {arguments.outtype}", file=sys.stderr)
             quantize.quantize(plain, scratch / "quantized.gguf", arguments.outtype)
@@ -111,17 +120,24 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.mmproj:
             with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
                 (scratch / "projector.gguf").rename(beside)
+        if arguments.fit_kv:
+            with replacing(adapter) as beside:
+                (scratch / "adapter.gguf").rename(beside)
     _summary(arguments, target, support, choice, time.perf_counter() - started)
+    if arguments.fit_kv:
+        _fit_summary(adapter, fits)
     return 0
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8)):  # a shorter sample is not used
+    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8), ("rank", 1), ("distill_steps", 0)):
         if getattr(arguments, name) < least:
             raise PopError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least {least}")
+    if arguments.distill_steps and not arguments.fit_kv:
+        raise PopError("--distill-steps goes on from fitted projections: give --fit-kv too")
     if not 0 <= arguments.seed < 2**32:
         raise PopError(f"--seed {arguments.seed} is out of range: give 0 to {2**32 - 1}")
-    if arguments.importance is False and (arguments.calibration or arguments.max_importance_loss is not None):
+    if arguments.importance is False and ((arguments.calibration and not arguments.fit_kv) or arguments.max_importance_loss is not None):
         raise PopError("--no-importance leaves nothing for --calibration or --max-importance-loss to do: drop one of them")
     if arguments.calibration and not arguments.calibration.is_file():
         raise PopError(f"{arguments.calibration}: no such calibration file")
@@ -181,30 +197,46 @@ def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, impor
     )
 
 
+class _Calibration:
+    """The model in torch and the texts, loaded when first asked for."""
+
+    def __init__(self, arguments: argparse.Namespace, source: Path) -> None:
+        self._arguments, self._source, self._loaded = arguments, source, None
+
+    def load(self) -> tuple:
+        """Model, samples, and what they were made of."""
+        if self._loaded is None:
+            from pypop_gguf.tools.calibration import load_samples
+            from pypop_gguf.tools.load_model import load_for_importance
+
+            arguments = self._arguments
+            model, tokenizer = load_for_importance(self._source, device=arguments.device, dtype=arguments.dtype)
+            samples, info = load_samples(
+                tokenizer,
+                arguments.calibration,
+                max_samples=arguments.calibration_samples,
+                max_tokens=arguments.calibration_tokens,
+                seed=arguments.seed,
+            )
+            for note in info.skipped:
+                print(f"{info.source}: {note}", file=sys.stderr)
+            self._loaded = model, samples, info
+        return self._loaded
+
+
 def _importance(
-    arguments: argparse.Namespace, source: Path, is_gguf: bool, support: _library.ModelSupport
+    arguments: argparse.Namespace, calibration: _Calibration, source: Path, is_gguf: bool, support: _library.ModelSupport
 ) -> PopMetadata:
     stored = _stored(source) if is_gguf else PopMetadata()
     wanted = arguments.max_importance_loss is not None and stored.importance_prefill is None
-    if arguments.importance is False or (is_gguf and not (arguments.importance or arguments.calibration or wanted)):
+    asked = arguments.importance or (arguments.calibration and not arguments.fit_kv) or wanted
+    if arguments.importance is False or (is_gguf and not asked):
         return stored
 
-    from pypop_gguf.tools.calibration import load_samples
-    from pypop_gguf.tools.load_model import load_for_importance
-
-    model, tokenizer = load_for_importance(source, device=arguments.device, dtype=arguments.dtype)
+    model, samples, info = calibration.load()
     from pypop_gguf.tools.importance import compute_importance  # imports torch, whose absence the loader has told
 
-    samples, info = load_samples(
-        tokenizer,
-        arguments.calibration,
-        max_samples=arguments.calibration_samples,
-        max_tokens=arguments.calibration_tokens,
-        seed=arguments.seed,
-    )
-    for note in info.skipped:
-        print(f"{info.source}: {note}", file=sys.stderr)
-    scores = compute_importance(model, samples, seed=arguments.seed, progress=_samples_progress())
+    scores = compute_importance(model, samples, seed=arguments.seed, progress=_progress("importance", "samples"))
     if len(scores.prefill) != support.n_layer:
         raise PopError(f"torch sees {len(scores.prefill)} layers, llama.cpp {support.n_layer}: use --no-importance")
     return PopMetadata(
@@ -218,6 +250,32 @@ def _importance(
     )
 
 
+def _fit(arguments: argparse.Namespace, calibration: _Calibration, boundary: int, plain: Path, target: Path) -> list:
+    """Fits the projections above the boundary and writes them; returns the differences."""
+    model, samples, _ = calibration.load()
+    from pypop_gguf.tools.distill_kv import distill
+    from pypop_gguf.tools.fit_kv import find_projections, fit_values, memory_bytes
+    from pypop_gguf.tools.kv_adapter import write_adapter
+
+    needed = memory_bytes(find_projections(model, boundary))
+    print(f"fitting needs {needed / 1e9:.2f} GB beside the model", file=sys.stderr)
+    fits = fit_values(model, samples, boundary, rank=arguments.rank, progress=_progress("fit", "texts"))
+    trained = fits
+    if arguments.distill_steps:
+        trained = distill(
+            model, samples, boundary, fits, steps=arguments.distill_steps, rank=arguments.rank, seed=arguments.seed,
+            progress=_progress("distill", "steps"),
+        )  # fmt: skip
+    write_adapter(target, model, boundary, trained, _library.fingerprint(plain))
+    return fits
+
+
+def _fit_summary(adapter: Path, fits: list) -> None:
+    print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.2f} MB)")
+    for fit in fits:
+        print(f"  {fit.projection.name}: error on held-out texts {fit.error_before:.3f} -> {fit.error_after:.3f} (lambda {fit.lam:g})")
+
+
 def _stored(source: Path) -> PopMetadata:
     """What the file has already; keys that make no sense are there to be replaced."""
     try:
@@ -226,12 +284,12 @@ def _stored(source: Path) -> PopMetadata:
         return PopMetadata()
 
 
-def _samples_progress():
+def _progress(what: str, of: str):
     started = time.perf_counter()
 
     def show(done: int, total: int) -> None:
         left = (time.perf_counter() - started) / done * (total - done)
-        _show(f"importance {done}/{total} samples, {left:.0f} s left", done == total)
+        _show(f"{what} {done}/{total} {of}, {left:.0f} s left", done == total)
 
     return show
 

@@ -58,6 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sample, prompt and continuation, at most (default: 512)")
     parser.add_argument("--head", type=int, metavar="H", help="first prompt tokens that run every layer (default: the file's, or 0)")
     parser.add_argument("--tail", type=int, metavar="T", help="last prompt tokens that do (default: the file's, or 1)")
+    parser.add_argument("--adapter", type=Path, nargs="*", default=[], metavar="FILE.gguf", help="fitted projections, one file a boundary, used there (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
 
@@ -151,7 +152,7 @@ def open_model(
     if mmproj and not mmproj.is_file():
         raise PopError(f"--mmproj {mmproj}: no such file")
     llm = PopLlama(
-        str(arguments.model), pop_boundary=boundaries[-1], pop_head=arguments.head, pop_tail=arguments.tail, pop_min_tokens=0,
+        str(arguments.model), pop_boundary=boundaries[-1], pop_head=arguments.head, pop_tail=arguments.tail, pop_min_tokens=0, pop_adapter=arguments.adapter,
         n_ctx=arguments.context, n_batch=arguments.context, n_threads=threads, n_threads_batch=threads,
         chat_handler=llama_cpp.llama_chat_format.MTMDChatHandler(str(mmproj), verbose=False) if mmproj else None, verbose=False,
     )  # fmt: skip
@@ -236,7 +237,7 @@ def _tables(arguments: argparse.Namespace, llm: PopLlama, results: list) -> str:
             whole = quality.boundary == n_layer
             rows.append(
                 (
-                    f"{quality.boundary}{' (whole)' if whole else ''}",
+                    f"{quality.boundary}{' (whole)' if whole else fitted(llm, quality.boundary)}",
                     quality.samples,
                     quality.nll,
                     "" if whole else percent(quality.loss_increase),
@@ -258,6 +259,10 @@ def _harness_table(harness: dict[int, dict[str, dict]]) -> list[str]:
         for metric in metrics:
             rows.append((name, metric.removesuffix(",none"), *(f"{found[name][metric]:.4f}" for found in harness.values())))
     return ["", "lm-evaluation-harness (the largest boundary is the whole model)", *aligned(rows)]
+
+
+def fitted(llm: PopLlama, boundary: int) -> str:
+    return " (fitted)" if boundary in llm.pop.adapters else ""
 
 
 def percent(mean: Mean) -> str:

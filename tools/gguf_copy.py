@@ -38,6 +38,11 @@ def replacing(target: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def adapter_path(model: Path, boundary: int) -> Path:
+    """Where ``PopLlama`` looks for the adapter of a model file."""
+    return model.with_name(f"{model.stem}.pop-b{boundary}.gguf")
+
+
 def check_free_space(directory: Path, needed: int) -> None:
     """Refuses before anything is written what will not fit.
 

@@ -18,7 +18,7 @@ from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import Curve, PopMetadata, read_metadata
 from pypop_gguf.tools import curve_plot, tasks
 from pypop_gguf.tools.boundary import check_budget, choose_by_curve
-from pypop_gguf.tools.eval import Progress, add_model_arguments, numbers, open_model, percent, report_skipped
+from pypop_gguf.tools.eval import Progress, add_model_arguments, fitted, numbers, open_model, percent, report_skipped
 from pypop_gguf.tools.gguf_copy import copy_with_metadata
 from pypop_gguf.tools.quality import Quality, Tokenizer, score_samples, summarize
 from pypop_gguf.tools.tables import aligned
@@ -179,7 +179,7 @@ def _table(title: str, qualities: list[Quality], speedups: dict, measured: dict,
         rows.append(
             (
                 "*" if quality.boundary == chosen else "",
-                quality.boundary,
+                f"{quality.boundary}{fitted(llm, quality.boundary)}",
                 f"{quality.boundary / llm.pop.n_layer:.0%}",
                 f"{speedups[quality.boundary]:.3f}",
                 *("{1:.3f} [{0:.3f}, {2:.3f}]".format(*measured[quality.boundary]) for _ in timed),
