@@ -16,7 +16,7 @@ from pypop_gguf.tools.fit_kv import Difference, find_projections, pruned
 from pypop_gguf.tools.importance import find_decoder_layers
 
 _BATCH = 4  # texts a step
-_RATE = 3e-3
+_RATE = 1e-3
 _WARM_UP = 10
 
 

@@ -39,6 +39,10 @@ def write_adapter(target: Path, model: nn.Module, boundary: int, differences: Se
     """
     with tempfile.TemporaryDirectory() as directory:
         model.config.save_pretrained(directory)
+        config = Path(directory, "config.json")
+        # a model that was read from a GGUF lacks the name that the converter chooses by, and says how it was stored
+        keys = {"architectures": [type(model).__name__], **json.loads(config.read_text())}
+        config.write_text(json.dumps({key: value for key, value in keys.items() if key != "quantization_config"}))
         halves: dict[str, tuple[list, list]] = {}  # a fused weight has one difference for keys and one for values
         for difference in differences:
             # balanced, so that 16 bits hold both

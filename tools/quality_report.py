@@ -9,11 +9,13 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from pypop_gguf import _library
 from pypop_gguf.cli import main as pop_gguf
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.tools import tasks
@@ -21,8 +23,11 @@ from pypop_gguf.tools.ablations import Variant, block_influence, continuation_lo
 from pypop_gguf.tools.bench_plan import cores
 from pypop_gguf.tools.boundary import choose_by_curve
 from pypop_gguf.tools.calibration import load_samples
+from pypop_gguf.tools.distill_kv import distill
 from pypop_gguf.tools.eval import answers, exact_matches
+from pypop_gguf.tools.fit_kv import fit_values
 from pypop_gguf.tools.importance import compute_importance, find_decoder_layers
+from pypop_gguf.tools.kv_adapter import write_adapter
 from pypop_gguf.tools.load_model import load_for_importance
 from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize
 
@@ -34,6 +39,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")
 BUDGET = 0.05  # KL, nats a token
 ENDS = ((0, 1), (0, 4), (0, 16), (8, 1))  # head, tail
 N_SAMPLES, CONTEXT = 40, 512
+RANK, DISTILL_STEPS, N_CALIBRATION = 32, 400, 360
 
 
 def main() -> int:
@@ -59,6 +65,8 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
     curves = {outtype: _engine(path, arguments.data, range(3, 12)) for outtype, path in files.items()}
     n_layer = curves["f16"]["stories"][0].boundary
     exact = _exact_answers(files["q8_0"], arguments.data, (10, 9, 8, 7, 6, 5, 4))
+    fits = _fits(MODEL, files["f16"], arguments.data, range(3, 11), scratch)
+    other_fits = _fits(arguments.other, arguments.other, arguments.data, range(1, 4), scratch, only=("stories",)) if arguments.other else None
     ends = {pair: _engine(files["q8_0"], arguments.data, (6, 8), *pair) for pair in ENDS}
     torch_rows, profiles = _torch(arguments.data)
     _plot_curves(curves, plots / "curves.png")
@@ -89,6 +97,13 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
     if other:
         parts += [f"The other model, `{arguments.other.stem}` (stories alone, which is what it can):", _one_curve(other["stories"])]
     parts += [
+        "## Fitted projections",
+        f"F16. `pop-gguf convert --fit-kv --rank {RANK} --calibration calibration.jsonl` ({N_CALIBRATION} texts, none of them measured on), "
+        f"closed form, and with `--distill-steps {DISTILL_STEPS}`. KL without / closed form / distilled. Times: fit and distillation, on "
+        f"{cores()} cores. The adapter's size is that of the distilled one.",
+        _fits_table(curves["f16"], fits, TASKS),
+        f"The share of the KL that the fit takes away, at half of the layers: {_fit_reading(curves['f16'], fits, n_layer // 2)}.",
+        *([f"`{arguments.other.stem}`:", _fits_table(other, other_fits, ("stories",))] if other else []),
         "## Head and tail",
         "Q8_0, KL. A tail of T tokens costs the deep layers for T tokens, T / N of what pruning saves on a prompt of N tokens.",
         _ends_table(ends),
@@ -108,9 +123,11 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _engine(path: Path, data: Path, boundaries: Iterable[int], head: int = 0, tail: int = 1, only=TASKS) -> dict[str, list[Quality]]:
+def _engine(
+    path: Path, data: Path, boundaries: Iterable[int], head: int = 0, tail: int = 1, only=TASKS, adapters: Iterable[Path] = ()
+) -> dict[str, list[Quality]]:
     llm = PopLlama(
-        str(path), pop_boundary=1, pop_head=head, pop_tail=tail, n_ctx=CONTEXT, n_batch=CONTEXT,
+        str(path), pop_boundary=1, pop_head=head, pop_tail=tail, pop_adapter=list(adapters), n_ctx=CONTEXT, n_batch=CONTEXT,
         n_threads=cores(), n_threads_batch=cores(), verbose=False,
     )  # fmt: skip
     result = {}
@@ -122,6 +139,49 @@ def _engine(path: Path, data: Path, boundaries: Iterable[int], head: int = 0, ta
         result[name] = summarize(list(score_samples(llm, task.samples, boundaries)))
     llm.close()
     return result
+
+
+def _fits(source: Path, engine_file: Path, data: Path, boundaries: Iterable[int], scratch: Path, only=TASKS) -> dict:
+    """Closed form and distilled adapters of each boundary through the engine: kind -> task -> qualities; sizes and times."""
+    model, tokenizer = load_for_importance(source)
+    calibration, _ = load_samples(tokenizer, data / "calibration.jsonl", max_samples=N_CALIBRATION, max_tokens=CONTEXT)
+    fingerprint = _library.fingerprint(engine_file)
+    written, times = {"closed form": [], "distilled": []}, {}
+    for boundary in boundaries:
+        started = time.perf_counter()
+        fitted = fit_values(model, calibration, boundary, rank=RANK)
+        fit_seconds = time.perf_counter() - started
+        paths = {kind: scratch / f"{source.stem}-{kind[:4]}-{boundary}.gguf" for kind in written}
+        write_adapter(paths["closed form"], model, boundary, fitted, fingerprint)
+        started = time.perf_counter()
+        trained = distill(model, calibration, boundary, fitted, steps=DISTILL_STEPS, rank=RANK)
+        times[boundary] = fit_seconds, time.perf_counter() - started
+        write_adapter(paths["distilled"], model, boundary, trained, fingerprint)
+        for kind, path in paths.items():
+            written[kind].append(path)
+        print(f"{source.stem}: fitted {boundary} in {times[boundary][0]:.0f} and {times[boundary][1]:.0f} s", file=sys.stderr)
+    qualities = {kind: _engine(engine_file, data, boundaries, only=only, adapters=paths) for kind, paths in written.items()}
+    sizes = {b: path.stat().st_size for b, path in zip(boundaries, written["distilled"], strict=True)}
+    return {**qualities, "times": times, "sizes": sizes}
+
+
+def _fits_table(plain: dict, fits: dict, names: Iterable[str]) -> str:
+    rows = []
+    for boundary, (fit_seconds, distill_seconds) in sorted(fits["times"].items(), reverse=True):
+        cells = []
+        for name in names:
+            found = [next(q.kl for q in qualities[name] if q.boundary == boundary) for qualities in (plain, fits["closed form"], fits["distilled"])]
+            cells.append(" / ".join(f"{kl.value:.3f}" for kl in found) + f" [{found[2].low:.3f}, {found[2].high:.3f}]")
+        rows.append([boundary, *cells, f"{fits['sizes'][boundary] / 1e3:.0f} kB", f"{fit_seconds:.0f} s, {distill_seconds:.0f} s"])
+    return _table(["b", *(f"{name} [distilled]" for name in names), "size", "time"], rows)
+
+
+def _fit_reading(plain: dict, fits: dict, boundary: int) -> str:
+    parts = []
+    for name in TASKS:
+        kl = [next(q.kl.value for q in qualities[name] if q.boundary == boundary) for qualities in (plain, fits["closed form"], fits["distilled"])]
+        parts.append(f"{name} {1 - kl[1] / kl[0]:.0%} closed form, {1 - kl[2] / kl[0]:.0%} distilled")
+    return "; ".join(parts)
 
 
 def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[str, dict[int, Mean]]:
