@@ -39,7 +39,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")
 BUDGET = 0.05  # KL, nats a token
 ENDS = ((0, 1), (0, 4), (0, 16), (8, 1))  # head, tail
 N_SAMPLES, CONTEXT = 40, 512
-RANK, DISTILL_STEPS, N_CALIBRATION = 32, 400, 360
+RANK, DISTILL_STEPS, N_CALIBRATION = 32, 200, 360
 
 
 def main() -> int:
