@@ -8,11 +8,12 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.status import Cancelled, PopStatus, Timings
 
 if TYPE_CHECKING:
-    from pypop_gguf.llama import PopLlama, PopStatus, Timings
+    from pypop_gguf.llama import PopLlama
 
-__all__ = ["PopError", "PopLlama", "PopStatus", "Timings", "__version__"]
+__all__ = ["Cancelled", "PopError", "PopLlama", "PopStatus", "Timings", "__version__"]
 
 try:
     __version__ = _metadata.version("pypop-gguf")
@@ -21,8 +22,8 @@ except _metadata.PackageNotFoundError:  # the source tree, not installed
 
 
 def __getattr__(name: str):
-    if name in ("PopLlama", "PopStatus", "Timings"):
-        from pypop_gguf import llama
+    if name == "PopLlama":
+        from pypop_gguf.llama import PopLlama
 
-        return getattr(llama, name)
+        return PopLlama
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,15 +10,16 @@ import contextlib
 import inspect
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import PopMetadata, read_metadata
+from pypop_gguf.status import Cancelled, PopStatus, Timings
 
 llama_cpp = _library.load()
 
@@ -27,55 +28,6 @@ _PARENT_PARAMETERS = frozenset(
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
     if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
 )
-
-
-@dataclass(frozen=True)
-class PopStatus:
-    """What a ``PopLlama`` does with prompts.
-
-    Attributes:
-        enabled: Whether prompts are pruned.
-        boundary: 0-based index of the first layer that prefill skips; ``n_layer`` when off.
-        n_layer: Layers of the model, L.
-        source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper layers
-            share a cache, so a lower boundary is exact) or ``"off"``.
-        head: First tokens of a sequence that run every layer all the same.
-        tail: Last tokens of a prompt that do, the very last included.
-        min_tokens: Prompts with fewer new tokens are not pruned.
-        adapters: Boundaries at which fitted K/V projections fill the caches of the skipped layers.
-    """
-
-    enabled: bool
-    boundary: int
-    n_layer: int
-    source: str
-    head: int = 0
-    tail: int = 1
-    min_tokens: int = 0
-    adapters: tuple[int, ...] = ()
-
-
-@dataclass
-class Timings:
-    """Where one call's time went. Times are wall-clock milliseconds, None where the call did not get that far.
-
-    Attributes:
-        prompt_tokens: Tokens of the prompt.
-        reused_tokens: Of these, taken from the cache of an earlier call.
-        pruned_tokens: Of these, read by the layers below the boundary only.
-        generated_tokens: Tokens generated.
-        prefill_ms: Reading the part of the prompt that was not reused.
-        time_to_first_token_ms: From the start of the call to the first token, sampling included.
-        decode_ms_per_token: Mean over the tokens after the first.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    pruned_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_ms: float | None = None
-    time_to_first_token_ms: float | None = None
-    decode_ms_per_token: float | None = None
 
 
 class PopLlama(llama_cpp.Llama):
@@ -124,6 +76,8 @@ class PopLlama(llama_cpp.Llama):
         ends = {"pop_head": pop_head, "pop_tail": pop_tail, "pop_min_tokens": pop_min_tokens}
         self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, "pop_adapter": pop_adapter, **ends}
         self._requested: int | None = None  # boundary of the call that is running, None outside calls
+        self._progress: Callable[[int, int], bool | None] | None = None  # of the call that is running
+        self._cancel: threading.Event | None = None
         self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
         self.timings = Timings()
@@ -236,51 +190,89 @@ class PopLlama(llama_cpp.Llama):
         return self._asked_boundary()  # a chat handler calls create_completion inside create_chat_completion
 
     @contextlib.contextmanager
-    def _calling(self, boundary: int):
-        outer, self._requested = self._requested, boundary
+    def _calling(self, boundary: int, progress=None, cancel=None):
+        outer = self._requested, self._progress, self._cancel
+        # a chat handler calls create_completion inside create_chat_completion
+        self._requested, self._progress, self._cancel = boundary, progress or self._progress, cancel or self._cancel
         _library.set_boundary(self._ctx.ctx, boundary)  # images are read before any eval()
         try:
             yield
         finally:
-            self._requested = outer
+            self._requested, self._progress, self._cancel = outer
 
-    def _call(self, method, pop: bool | None, boundary: int | str | None, args: tuple, kwargs: dict):
+    def _call(self, method, args: tuple, kwargs: dict, *, pop, boundary, progress, cancel):
         requested = self._boundary_for(pop, boundary)
-        with self._calling(requested):
+        with self._calling(requested, progress, cancel):
             result = method(*args, **kwargs)
         if not isinstance(result, Iterator):
+            result["timings"] = self.timings.as_dict()
             return result
 
         def streamed():
             while True:
-                with self._calling(requested):
+                with self._calling(requested, progress, cancel):
                     try:
                         chunk = next(result)
                     except StopIteration:
                         return
+                if any(choice["finish_reason"] for choice in chunk["choices"]):
+                    chunk["timings"] = self.timings.as_dict()
                 yield chunk
 
         return streamed()
 
-    def create_completion(self, *args, pop: bool | None = None, boundary: int | str | None = None, **kwargs):
-        """``llama_cpp.Llama.create_completion`` with two more arguments.
+    def create_completion(
+        self,
+        *args,
+        pop: bool | None = None,
+        boundary: int | str | None = None,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **kwargs,
+    ):
+        """``llama_cpp.Llama.create_completion`` with more arguments, and ``timings`` in the result and the last streamed chunk.
 
         Args:
             pop: False reads this prompt by every layer.
             boundary: The boundary of this call, 1..L or ``"lossless"``; default: the object's.
+            progress: Called as ``progress(done, total)``, prompt tokens, before each micro-batch of the prompt and after the
+                last; returning False cancels.
+            cancel: Once set, from any thread, the call stops before the next micro-batch or token.
 
         Raises:
+            Cancelled: By one of the two. What was read stays in the cache, for the next call to go on from.
             PopError: The model cannot be pruned there.
         """
-        return self._call(super().create_completion, pop, boundary, args, kwargs)
+        ours = dict(pop=pop, boundary=boundary, progress=progress, cancel=cancel)
+        return self._call(super().create_completion, args, kwargs, **ours)
 
     def __call__(self, *args, **kwargs):
         """Same as :meth:`create_completion`."""
         return self.create_completion(*args, **kwargs)
 
-    def create_chat_completion(self, *args, pop: bool | None = None, boundary: int | str | None = None, **kwargs):
-        """``llama_cpp.Llama.create_chat_completion`` with ``pop`` and ``boundary`` as in :meth:`create_completion`."""
-        return self._call(super().create_chat_completion, pop, boundary, args, kwargs)
+    def create_chat_completion(
+        self,
+        *args,
+        pop: bool | None = None,
+        boundary: int | str | None = None,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **kwargs,
+    ):
+        """``llama_cpp.Llama.create_chat_completion`` with ``pop``, ``boundary``, ``progress`` and ``cancel`` as in
+        :meth:`create_completion`."""
+        ours = dict(pop=pop, boundary=boundary, progress=progress, cancel=cancel)
+        return self._call(super().create_chat_completion, args, kwargs, **ours)
+
+    def _go_on(self, done: int, total: int) -> None:
+        """Between micro-batches and tokens.
+
+        Raises:
+            Cancelled: The caller wants no more.
+        """
+        stopped = self._reading_prompt and self._progress is not None and self._progress(done, total) is False
+        if stopped or (self._cancel is not None and self._cancel.is_set()):
+            raise Cancelled(done, total)
 
     # The engine's side
 
@@ -290,7 +282,7 @@ class PopLlama(llama_cpp.Llama):
         if kwargs.get("reset", True):
             self._forget_shallower_than(self._asked_boundary())
 
-        timings = self.timings = Timings(prompt_tokens=len(tokens))
+        timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=self._asked_boundary())
         pruned_before = _library.n_pruned(self._ctx.ctx)
         self._reading_prompt = True
         self._prefill = None
@@ -315,6 +307,7 @@ class PopLlama(llama_cpp.Llama):
                     timings.decode_ms_per_token = 1e3 * (now - first) / timings.generated_tokens
                 timings.generated_tokens += 1
                 sent = yield token
+                self._go_on(len(tokens), len(tokens))
         finally:
             self._reading_prompt = False
             generator.close()
@@ -377,12 +370,17 @@ class PopLlama(llama_cpp.Llama):
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         starts = self._chunk_starts(len(tokens))
         for start, end in zip(starts, [*starts[1:], len(tokens)]):
+            self._go_on(self.n_tokens, self.n_tokens + len(tokens) - start)
             chunk = tokens[start:end]
             past, size = self.n_tokens, len(chunk)
             self._batch.set_batch(batch=chunk, n_past=past, logits_all=every_token)
             last_of_all = start + size == len(tokens)
             self._batch.batch.logits[size - 1] = every_token or last_of_all
-            self._ctx.decode(self._batch)
+            try:
+                self._ctx.decode(self._batch)
+            except BaseException:  # Ctrl-C is heard only after a micro-batch that then counts for nothing
+                self._roll_back(past)
+                raise
 
             self.input_ids[past : past + size] = chunk
             if every_token:
@@ -396,15 +394,25 @@ class PopLlama(llama_cpp.Llama):
                 self._computed_with[past : past + size] = self._status.n_layer
                 self._computed_with[pruned] = self._as_recorded(boundary)
             self.n_tokens += size
-            self._requires_eval = False
+            self._requires_eval = not (every_token or last_of_all)
         if self._reading_prompt:
             llama_cpp.llama_synchronize(self._ctx.ctx)
+            self._go_on(self.n_tokens, self.n_tokens)
             self._prefill = (len(tokens), time.perf_counter() - started)
             self._reading_prompt = False
 
+    def _roll_back(self, n_tokens: int) -> None:
+        """To the first ``n_tokens``; recurrent memories cannot drop a part, so they are cleared."""
+        self.n_tokens, self._requires_eval = n_tokens, True
+        if not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+            self.reset()
+
     def _chunk_starts(self, n_tokens: int) -> list[int]:
-        """Where pieces of at most n_batch tokens start; the tail stays in one of them, with the token that asks for logits."""
-        starts = list(range(0, n_tokens, self.n_batch))
+        """Where pieces start; the tail stays in one of them, with the token that asks for logits.
+
+        A piece is a micro-batch, what llama.cpp makes of a larger one anyway: between two of them a call can be stopped.
+        """
+        starts = list(range(0, n_tokens, max(self.context_params.n_ubatch, self._status.tail)))
         if len(starts) > 1 and n_tokens - starts[-1] < self._status.tail:
             starts[-1] = n_tokens - self._status.tail
         return starts
@@ -420,10 +428,7 @@ class PopLlama(llama_cpp.Llama):
         """Drops cached positions from the first one on that fewer layers computed than ``boundary`` asks for."""
         shallow = np.flatnonzero(self._computed_with[: self.n_tokens] < self._as_recorded(boundary))
         if len(shallow):
-            self.n_tokens = int(shallow[0])
-            self._requires_eval = True
-            if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-                self.reset()  # recurrent memories cannot drop a part
+            self._roll_back(int(shallow[0]))
 
     # State
 

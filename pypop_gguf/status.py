@@ -1,0 +1,95 @@
+"""What a ``PopLlama`` tells about itself: how it reads prompts, where a call's time went, that it was cancelled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pypop_gguf.errors import PopError
+
+
+@dataclass(frozen=True)
+class PopStatus:
+    """What a ``PopLlama`` does with prompts.
+
+    Attributes:
+        enabled: Whether prompts are pruned.
+        boundary: 0-based index of the first layer that prefill skips; ``n_layer`` when off.
+        n_layer: Layers of the model, L.
+        source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper layers
+            share a cache, so a lower boundary is exact) or ``"off"``.
+        head: First tokens of a sequence that run every layer all the same.
+        tail: Last tokens of a prompt that do, the very last included.
+        min_tokens: Prompts with fewer new tokens are not pruned.
+        adapters: Boundaries at which fitted K/V projections fill the caches of the skipped layers.
+    """
+
+    enabled: bool
+    boundary: int
+    n_layer: int
+    source: str
+    head: int = 0
+    tail: int = 1
+    min_tokens: int = 0
+    adapters: tuple[int, ...] = ()
+
+
+@dataclass
+class Timings:
+    """Where one call's time went. Times are wall-clock milliseconds, None where the call did not get that far.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        reused_tokens: Of these, taken from the cache of an earlier call.
+        pruned_tokens: Of these, read by the layers below the boundary only.
+        generated_tokens: Tokens generated.
+        prefill_ms: Reading the part of the prompt that was not reused.
+        time_to_first_token_ms: From the start of the call to the first token, sampling included.
+        decode_ms_per_token: Mean over the tokens after the first.
+        boundary: That the prompt was read with.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    pruned_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_ms: float | None = None
+    time_to_first_token_ms: float | None = None
+    decode_ms_per_token: float | None = None
+    boundary: int | None = None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Under the names of llama.cpp's server, and ``pruned_n`` and ``boundary``: a response's ``timings``."""
+        read = self.prompt_tokens - self.reused_tokens
+        after_first = self.generated_tokens - 1
+        decode_ms = None if self.decode_ms_per_token is None else self.decode_ms_per_token * after_first
+        return {
+            "cache_n": self.reused_tokens,
+            "prompt_n": read,
+            "prompt_ms": self.prefill_ms,
+            "prompt_per_token_ms": _ratio(self.prefill_ms, read),
+            "prompt_per_second": _ratio(1e3 * read, self.prefill_ms),
+            "predicted_n": self.generated_tokens,
+            "predicted_ms": decode_ms,
+            "predicted_per_token_ms": self.decode_ms_per_token,
+            "predicted_per_second": _ratio(1e3 * after_first, decode_ms),
+            "time_to_first_token_ms": self.time_to_first_token_ms,
+            "pruned_n": self.pruned_tokens,
+            "boundary": self.boundary,
+        }
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+class Cancelled(PopError):
+    """A call was stopped by its ``cancel`` event or its ``progress`` function.
+
+    Attributes:
+        done: Prompt tokens that are in the cache, what was reused included: the next call goes on from there.
+        total: Tokens of the prompt.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"cancelled after {done} of {total} prompt tokens; what was read stays in the cache")
+        self.done, self.total = done, total
