@@ -19,6 +19,7 @@ import numpy as np
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
 from pypop_gguf.metadata import PopMetadata, read_metadata
+from pypop_gguf.vision import Reader
 from pypop_gguf.status import Cancelled, PopStatus, Timings
 
 llama_cpp = _library.load()
@@ -78,6 +79,8 @@ class PopLlama(llama_cpp.Llama):
         self._requested: int | None = None  # boundary of the call that is running, None outside calls
         self._progress: Callable[[int, int], bool | None] | None = None  # of the call that is running
         self._cancel: threading.Event | None = None
+        self._reader: Reader | None = None  # while a chat handler reads a prompt with images
+        self._call_began: tuple[float, int, int] | None = None  # time, tokens pruned before, tokens reused by the reader
         self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
         self.timings = Timings()
@@ -243,6 +246,7 @@ class PopLlama(llama_cpp.Llama):
             Cancelled: By one of the two. What was read stays in the cache, for the next call to go on from.
             PopError: The model cannot be pruned there.
         """
+        self._end_reading()
         ours = dict(pop=pop, boundary=boundary, progress=progress, cancel=cancel)
         return self._call(super().create_completion, args, kwargs, **ours)
 
@@ -262,7 +266,49 @@ class PopLlama(llama_cpp.Llama):
         """``llama_cpp.Llama.create_chat_completion`` with ``pop``, ``boundary``, ``progress`` and ``cancel`` as in
         :meth:`create_completion`."""
         ours = dict(pop=pop, boundary=boundary, progress=progress, cancel=cancel)
-        return self._call(super().create_chat_completion, args, kwargs, **ours)
+        if not hasattr(self.chat_handler, "_mtmd_cpp"):
+            return self._call(super().create_chat_completion, args, kwargs, **ours)
+        requested = self._boundary_for(pop, boundary)
+        self._begin_reading(requested)
+        try:
+            return self._call(super().create_chat_completion, args, kwargs, **ours)
+        finally:
+            self._end_reading()
+
+    # Images: a chat handler reads them with llama.cpp itself, between calls of eval()
+
+    def _begin_reading(self, boundary: int) -> None:
+        self._forget_shallower_than(boundary)
+        self._reader = Reader(self, self.chat_handler._mtmd_cpp)
+        self._call_began = time.perf_counter(), _library.n_pruned(self._ctx.ctx), 0
+        self.chat_handler._mtmd_cpp = self._reader
+        if not (self._is_recurrent or self._is_hybrid):  # those cannot drop what follows a common begin
+            self._ctx.kv_cache_clear = lambda: None
+
+    def _end_reading(self) -> None:
+        if self._reader is not None:
+            began, pruned, _ = self._call_began
+            self._call_began = began, pruned, self._reader.reused
+            self.chat_handler._mtmd_cpp = self._reader._mtmd_cpp
+            self._ctx.__dict__.pop("kv_cache_clear", None)
+            self._reader = None
+
+    def reset(self) -> None:
+        """``llama_cpp.Llama.reset``."""
+        if self._reader is not None and not (self._is_recurrent or self._is_hybrid):
+            self._reader.rewind()
+        else:
+            super().reset()
+
+    def _prepare_image(self, start: int) -> None:
+        _library.set_boundary(self._ctx.ctx, self._asked_boundary())
+        self._ctx.kv_cache_seq_rm(-1, start, -1)
+
+    def _record_image(self, start: int, ids: np.ndarray) -> None:
+        end = start + len(ids)
+        self.input_ids[start:end] = ids
+        self._computed_with[start:end] = self._as_recorded(self._asked_boundary())
+        self._computed_with[start : min(end, self._status.head)] = self._status.n_layer
 
     def _go_on(self, done: int, total: int) -> None:
         """Between micro-batches and tokens.
@@ -278,14 +324,15 @@ class PopLlama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args, **kwargs):
         """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
-        started = time.perf_counter()
         if kwargs.get("reset", True):
             self._forget_shallower_than(self._asked_boundary())
 
+        began = self._call_began or (time.perf_counter(), _library.n_pruned(self._ctx.ctx), None)
+        started, pruned_before, reused_by_reader = began
+        self._call_began = None
         timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=self._asked_boundary())
-        pruned_before = _library.n_pruned(self._ctx.ctx)
         self._reading_prompt = True
-        self._prefill = None
+        self._prefill = (0, time.perf_counter())  # where the whole prompt is cached nothing is read
         generator = super().generate(tokens, *args, **kwargs)
         first = None
         sent = None
@@ -298,10 +345,10 @@ class PopLlama(llama_cpp.Llama):
                 now = time.perf_counter()
                 if first is None:
                     first = now
-                    n_read, seconds = self._prefill
-                    timings.reused_tokens = len(tokens) - n_read
+                    n_read, ended = self._prefill
+                    timings.reused_tokens = len(tokens) - n_read if reused_by_reader is None else min(reused_by_reader, len(tokens) - 1)
                     timings.pruned_tokens = _library.n_pruned(self._ctx.ctx) - pruned_before
-                    timings.prefill_ms = 1e3 * seconds
+                    timings.prefill_ms = 1e3 * (ended - started)
                     timings.time_to_first_token_ms = 1e3 * (first - started)
                 else:
                     timings.decode_ms_per_token = 1e3 * (now - first) / timings.generated_tokens
@@ -324,6 +371,11 @@ class PopLlama(llama_cpp.Llama):
         Raises:
             RuntimeError: llama.cpp could not decode (the context is full, for one).
         """
+        if self._reader is not None:
+            tokens = tokens[self._reader.skip(np.asarray(tokens), whole=False) :]
+            if not tokens:
+                self._requires_eval = True
+                return
         self._eval(tokens, self._logits_everywhere or (self._logits_all and not self._reading_prompt))
 
     def score(
@@ -364,7 +416,6 @@ class PopLlama(llama_cpp.Llama):
         return np.stack([np.ctypeslib.as_array(row, shape=(self._n_vocab,)) for row in rows])
 
     def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
-        started = time.perf_counter()
         boundary = self._status.n_layer if len(tokens) < self._status.min_tokens else self._asked_boundary()
         _library.set_boundary(self._ctx.ctx, boundary)
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
@@ -398,7 +449,7 @@ class PopLlama(llama_cpp.Llama):
         if self._reading_prompt:
             llama_cpp.llama_synchronize(self._ctx.ctx)
             self._go_on(self.n_tokens, self.n_tokens)
-            self._prefill = (len(tokens), time.perf_counter() - started)
+            self._prefill = (len(tokens), time.perf_counter())
             self._reading_prompt = False
 
     def _roll_back(self, n_tokens: int) -> None:

@@ -106,6 +106,57 @@ def test_projector_loads_with_its_text_model(converted):
     mtmd.mtmd_free(context)
 
 
+def image_url(colour) -> str:
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56), colour).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_second_question_about_an_image_reads_neither_it_nor_what_stands_before_it(converted):
+    red, blue = image_url((255, 0, 0)), image_url((0, 80, 255))
+
+    def open_model():
+        handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(converted.with_name("mmproj-text.gguf")), verbose=False)
+        # the last boundary is lossless, so what was read for one question is exact for the next
+        return PopLlama(str(converted), pop_boundary=5, n_ctx=256, chat_handler=handler, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def ask(llm, url, question, **options):
+        parts = [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        done = llm.create_chat_completion([{"role": "user", "content": parts}], max_tokens=6, temperature=0, **options)
+        return done["choices"][0]["message"]["content"], done["timings"]
+
+    def fresh(*arguments, **options):
+        llm = open_model()
+        answer, _ = ask(llm, *arguments, **options)
+        llm.close()
+        return answer
+
+    llm = open_model()
+    first, timings = ask(llm, red, " Which colour has the ball?")
+    assert timings["cache_n"] == 0 and timings["pruned_n"] > 10 and first == fresh(red, " Which colour has the ball?")
+    second, timings = ask(llm, red, " Where is the dog?")
+    image_and_begin = timings["cache_n"]
+    assert image_and_begin >= 6 and second == fresh(red, " Where is the dog?")
+    other, timings = ask(llm, blue, " Where is the dog?")
+    assert 0 < timings["cache_n"] < image_and_begin and other == fresh(blue, " Where is the dog?")
+    deeper, timings = ask(llm, blue, " Where is the dog?", pop=False)
+    assert deeper == fresh(blue, " Where is the dog?", pop=False)
+    text = llm.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
+    alone = open_model()
+    assert text == alone.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
+    alone.close()
+    shallow, timings = ask(llm, blue, " Where is the dog?", boundary=2)
+    assert timings["pruned_n"] > 10 and shallow == fresh(blue, " Where is the dog?", boundary=2)
+    deeper, timings = ask(llm, blue, " Where is the dog?")
+    assert timings["cache_n"] <= 1 and deeper == fresh(blue, " Where is the dog?")  # fewer layers had read all but the first token
+    llm.close()
+
+
 IMAGE_TASK = """\
 task: look
 dataset_path: json
