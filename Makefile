@@ -17,6 +17,7 @@ test: $(VENV)/.installed $(STOCK)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt "lm-eval>=0.4.9"
 	$(BIN)/python -m pytest -m slow
 
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
@@ -27,7 +28,7 @@ $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core patch-ng cmake ninja
 	@echo "building llama.cpp with POP: about 5 minutes on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench,eval,test]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench,test]"
 	touch $@
 
 # the unpatched library beside ours, for comparison

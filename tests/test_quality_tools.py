@@ -270,6 +270,7 @@ doc_to_target: {target}
 """
 
 
+@pytest.mark.slow
 def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
     data = tmp_path / "data.jsonl"

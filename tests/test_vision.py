@@ -179,6 +179,7 @@ def results(doc, answers):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("converted", [qwen3vl], indirect=True, ids=["qwen3vl"])
 def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, capsys):
     """MMMU's format: <image> marks in the text, images beside it. Answers are the model's own, so the whole model scores 1."""
