@@ -272,8 +272,10 @@ class PopLlama(llama_cpp.Llama):
         self._begin_reading(requested)
         try:
             return self._call(super().create_chat_completion, args, kwargs, **ours)
-        finally:
+        except BaseException:
             self._end_reading()
+            self._call_began = None  # no generate() will come that belongs to it
+            raise
 
     # Images: a chat handler reads them with llama.cpp itself, between calls of eval()
 
