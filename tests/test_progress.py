@@ -76,8 +76,10 @@ def test_event_of_another_thread_stops_prompt_and_answer(llm, answer):
 
 
 @pytest.mark.parametrize("recurrent", [False, True], ids=["attention", "hybrid"])
-def test_ctrl_c_within_a_micro_batch_undoes_it(bundled_gguf, reference_models, recurrent):
+def test_ctrl_c_within_a_micro_batch_undoes_it(request, bundled_gguf, reference_models, recurrent):
     """Python acts on a signal that comes during llama_decode when that returns: before the tokens are counted."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path = reference_models["lfm2"].gguf if recurrent else bundled_gguf
     tokens = reference_models["lfm2"].tokens(200) if recurrent else None
     options = {**OPTIONS, "pop_boundary": 4 if recurrent else 8}
