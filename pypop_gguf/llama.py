@@ -302,16 +302,6 @@ class PopLlama(llama_cpp.Llama):
         else:
             super().reset()
 
-    def _prepare_image(self, start: int) -> None:
-        _library.set_boundary(self._ctx.ctx, self._asked_boundary())
-        self._ctx.kv_cache_seq_rm(-1, start, -1)
-
-    def _record_image(self, start: int, ids: np.ndarray) -> None:
-        end = start + len(ids)
-        self.input_ids[start:end] = ids
-        self._computed_with[start:end] = self._as_recorded(self._asked_boundary())
-        self._computed_with[start : min(end, self._status.head)] = self._status.n_layer
-
     def _go_on(self, done: int, total: int) -> None:
         """Between micro-batches and tokens.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pypop_gguf import _library
+
 if TYPE_CHECKING:
     from pypop_gguf.llama import PopLlama
 
@@ -56,8 +58,16 @@ class Reader:
         if self.skip(ids, whole=True):
             ctypes.cast(new_n_past, ctypes.POINTER(ctypes.c_int32))[0] = start + n_pos
             return 0
-        self._llm._prepare_image(start)
+        boundary = self._llm._asked_boundary()
+        _library.set_boundary(self._llm._ctx.ctx, boundary)
+        self._llm._ctx.kv_cache_seq_rm(-1, start, -1)
         status = self._mtmd_cpp.mtmd_helper_eval_chunk_single(mtmd_ctx, ctx, chunk, n_past, seq_id, n_batch, logits_last, new_n_past)
         if status == 0:
-            self._llm._record_image(start, ids)
+            self._record(start, ids, boundary)
         return status
+
+    def _record(self, start: int, ids: np.ndarray, boundary: int) -> None:
+        llm, end = self._llm, start + len(ids)
+        llm.input_ids[start:end] = ids
+        llm._computed_with[start:end] = llm._as_recorded(boundary)
+        llm._computed_with[start : min(end, llm.pop.head)] = llm.pop.n_layer
