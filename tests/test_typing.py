@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import threading
-from collections.abc import Iterator
 from typing_extensions import assert_type
 
 from pypop_gguf import Cancelled, PopError, PopLlama, PopStatus, Timings
