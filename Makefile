@@ -8,7 +8,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow architectures bench quality clean
+.PHONY: demo test test-slow architectures bench quality docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -27,7 +27,7 @@ architectures: $(VENV)/.installed $(STOCK)/.generator
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core patch-ng cmake ninja
-	@echo "building llama.cpp with POP: about 5 minutes on 2 cores, once"
+	@echo "building llama.cpp with POP: about 10 minutes on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench,test]"
 	touch $@
 
@@ -58,6 +58,11 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 # docs/quality.md; DATA has held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl, OTHER is a second model
 quality: $(VENV)/.installed
 	$(BIN)/python tools/quality_report.py --data $(DATA) $(if $(OTHER),--other $(OTHER))
+
+# the documentation as a site, in build/site
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # upstream's generator of tiny random models
 $(STOCK)/.generator: $(STOCK)/.installed

@@ -22,6 +22,9 @@ extern "C" {
     // batch the n_tail tokens up to each that asks for logits, itself included. 0 and 1 at the start.
     LLAMA_API bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
 
+    // Whether a sequence's tokens are pruned at all, from the next llama_decode on; they are at the start.
+    LLAMA_API void llama_pop_set_sequence(struct llama_context * ctx, llama_seq_id seq_id, bool prunes);
+
     // Where a micro-batch holds tokens of both kinds, those that run every layer go on from their own state at the boundary,
     // if the architecture and its memory allow; off, or where they do not: a micro-batch of their own runs every layer. On at
     // the start; the results are the same.
@@ -35,6 +38,9 @@ extern "C" {
 
     // Tokens that went through a pruned graph since the context was made.
     LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+
+    // Those of one sequence; a token of several counts for the first.
+    LLAMA_API uint64_t llama_pop_n_pruned_in(const struct llama_context * ctx, llama_seq_id seq_id);
 
     // Fitted K/V projections (docs/metadata.md): what a pruned pass at their boundary writes to the caches of the skipped
     // layers. Graphs that run those layers never see them. The model owns the result; NULL: llama_pop_last_error() says why.
@@ -58,6 +64,9 @@ extern "C" {
 
     // The last layer that writes to memory: pruning there changes nothing. L-1, or lower where upper layers share a cache.
     LLAMA_API int32_t llama_pop_lossless_boundary(const struct llama_model * model);
+
+    // The model file's pop.min_tokens, for callers that know a prompt's length to leave shorter ones unpruned; 0 where it has none.
+    LLAMA_API int32_t llama_pop_min_tokens(const struct llama_model * model);
 
     // Floating-point operations of the matrix products and attentions in the graph that the context builds for a micro-batch of
     // n_tokens in n_seqs sequences, of which n_outputs ask for logits (0: the graph pruned at boundary, 1..L; more: the whole

@@ -5,8 +5,10 @@
 
 #include "llama.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <vector>
 
 struct ggml_tensor;
@@ -49,6 +51,8 @@ struct llama_pop_batch {
     int32_t n_head = 0; // of each sequence, this many first positions need the whole model
     int32_t n_tail = 1; // of each sequence, this many tokens up to each that asks for logits do
 
+    std::set<llama_seq_id> whole; // sequences whose tokens all do
+
     // called at the start of every attempt to split a batch
     void reset(const llama_batch & batch) {
         full.assign(batch.logits, batch.logits + batch.n_tokens);
@@ -56,7 +60,7 @@ struct llama_pop_batch {
         std::map<llama_seq_id, int32_t> n_left; // of the tail of the nearest later token that asks
         for (int32_t i = batch.n_tokens - 1; i >= 0; --i) {
             int32_t & n = n_left[batch.seq_id[i][0]];
-            full[i] = full[i] || n > 0 || batch.pos[i] < n_head;
+            full[i] = full[i] || n > 0 || batch.pos[i] < n_head || in_whole_sequence(batch, i);
             n       = batch.logits[i] ? n_tail - 1 : n - 1;
         }
     }
@@ -96,5 +100,9 @@ struct llama_pop_batch {
     }
 
 private:
+    bool in_whole_sequence(const llama_batch & batch, int32_t i) const {
+        return std::any_of(batch.seq_id[i], batch.seq_id[i] + batch.n_seq_id[i], [&](llama_seq_id s) { return whole.count(s) > 0; });
+    }
+
     std::vector<int8_t> full; // [n_tokens] needs the whole model
 };

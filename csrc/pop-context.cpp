@@ -39,6 +39,7 @@ void llama_pop_context::begin(const llama_cparams & cparams, llama_pop_batch & b
     batch.mixes  = batch.prunes && mixes();
     batch.n_head = n_head;
     batch.n_tail = n_tail;
+    batch.whole  = whole;
 }
 
 llama_pop_graph llama_pop_context::graph(const llama_cparams & cparams, llm_graph_type gtype, const llama_ubatch & ubatch) const {
@@ -57,8 +58,16 @@ llama_pop_graph llama_pop_context::graph(const llama_cparams & cparams, llm_grap
 void llama_pop_context::done(const llama_ubatch & ubatch, const llm_graph_result & res) {
     const auto & label = ubatch.data->pop;
     if (label.part == LLAMA_POP_PRUNED) {
-        states_kept      = res.pop_rewritten && !label.rows.empty();
-        n_tokens_pruned += res.pop_rewritten ? ubatch.n_tokens - label.rows.size() : 0;
+        states_kept = res.pop_rewritten && !label.rows.empty();
+        if (res.pop_rewritten) {
+            n_tokens_pruned += ubatch.n_tokens - label.rows.size();
+            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+                ++n_tokens_pruned_in[ubatch.seq_id[i][0]];
+            }
+            for (const int32_t i : label.rows) {
+                --n_tokens_pruned_in[ubatch.seq_id[i][0]];
+            }
+        }
     }
 }
 
@@ -264,6 +273,14 @@ bool llama_pop_set_ends(llama_context * ctx, int32_t n_head, int32_t n_tail) {
     return true;
 }
 
+void llama_pop_set_sequence(llama_context * ctx, llama_seq_id seq_id, bool prunes) {
+    if (prunes) {
+        ctx->pop.whole.erase(seq_id);
+    } else {
+        ctx->pop.whole.insert(seq_id);
+    }
+}
+
 void llama_pop_set_continuation(llama_context * ctx, bool continues) {
     ctx->pop.continues = continues;
 }
@@ -280,6 +297,11 @@ uint64_t llama_pop_n_pruned(const llama_context * ctx) {
     return ctx->pop.n_tokens_pruned;
 }
 
+uint64_t llama_pop_n_pruned_in(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto it = ctx->pop.n_tokens_pruned_in.find(seq_id);
+    return it == ctx->pop.n_tokens_pruned_in.end() ? 0 : it->second;
+}
+
 double llama_pop_graph_flops(llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs) {
     const bool whole = boundary == pop_n_layer(*llama_get_model(ctx)) || n_outputs > 0;
     llama_pop_graph what = { whole ? LLAMA_POP_WHOLE : LLAMA_POP_PRUNED, (uint32_t) boundary };
@@ -294,6 +316,12 @@ int32_t llama_pop_n_layer(const llama_model * model) {
 
 int32_t llama_pop_lossless_boundary(const llama_model * model) {
     return pop_lossless_boundary(*model);
+}
+
+int32_t llama_pop_min_tokens(const llama_model * model) {
+    std::string why;
+    pop_file    file;
+    return pop_read_file(*model, file, why) ? file.min_tokens : 0;
 }
 
 const char * llama_pop_last_error(void) {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 
 struct llama_pop_context {
     uint32_t boundary        = 0;    // first layer that prefill skips, 0 = off
@@ -17,6 +18,10 @@ struct llama_pop_context {
     int32_t  n_head          = 0;    // see llama_pop_batch
     int32_t  n_tail          = 1;
     uint64_t n_tokens_pruned = 0;
+
+    std::set<llama_seq_id>           whole;           // sequences that are not pruned
+    std::map<llama_seq_id, uint64_t> n_tokens_pruned_in; // by sequence
+
     int64_t  t_plan_us       = 0;
 
     std::map<uint32_t, llama_adapter_lora *> adapters; // fitted projections by the boundary that they are for

@@ -95,9 +95,10 @@ bool pop_read_file(const llama_model & model, pop_file & file, std::string & why
     file.boundary = n_layer;
 
     const struct { const char * key; int64_t low, high; int32_t * value; } keys[] = {
-        { "pop.boundary", 1, n_layer,   &file.boundary },
-        { "pop.head",     0, INT32_MAX, &file.head     },
-        { "pop.tail",     1, INT32_MAX, &file.tail     },
+        { "pop.boundary",   1, n_layer,   &file.boundary   },
+        { "pop.head",       0, INT32_MAX, &file.head       },
+        { "pop.tail",       1, INT32_MAX, &file.tail       },
+        { "pop.min_tokens", 0, INT32_MAX, &file.min_tokens },
     };
     for (const auto & k : keys) {
         bool    present = false;

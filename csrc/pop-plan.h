@@ -22,6 +22,7 @@ struct pop_file {
     int32_t boundary; // L where it has none
     int32_t head = 0;
     int32_t tail = 1;
+    int32_t min_tokens = 0;
 };
 
 // false where a key is not usable, and why

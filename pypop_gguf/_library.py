@@ -24,15 +24,18 @@ from pypop_gguf.errors import PopError
 _DECLARATIONS = """
     bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
     bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
+    void llama_pop_set_sequence(struct llama_context * ctx, int32_t seq_id, bool prunes);
     void llama_pop_set_continuation(struct llama_context * ctx, bool continues);
     bool llama_pop_continues(const struct llama_context * ctx);
     int32_t llama_pop_get_boundary(const struct llama_context * ctx);
     uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+    uint64_t llama_pop_n_pruned_in(const struct llama_context * ctx, int32_t seq_id);
     int64_t llama_pop_plan_us(const struct llama_context * ctx);
     double llama_pop_graph_flops(
         struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
     int32_t llama_pop_n_layer(const struct llama_model * model);
     int32_t llama_pop_lossless_boundary(const struct llama_model * model);
+    int32_t llama_pop_min_tokens(const struct llama_model * model);
     bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
     struct llama_adapter_lora * llama_pop_adapter_init(struct llama_model * model, const char * path);
     int32_t llama_pop_adapter_boundary(const struct llama_adapter_lora * adapter);
@@ -96,6 +99,9 @@ def load() -> ModuleType:
             f"llama_cpp was already imported from {Path(module.__file__).parent}, a build without POP: put `from pypop_gguf "
             "import PopLlama` before `import llama_cpp`, or uninstall llama-cpp-python (pypop_gguf carries it)"
         )
+    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    if ggml.ggml_backend_reg_count() == 0:  # built with GGML_BACKEND_DL: variants for several processors, the best is taken
+        ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))
     _native = _ffi.dlopen(library._name)
     return module
 

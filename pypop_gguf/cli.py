@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("eval", "measure what pruning costs the model's answers, on texts of your own"),
     "tune": ("tune", "choose the boundary by a budget of quality, measured on texts of your own"),
     "bench": ("bench", "measure time to first token with POP against stock llama.cpp"),
+    "serve": ("serve", "serve a model to OpenAI clients"),
     "chat": ("chat", "talk with a model in the terminal"),
     "random-model": ("random_model", "write a GGUF of a known geometry with random weights, to measure on"),
 }

@@ -292,3 +292,24 @@ def test_refused_boundary_changes_nothing(reference_models):
             _library.set_boundary(engine.context, 7)
         llama_cpp.llama_memory_clear(engine.memory, True)
         assert np.array_equal(engine.prefill(model.tokens(30)), expected)
+
+
+@pytest.mark.parametrize(("name", "memory"), MEMORIES)
+def test_a_sequence_can_run_whole_beside_pruned_ones(reference_models, name, memory):
+    model = reference_models[name]
+    prompts = [model.tokens(count, seed=count) for count in (37, 52, 20)]
+    with Engine(model.gguf, BOUNDARY, n_seq_max=3, **memory) as engine:
+        native, context = _library._native, _library._context(engine.context)
+        native.llama_pop_set_sequence(context, 1, False)
+        entries = interleaved(*(prompt(model, tokens, s) for s, tokens in enumerate(prompts)))
+        logits = {entries[i][2]: row for i, row in engine.decode(entries).items()}
+        assert [native.llama_pop_n_pruned_in(context, s) for s in range(3)] == [36, 0, 19]
+        assert engine.n_pruned == 36 + 19
+        native.llama_pop_set_sequence(context, 1, True)
+        engine.decode(prompt(model, model.tokens(9), 1, first=52))
+        assert native.llama_pop_n_pruned_in(context, 1) == 8
+    for s, tokens in enumerate(prompts):
+        with Engine(model.gguf, None if s == 1 else BOUNDARY) as alone, Engine(model.gguf, BOUNDARY if s == 1 else None) as other:
+            expected = alone.prefill(tokens)
+            error = squared_error(logits[s], expected)
+            assert error <= OTHER_SHAPE and squared_error(other.prefill(tokens), expected) > 100 * error

@@ -14,7 +14,7 @@ import gguf
 import pytest
 from conftest import ROOT, STOCK
 
-from pypop_gguf import PopError, _library
+from pypop_gguf import PopError, PopLlama, _library
 from pypop_gguf.cli import main
 from pypop_gguf.tools import bench_report, bench_runs, quantize, random_model
 
@@ -62,6 +62,13 @@ def test_random_model_of_each_type_has_finite_logits(tiny, outtype):
     off, pruned = ask_worker(tiny[outtype], prefill(), prefill(4))  # the worker itself refuses logits that are not finite
     assert (off["pruned"], pruned["pruned"]) == (0, 31)
     assert off["logits_sha256"] != pruned["logits_sha256"]
+
+
+def test_random_model_has_a_token_for_each_number(tiny):
+    llm = PopLlama(str(tiny["q8_0"]), pop_boundary=4, n_ctx=64, verbose=False)
+    tokens = llm.tokenize(b"17 4 200")
+    assert tokens == [1, 259 + 17, 259 + 4, 259 + 200] and llm.detokenize(tokens[1:]) == b" 17 4 200"
+    llm.close()
 
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "gemma-3-12b"])

@@ -28,6 +28,13 @@ def test_boundary_comes_from_the_file_and_off_turns_it_off(tmp_path):
         assert set_boundary(engine, OFF) is None and boundary_of(engine) == N_LAYER
 
 
+def test_fewest_tokens_come_from_the_file(tmp_path):
+    keys = ("pop.version", 1, UINT32), ("pop.boundary", 4, UINT32)
+    for name, more, expected in (("a", [], 0), ("b", [("pop.min_tokens", 24, UINT32)], 24)):
+        with Engine(write_model(tmp_path / f"{name}.gguf", *keys, *more)) as engine:
+            assert _library._native.llama_pop_min_tokens(_library._model(engine.model)) == expected
+
+
 def test_file_without_a_boundary_means_off(tmp_path):
     with Engine(write_model(tmp_path / "a.gguf"), boundary=3) as engine:
         assert set_boundary(engine, FROM_FILE) is None and boundary_of(engine) == N_LAYER

@@ -23,7 +23,7 @@ from pypop_gguf.tools.gguf_copy import check_free_space, replacing
 
 DESCRIPTION = """\
 Writes a GGUF with the geometry of a known model and random weights: good for measuring speed and memory, for nothing else.
-It has no tokenizer."""
+Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
 
 _WEIGHT_STD = 0.02  # keeps activations of every geometry here far from F16's limits
 _WRITE_BYTES = 16 << 20
@@ -209,12 +209,25 @@ def _add_keys(writer: GGUFWriter, geometry: Geometry, name: str, file_type: Llam
     writer.add_rope_freq_base(g.rope_base)
     writer.add_layer_norm_rms_eps(g.rms_eps)
     writer.add_vocab_size(g.n_vocab)
-    writer.add_tokenizer_model("none")
+    _add_tokenizer(writer, g.n_vocab)
     if g.sliding_window:
         writer.add_sliding_window(g.sliding_window)
     if g.rope_scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(g.rope_scaling)
+
+
+def _add_tokenizer(writer: GGUFWriter, n_vocab: int) -> None:
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    n_numbers = n_vocab - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *(f"\u2581{number}" for number in range(n_numbers))])
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * n_numbers])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def _write_repeated(write: Callable[[memoryview], int], pool: np.ndarray, n_bytes: int, first_block: int) -> None:

@@ -1,0 +1,73 @@
+"""A running ``pop-gguf serve`` on a free port of the loopback address, for tests and as they ask it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Server:
+    """The address of a running server, and its process."""
+
+    def __init__(self, port: int, process: subprocess.Popen, log: Path) -> None:
+        self.url, self.process, self._log = f"http://127.0.0.1:{port}", process, log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            text = response.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def post(self, path: str, **body) -> dict:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.loads(response.read())
+
+    def complete(self, prompt: str, **options) -> dict:
+        """A greedy completion by llama-server's own endpoint, which names all that it did."""
+        return self.post("/completion", prompt=prompt, **{"temperature": 0, "n_predict": 12, **options})
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"llamacpp:{name} ")]
+        return float(lines[0].split()[1])
+
+
+@contextlib.contextmanager
+def serve(model: Path, log: Path, *options: object) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pypop_gguf", "serve", str(model), "--port", str(port), *map(str, options)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ})
+    server = Server(port, process, log)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert process.poll() is None, server.log
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                server.get("/health")
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"no answer in 60 s: {server.log}")
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
