@@ -6,17 +6,24 @@
 bool pop_server::init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why) {
     const llama_model * model = llama_get_model(ctx);
 
-    this->ctx  = ctx;
-    pop_n_layer    = llama_pop_n_layer(model);
-    min_tokens = llama_pop_min_tokens(model);
+    this->ctx   = ctx;
+    pop_n_layer = llama_pop_n_layer(model);
+    min_tokens  = llama_pop_min_tokens(model);
     slots.assign(llama_n_seq_max(ctx), {});
+
+    // a file that names none: upper layers that only read a cache of lower ones are skipped all the same, which is exact
+    const int32_t lossless = llama_pop_lossless_boundary(model);
+    const bool    named    = llama_model_meta_val_str(model, "pop.boundary", nullptr, 0) >= 0;
+    if (asked == LLAMA_POP_FROM_FILE && !named && lossless < pop_n_layer - 1 && llama_pop_supports(model, lossless)) {
+        asked = lossless;
+    }
 
     if (!llama_pop_set_boundary(ctx, asked)) {
         why = llama_pop_last_error();
         return false;
     }
     pop_boundary = llama_pop_get_boundary(ctx);
-    exact    = pop_boundary >= llama_pop_lossless_boundary(model);
+    exact        = pop_boundary >= lossless;
 
     const auto        stem = path_model.substr(0, path_model.rfind('.'));
     const std::string path = stem + ".pop-b" + std::to_string(pop_boundary) + ".gguf";

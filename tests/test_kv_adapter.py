@@ -10,12 +10,14 @@ import pytest
 import tiny_models
 import torch
 from engine import Engine
+from server import serve
 
 from pypop_gguf import PopError, PopLlama, _library
 from pypop_gguf.cli import main
+from pypop_gguf.metadata import PopMetadata
 from pypop_gguf.tools import distill_kv, fit_kv, kv_adapter
 from pypop_gguf.tools.calibration import Sample
-from pypop_gguf.tools.gguf_copy import adapter_path
+from pypop_gguf.tools.gguf_copy import adapter_path, copy_with_metadata
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "phi3"]
 N_PROMPT, N_TOKENS, B = 70, 74, 2
@@ -173,6 +175,25 @@ def test_found_beside_its_model_and_left_out_on_request(models, tmp_path):
     llm = PopLlama(str(target), pop_boundary=B + 1, **EXACT)  # there is none for this boundary
     assert llm.pop.adapters == ()
     llm.close()
+
+
+def test_server_takes_the_one_beside_its_model(models, bundled_gguf, tmp_path):
+    target, text = tmp_path / "model.gguf", "Once upon a time, there was a little dog named Max. He had a red ball."
+    copy_with_metadata(bundled_gguf, target, PopMetadata(boundary=B))
+    write(models["bundled"], adapter_path(target, B), B)
+    expected = {}
+    for adapter in (None, False):
+        llm = PopLlama(str(target), pop_adapter=adapter, logits_all=False, **EXACT)
+        tokens = llm.tokenize(text.encode())
+        (row,) = llm.score(tokens, [0])
+        expected[adapter] = np.log(np.exp(row - row.max()) / np.exp(row - row.max()).sum())
+        llm.close()
+    options = ("--threads", 1, "--context", 256, "--parallel", 1, "--server-options", "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+    with serve(target, tmp_path / "log.txt", *options) as server:
+        done = server.complete(text, n_predict=1, n_probs=20)
+    likeliest = done["completion_probabilities"][0]["top_logprobs"]
+    errors = {which: max(abs(one["logprob"] - rows[one["id"]]) for one in likeliest) for which, rows in expected.items()}
+    assert errors[None] < 1e-3 < 0.1 < errors[False]
 
 
 def test_wrong_model_boundary_version_or_kind_is_refused_in_one_line(models, tmp_path):

@@ -186,6 +186,11 @@ def test_fewest_tokens_and_boundary_of_the_command(model, tmp_path):
         assert server.complete(TEXTS[0], cache_prompt=False)["timings"]["pruned_n"] > 20
 
 
+def test_layers_that_only_read_a_shared_cache_are_skipped_without_a_key(shared_cache_models, tmp_path):
+    with serve(shared_cache_models["gemma4"].gguf, tmp_path / "log.txt", "--threads", 1, "--context", 256) as server:
+        assert server.get("/props")["pop"] == {"boundary": 5, "n_layer": 10}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
