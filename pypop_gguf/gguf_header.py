@@ -61,13 +61,12 @@ class Field:
         """The value: a number, bool, str, or list of numbers.
 
         Raises:
-            UnicodeDecodeError: Text that is not UTF-8.
-            TypeError: An array of strings or of arrays.
+            ValueError: Text that is not UTF-8 (UnicodeDecodeError), an array of strings or of arrays.
         """
         if self.types == [GGUFValueType.STRING]:
             return self.raw[self.start + 8 :].decode()
         if self.types[-1] not in _SCALARS:
-            raise TypeError("arrays of strings or of arrays are not decoded")
+            raise ValueError("arrays of strings or of arrays are not decoded")
         values = struct.unpack_from(f"{self.order}{self.count}{_SCALARS[self.types[-1]]}", self.raw, self.start)
         return list(values) if self.types[0] == GGUFValueType.ARRAY else values[0]
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pypop_gguf.gguf_header import GGUFHeader, read_header
 
 VERSION = 1  # newest pop.version that this package reads, and the one it writes
 
+_MAX_TOKENS = 2**31 - 1  # llama.cpp counts tokens in int32
 # key -> attribute of PopMetadata, all uint32
 _ENDS = {"pop.head": "head", "pop.tail": "tail", "pop.min_tokens": "min_tokens"}
 # key -> (attribute of Curve, type in the file, or of an array's items)
@@ -125,12 +127,14 @@ def trunk_layers(reader: GGUFHeader) -> int:
         PopError: The file has no usable ``<architecture>.block_count``.
     """
     architecture = reader.get_field("general.architecture")
-    try:
-        name = architecture.contents()
-        blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
-        n_layer = int(blocks.contents()) - (int(extra.contents()) if extra else 0)
-    except (AttributeError, TypeError, ValueError):
-        n_layer = 0
+    n_layer = 0
+    if architecture is not None and architecture.types == [GGUFValueType.STRING]:
+        with contextlib.suppress(UnicodeDecodeError):
+            name = architecture.contents()
+            blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+            # llama.cpp takes no other type either
+            if blocks is not None and all(field is None or field.types == [GGUFValueType.UINT32] for field in (blocks, extra)):
+                n_layer = blocks.contents() - (extra.contents() if extra else 0)
     if n_layer < 1:
         raise PopError(f"{reader.path}: no usable block_count: not a language model; give one")
     return n_layer
@@ -182,6 +186,8 @@ def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | No
         raise refuse("pop.boundary", str(boundary), f"1 to {n_layer}")
     for key, attribute in _ENDS.items():
         found[attribute] = value(key, GGUFValueType.UINT32)
+        if found[attribute] is not None and found[attribute] > _MAX_TOKENS:
+            raise refuse(key, str(found[attribute]), f"at most {_MAX_TOKENS}")
     if found["tail"] == 0:
         raise refuse("pop.tail", "0", "at least 1")
     for key, attribute in _IMPORTANCE.items():
