@@ -1,6 +1,10 @@
-"""The built wheel in an empty environment, alone and beside a stock llama-cpp-python, in both import orders."""
+"""The built wheel in an empty environment, alone and beside a stock llama-cpp-python, in both import orders.
+
+``POP_WHEEL=path/to.whl`` tests a wheel that is there already: another build, a repaired one.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +25,8 @@ def run(command, **options) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built without isolation, so that it takes what the set-up compiled instead of compiling again."""
+    if "POP_WHEEL" in os.environ:
+        return Path(os.environ["POP_WHEEL"]).resolve()
     target = tmp_path_factory.mktemp("wheel")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", target, ROOT]
@@ -31,16 +37,17 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Runs a piece of Python in a virtual environment that holds the wheel and its dependencies only."""
+    """Runs a piece of Python, or a file, in a virtual environment that holds the wheel and its dependencies only."""
     base = tmp_path_factory.mktemp("environment")
     venv.create(base / "venv", with_pip=True)
     python = base / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel])
     assert done.returncode == 0, done.stderr
 
-    def python_says(code: str, *arguments, **variables) -> subprocess.CompletedProcess:
+    def python_says(code: str | Path, *arguments, **variables) -> subprocess.CompletedProcess:
+        program = [code] if isinstance(code, Path) else ["-c", code]
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLAMA_CPP_LIB_PATH")}
-        return run([python, "-c", code, *arguments], cwd=base, env={**inherited, **variables})
+        return run([python, *program, *arguments], cwd=base, env={**inherited, **variables})
 
     python_says.site_packages = Path(python_says("import sysconfig; print(sysconfig.get_path('platlib'))").stdout.strip())
     return python_says
@@ -69,12 +76,46 @@ print(*sorted({line.split("/")[-1] for line in maps.splitlines() if "llama" in l
 def test_wheel_holds_each_library_once_and_the_licences(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [Path(name).name for name in names if "/lib/" in name and not name.endswith(".py")]
-    assert len(libraries) == len({library.split(".")[0] for library in libraries})
+    assert len(libraries) == len({re.split(r"\.(so|dylib|dll)\b", library)[0] for library in libraries})
     assert any("llama" in library for library in libraries) and any("mtmd" in library for library in libraries)
-    for notice in ("llama_cpp/LICENSE.md", "llama.cpp/LICENSE", "gguf-py/LICENSE", "LICENSE-xxhash", "licenses/LICENSE"):
+    parts = ("xxhash", "rotate-bits", "cpp-httplib", "json", "tinyblas")
+    notices = ["llama_cpp/LICENSE.md", "llama.cpp/LICENSE", "gguf-py/LICENSE", *(f"licenses/LICENSE-{part}" for part in parts)]
+    for notice in [*notices, "dist-info/licenses/LICENSE", "dist-info/licenses/third_party/LICENSES.md"]:
         assert any(name.endswith(notice) for name in names), notice
     assert "pypop_gguf/tools/data/calibration.jsonl" in names
     assert not any(name.startswith(("lib/", "include/", "bin/", "llama_cpp/")) for name in names)
+
+
+def test_notices_are_those_of_their_owners(wheel):
+    archive = zipfile.ZipFile(wheel)
+    owners = {"cpp-httplib": "yhirose", "json": "Niels Lohmann", "xxhash": "Yann Collet", "tinyblas": "Mozilla Foundation"}
+    for part, owner in owners.items():
+        text = archive.read(f"pypop_gguf/_vendor/llama.cpp/licenses/LICENSE-{part}").decode()
+        assert owner in text and re.search(r"(SOFTWARE|DAMAGE)\.\s*$", text), part  # from the first line to the last
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no bit for programs")
+def test_server_may_be_run(wheel):
+    entry = zipfile.ZipFile(wheel).getinfo("pypop_gguf/_vendor/llama_cpp/lib/llama-server")
+    assert entry.external_attr >> 16 & 0o111 == 0o111
+
+
+def test_metadata_passes_twine(wheel):
+    pytest.importorskip("twine", reason="twine is not installed: pip install twine")
+    done = run([sys.executable, "-m", "twine", "check", "--strict", wheel])
+    assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
+
+
+def test_wheel_prunes_and_serves_in_an_empty_environment(environment):
+    done = environment(ROOT / "tests" / "installed_wheel.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+
+
+def test_carried_llama_cpp_works_without_pypop_gguf(environment, bundled_gguf):
+    code = "import sys, llama_cpp; llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False); print(llm('Once upon', max_tokens=2)['object'])"
+    done = environment(code, bundled_gguf)
+    assert done.stdout == "text_completion\n", done.stderr
 
 
 def test_wheel_answers_in_an_empty_environment(environment, bundled_gguf):
