@@ -238,9 +238,15 @@ def _parse_json_lines(text: str) -> tuple[list[Record], dict[int, str]]:
             continue
         try:
             item = json.loads(line)
+            if "\\ud" in line.lower():
+                json.dumps(item, ensure_ascii=False).encode()
             records.append(Record(number, _record_content(item), item))
         except json.JSONDecodeError as error:
             skipped[number] = f"not JSON: {error.msg}"
+        except UnicodeEncodeError:
+            skipped[number] = "half of a surrogate pair, which is no text"
+        except (ValueError, RecursionError):
+            skipped[number] = "not JSON that can be read: a number too long, or nested too deeply"
         except _Unusable as reason:
             skipped[number] = str(reason)
     return records, skipped

@@ -73,15 +73,18 @@ def of_file(tokenizer: Tokenizer, path: Path, *, max_samples: int, max_tokens: i
     records, skipped = read_records(path, max_tokens)
     chosen = choose_samples(tokenizer, path, records, skipped, max_samples=max_samples, max_tokens=max_tokens, seed=seed)
     samples = [sample for _, sample in chosen]
-    items = [record.item for record, _ in chosen]
+
+    def are_pairs_with(*keys: str) -> bool:
+        return all(isinstance(record.content, tuple) and all(isinstance(record.item.get(key), str) for key in keys) for record, _ in chosen)
+
     common = dict(name=path.stem, samples=samples, skipped=notes(skipped))
-    if all("question" in item for item in items):
+    if are_pairs_with("question", "answer"):
         questions = [_question(record, _same_number(record.item["answer"])) for record, _ in chosen]
         return Task(**common, questions=questions, max_tokens=320, stop=("Question:",))
-    if all("canonical_solution" in item for item in items):
+    if are_pairs_with("prompt", "canonical_solution"):
         questions = [_question(record, code_runner.check_of(record.item)) for record, _ in chosen] if run_code else []
         return Task(**common, questions=questions, max_tokens=384, stop=("\ndef ", "\nclass ", "\nif __name__", "\nprint("))
-    if all(isinstance(item.get("answer"), str) for item in items):
+    if are_pairs_with("answer"):
         questions = [_question(record, _begins_with(record.item["answer"])) for record, _ in chosen]
         return Task(**common, questions=questions, max_tokens=16, stop=("\n",))
     return Task(**common)
