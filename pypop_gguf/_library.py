@@ -99,10 +99,11 @@ def load() -> ModuleType:
             f"llama_cpp was already imported from {Path(module.__file__).parent}, a build without POP: put `from pypop_gguf "
             "import PopLlama` before `import llama_cpp`, or uninstall llama-cpp-python (pypop_gguf carries it)"
         )
+    _native = _ffi.dlopen(library._name)
     ggml = importlib.import_module("llama_cpp._ggml").libggml
     if ggml.ggml_backend_reg_count() == 0:  # built with GGML_BACKEND_DL: variants for several processors, the best is taken
-        ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))
-    _native = _ffi.dlopen(library._name)
+        with captured_log():  # else each process prints which
+            ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))
     return module
 
 

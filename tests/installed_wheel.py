@@ -1,7 +1,8 @@
 """What an installed wheel does on its own: prunes a prompt of a model written on the spot, and serves it over HTTP.
 
 cibuildwheel runs this after each build, tests/test_wheel.py in an empty environment; nothing but the wheel and its
-dependencies is needed. Prints which processor features, and on Linux which library of the CPU, took the prompt.
+dependencies is needed. The working directory must not be the source tree. Prints which processor features, and on Linux
+which library of the CPU, took the prompt.
 """
 
 import os

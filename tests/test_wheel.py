@@ -120,7 +120,7 @@ def test_carried_llama_cpp_works_without_pypop_gguf(environment, bundled_gguf):
 
 def test_wheel_answers_in_an_empty_environment(environment, bundled_gguf):
     done = environment("import sys; from pypop_gguf import PopLlama" + ANSWER, bundled_gguf)
-    assert done.stdout.startswith("True\n"), done.stderr
+    assert done.stdout.startswith("True\n") and done.stderr == "", done.stderr
 
 
 @pytest.mark.parametrize("order", ["llama_cpp, pypop_gguf", "pypop_gguf, llama_cpp"])
