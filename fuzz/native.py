@@ -1,0 +1,203 @@
+"""The native library's own reading: ``pop.*`` keys of models, and adapters, in a process of its own.
+
+    python fuzz/native.py --cases 20000 --seed 1
+
+Half of the cases are models with mutated ``pop.*`` keys, some with other damage. What llama.cpp loads has to end in a boundary of 1..L and a
+decoded batch, or one line; what ``read_metadata`` accepts has to be read alike. Half are adapters for a good model. Where the
+process dies, the assertion that ended it is named: one of llama.cpp's own is counted, ours is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gguf
+import harness
+import numpy as np
+from gguf_cases import File, Key, Kind, mutated, number, string, valid
+from harness import Failure
+
+from gguf_files import N_EMBD, write_model  # isort: skip  (a helper of the tests, found by harness)
+
+from pypop_gguf import PopError, _library
+from pypop_gguf.gguf_header import read_header
+from pypop_gguf.metadata import read_metadata
+
+WORKER = Path(__file__).with_name("native_worker.py")
+N_LAYER = 4
+_OURS = re.compile(r"csrc/pop-|pop-[a-z]+\.(cpp|h):")
+
+
+class Worker:
+    """The process, started anew when it has died."""
+
+    def __init__(self, model: Path):
+        self._model, self._process = model, None
+        self._errors = tempfile.TemporaryFile()
+
+    def ask(self, kind: str, path: Path) -> tuple[dict, str]:
+        """The answer, or none and the step that killed the process."""
+        if self._process is None:
+            # the backtrace that ggml makes by a debugger takes a second
+            self._errors.truncate(0)
+            self._process = subprocess.Popen(
+                [sys.executable, WORKER, self._model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+                env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            )  # fmt: skip
+            self._process.stdout.readline()
+        self._process.stdin.write(json.dumps([kind, str(path)]) + "\n")
+        self._process.stdin.flush()
+        step = ""
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "outcome" in answer:
+                return answer, step
+            step = answer["step"]
+        return {}, step
+
+    def last_words(self) -> str:
+        """How a process died that gave no answer."""
+        status = self._process.wait()
+        self._process = None
+        self._errors.seek(0)
+        text = self._errors.read().decode("utf-8", "replace")
+        found = re.findall(r"([\w/.+-]+/)?([\w.-]+/[\w.-]+:\d+): (.*)", text)
+        return f"{found[-1][1]}: {found[-1][2]}" if found else f"exit status {status}: {text[-300:]!r}"
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+
+def base_of(path: Path) -> File:
+    """A written file as the mutator wants it."""
+    header, raw = read_header(path), path.read_bytes()
+    keys = []
+    for name, field in header.fields.items():
+        start = 8 + len(name.encode())
+        keys.append(Key(name.encode(), struct.unpack_from("<I", field.raw, start)[0], field.raw[start + 4 :]))
+    return File(keys, header.tensor_infos, header.n_tensors, raw[header.data_offset :])
+
+
+def write_adapter(path: Path, fingerprint: str, rank: int = 2) -> Path:
+    """As ``pop-gguf convert --fit-kv`` writes it, for boundary 2 of the model."""
+    chance = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "pop")
+    writer.add_uint32("pop.adapter.version", 1)
+    writer.add_uint32("pop.boundary", 2)
+    writer.add_string("pop.fingerprint", fingerprint)
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for name in ("attn_k", "attn_v"):
+        writer.add_tensor(f"blk.3.{name}.weight.lora_a", chance.normal(size=(rank, N_EMBD)).astype(np.float32))
+        writer.add_tensor(f"blk.3.{name}.weight.lora_b", chance.normal(size=(N_EMBD, rank)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def model_case(chance: random.Random, worker: Worker, base: File, path: Path) -> str:
+    keys = base.keys + [key for key in valid(chance, n_layer=N_LAYER) if key.name.startswith(b"pop.")]
+    only_pop = chance.random() < 0.8
+    path.write_bytes(mutated(chance, File(keys, base.infos, base.n_tensors, base.data), only_pop).bytes())
+    answer, step = worker.ask("model", path)
+    if not answer:
+        return "died: " + died(worker, step)
+    outcome = answer["outcome"]
+    if outcome not in ("accepted", "refused"):
+        return outcome
+    if not 1 <= answer["boundary"] <= answer["n_layer"] or answer["min_tokens"] < 0 or answer["decoded"] != 0:
+        raise Failure(f"out of range: {answer}")
+    if outcome == "refused" and (not answer["why"] or "\n" in answer["why"] or answer["pruned"]):
+        raise Failure(f"refused without a line, or pruned all the same: {answer}")
+    try:
+        metadata = read_metadata(path)
+    except PopError:
+        return f"{outcome}, refused by read_metadata"
+    expected = (metadata and metadata.boundary) or answer["n_layer"]
+    if outcome == "refused" or answer["boundary"] != expected or answer["min_tokens"] != ((metadata and metadata.min_tokens) or 0):
+        raise Failure(f"read_metadata accepts {metadata}, the native library has {answer}")
+    return "accepted by both"
+
+
+def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) -> str:
+    file = base
+    for _ in range(chance.choice([0, 1, 1, 2])):
+        fault = chance.random()
+        if fault < 0.4:  # a wrong text, number or type
+            keys = list(file.keys)
+            at = chance.randrange(len(keys))
+            kind = chance.choice([Kind.UINT32, Kind.STRING, Kind.UINT32, Kind.STRING, Kind.FLOAT32, Kind.ARRAY])
+            value = {
+                Kind.STRING: string(chance.choice([b"", b"1", b"2", b"lora", b"0" * 16, b"99999999999999999999", b"\xff"]), "<"),
+                Kind.ARRAY: struct.pack("<IQ", chance.choice([4, 6, 8]), 0),
+            }.get(kind) or number(kind, chance.choice([0, 1, 2, 3, 4, 5, 2**31, 2**32 - 1]), "<")
+            keys[at] = Key(keys[at].name, kind, value)
+            file = File(keys, file.infos, file.n_tensors, file.data)
+        elif fault < 0.8:  # names, shapes, types and offsets of tensors
+            infos = bytearray(file.infos)
+            at = chance.randrange(len(infos))
+            infos[at] = chance.choice([0, 1, 2, 3, 8, 48, 64, 255, infos[at] ^ 1])
+            file = File(file.keys, bytes(infos), file.n_tensors, file.data)
+        elif fault < 0.9:
+            file = mutated(chance, file, only_pop=chance.random() < 0.5)
+        else:  # cut short
+            file = File(file.keys, file.infos, file.n_tensors, file.data[: chance.randrange(len(file.data) + 1)])
+    path.write_bytes(file.bytes())
+    answer, step = worker.ask("adapter", path)
+    if not answer:
+        return "adapter died: " + died(worker, step)
+    if answer["outcome"] == "accepted" and (not 1 <= answer["boundary"] <= N_LAYER or answer["decoded"] != 0):
+        raise Failure(f"an adapter that cannot be right: {answer}")
+    if answer["outcome"] == "refused" and (not answer["why"] or "\n" in answer["why"]):
+        raise Failure(f"refused without a line: {answer}")
+    return f"adapter {answer['outcome']}"
+
+
+def died(worker: Worker, step: str) -> str:
+    words = worker.last_words()
+    # an assertion names its file; a signal alone could be anyone's, but before our first call it is llama.cpp's
+    if _OURS.search(words) or ("exit status" in words and step not in ("load", "context")):
+        raise Failure(f"the process died at step {step!r}: {words}")
+    return f"{step}: {words}".replace(",", ";")
+
+
+def main() -> int:
+    arguments = harness.parse(__doc__.splitlines()[0], 2000)
+    with harness.directory() as directory:
+        good = write_model(directory / "good.gguf", n_layer=N_LAYER)
+        base = base_of(good)
+        adapter = base_of(write_adapter(directory / "adapter.gguf", _library.fingerprint(good)))
+        worker, path = Worker(good), directory / "case.gguf"
+
+        def one(chance: random.Random) -> str:
+            try:
+                if chance.random() < 0.5:
+                    return model_case(chance, worker, base, path)
+                return adapter_case(chance, worker, adapter, path)
+            except Failure:
+                if arguments.keep:
+                    arguments.keep.mkdir(exist_ok=True)
+                    (arguments.keep / f"{len(list(arguments.keep.iterdir()))}.gguf").write_bytes(path.read_bytes())
+                raise
+
+        try:
+            return harness.run(arguments, one, seconds=30)
+        finally:
+            worker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

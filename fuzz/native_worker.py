@@ -1,0 +1,91 @@
+"""Opens GGUF files with the native library for fuzz/native.py: one JSON line in, one out; each step is named before it begins.
+
+A process of its own, because llama.cpp ends the process where its own assertions fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import sys
+
+from pypop_gguf import _library
+
+llama_cpp = _library.load()
+
+
+def say(**what) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def open_model(path: str):
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    return llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+
+
+def read_model(path: str) -> dict:
+    say(step="load")
+    model = open_model(path)
+    if not model:
+        return {"outcome": "llama.cpp does not load it"}
+    try:
+        say(step="keys")
+        native = _library._native
+        result = {"n_layer": _library.n_layer(model), "min_tokens": native.llama_pop_min_tokens(_library._model(model))}
+        say(step="context")
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
+        context = llama_cpp.llama_init_from_model(model, parameters)
+        if not context:
+            return {"outcome": "llama.cpp makes no context"}
+        try:
+            say(step="boundary")
+            accepted = native.llama_pop_set_boundary(_library._context(context), -1)
+            result["boundary"] = native.llama_pop_get_boundary(_library._context(context))
+            say(step="decode")
+            tokens = (ctypes.c_int32 * 12)(*range(3, 15))
+            status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 12))
+            result |= {"decoded": status, "pruned": _library.n_pruned(context)}
+        finally:
+            llama_cpp.llama_free(context)
+        return result | {"outcome": "accepted" if accepted else "refused", "why": "" if accepted else _library._last_error()}
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def read_adapter(model, context, path: str) -> dict:
+    say(step="adapter")
+    try:
+        boundary = _library.add_adapter(context, model, path)
+    except _library.PopError as error:
+        return {"outcome": "refused", "why": str(error)}
+    say(step="decode")
+    _library.set_boundary(context, boundary)
+    tokens = (ctypes.c_int32 * 12)(*range(3, 15))
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 12))
+    _library.clear_adapters(context)
+    return {"outcome": "accepted", "boundary": boundary, "decoded": status}
+
+
+def main() -> None:
+    size = 4 << 30
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    llama_cpp.llama_backend_init()
+    with _library.captured_log():
+        model = open_model(sys.argv[1])
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
+        context = llama_cpp.llama_init_from_model(model, parameters)
+        say(step="ready")
+        for line in sys.stdin:
+            kind, path = json.loads(line)
+            say(**(read_model(path) if kind == "model" else read_adapter(model, context, path)))
+
+
+if __name__ == "__main__":
+    main()
