@@ -74,7 +74,8 @@ def load() -> ModuleType:
         The ``llama_cpp`` package; from now on ``import llama_cpp`` anywhere in this process gives the same one.
 
     Raises:
-        ImportError: Another llama-cpp-python is already loaded, or an environment variable points to another library.
+        ImportError: Another llama-cpp-python is already loaded, an environment variable points to another library, or the carried
+            one is missing or damaged.
     """
     global _native
     if _native is not None:
@@ -90,11 +91,15 @@ def load() -> ModuleType:
         sys.path.insert(0, str(vendor))
         try:
             importlib.import_module("llama_cpp")
+        except (OSError, RuntimeError, AttributeError) as error:  # no file, not loadable, other functions than llama_cpp expects
+            raise ImportError(_broken(vendor, str(error).splitlines()[0])) from error
         finally:
             sys.path.remove(str(vendor))
     module = sys.modules["llama_cpp"]
     library = module.llama_cpp._lib
     if not hasattr(library, "llama_pop_set_boundary"):
+        if Path(module.__file__).parent == vendor / "llama_cpp":
+            raise ImportError(_broken(vendor, "it is a build without POP"))
         raise ImportError(
             f"llama_cpp was already imported from {Path(module.__file__).parent}, a build without POP: put `from pypop_gguf "
             "import PopLlama` before `import llama_cpp`, or uninstall llama-cpp-python (pypop_gguf carries it)"
@@ -105,6 +110,11 @@ def load() -> ModuleType:
         with captured_log():  # else each process prints which
             ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))
     return module
+
+
+def _broken(vendor: Path, reason: str) -> str:
+    library = vendor / "llama_cpp" / "lib"
+    return f"the native library in {library} cannot be used ({reason}): build it again with `pip install .` in the source tree"
 
 
 def _context(ctx: int):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import PopMetadata, read_metadata
 from pypop_gguf.tools import hf_to_gguf, quantize
 from pypop_gguf.tools.boundary import BoundaryChoice, check_rule, choose_boundary
-from pypop_gguf.tools.gguf_copy import adapter_path, check_free_space, copy_with_metadata, replacing
+from pypop_gguf.tools.gguf_copy import adapter_path, check_free_space, copy_with_metadata, replacing, scratch
 
 DESCRIPTION = """\
 Writes a GGUF with pop.* metadata: where prefill may stop, and the layer importance behind it. A GGUF is copied with its
@@ -92,16 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
     if n_shard > 1 and arguments.outtype == "auto" and not target.name.endswith(shard):
         raise PopError(f"{source} is split: give --outfile, the file itself or another *{shard} beside the other shards")
 
-    with _scratch(target.parent) as directory:
-        scratch = Path(directory)
-        plain = source if is_gguf else scratch / "model.gguf"
+    with scratch(target.parent) as directory:
+        plain = source if is_gguf else directory / "model.gguf"
         if not is_gguf:
             _convert(arguments, source, plain, target.parent)
         support = _library.describe_model(plain)
         if support.refusal:
             raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
         if arguments.mmproj:
-            _convert_projector(arguments, source, scratch / "projector.gguf")
+            _convert_projector(arguments, source, directory / "projector.gguf")
         _choose(arguments, support, None if arguments.max_importance_loss is None else [1.0] * support.n_layer)
 
         calibration = _Calibration(arguments, source)
@@ -111,19 +109,19 @@ def run(arguments: argparse.Namespace) -> int:
 
         adapter = adapter_path(target, choice.boundary)
         if arguments.fit_kv:
-            fits = _fit(arguments, calibration, choice.boundary, plain, scratch / "adapter.gguf")
+            fits = _fit(arguments, calibration, choice.boundary, plain, directory / "adapter.gguf")
         if arguments.outtype in quantize.QUANTIZER_TYPES and (is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES):
             print(f"quantizing to {arguments.outtype}", file=sys.stderr)
-            quantize.quantize(plain, scratch / "quantized.gguf", arguments.outtype)
+            quantize.quantize(plain, directory / "quantized.gguf", arguments.outtype)
             metadata = dataclasses.replace(metadata, curve=None)  # measured on other weights
-            plain = scratch / "quantized.gguf"
+            plain = directory / "quantized.gguf"
         copy_with_metadata(plain, target, metadata, _bytes_progress)
         if arguments.mmproj:
             with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
-                (scratch / "projector.gguf").rename(beside)
+                (directory / "projector.gguf").rename(beside)
         if arguments.fit_kv:
             with replacing(adapter) as beside:
-                (scratch / "adapter.gguf").rename(beside)
+                (directory / "adapter.gguf").rename(beside)
     _summary(arguments, target, support, choice, time.perf_counter() - started)
     if arguments.fit_kv:
         _fit_summary(adapter, fits)
@@ -161,13 +159,6 @@ def _target(arguments: argparse.Namespace, source: Path, is_gguf: bool) -> Path:
     target = arguments.outfile or directory / name
     target = Path(str(target).replace("{ftype}", ftype or "auto"))
     return target / name if target.is_dir() else target
-
-
-def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
-    try:
-        return tempfile.TemporaryDirectory(dir=directory, prefix=".pop-convert-")
-    except OSError as error:
-        raise PopError(f"cannot write to {directory}: {error.strerror}") from error
 
 
 def _convert(arguments: argparse.Namespace, source: Path, plain: Path, directory: Path) -> None:

@@ -1,6 +1,7 @@
 """Copies a GGUF file with its ``pop.*`` keys replaced; every other byte of keys and tensors stays as it was.
 
-Called by the converter. Also owns ``replacing``, through which every tool here writes: beside the target, then renamed.
+Called by the converter. Also owns ``replacing``, through which every tool here writes: beside the target, then renamed; and
+``scratch``, the directory for that, which the next run removes where this one was killed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import contextlib
 import os
 import shutil
 import struct
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,24 +22,77 @@ from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_header import GGUFHeader, read_header
 from pypop_gguf.metadata import PopMetadata
 
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be removed
+    fcntl = None
+
 _CHUNK_BYTES = 16 << 20
+_SCRATCH = ".pop-gguf-"
+
+
+@contextlib.contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """Gives a directory inside ``directory`` for files on the way; gone with all that is in it when the block ends.
+
+    A killed run cannot remove its own: each holds a lock as long as its run lives, and those without are removed here first.
+
+    Raises:
+        PopError: ``directory`` is missing or cannot be written to.
+    """
+    _remove_left(directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            made = Path(tempfile.mkdtemp(dir=directory, prefix=_SCRATCH))
+            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            lock = stack.enter_context((made / "making").open("xb"))
+            if fcntl:
+                with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell that the run is over
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                (made / "making").rename(made / "lock")  # from now on it is seen, and locked
+        except OSError as error:
+            raise PopError(f"cannot write to {directory}: {error.strerror or error}") from error
+        yield made
+
+
+def _remove_left(directory: Path) -> None:
+    for left in directory.glob(f"{_SCRATCH}*"):
+        try:
+            removable = _is_left(left)
+        except OSError:
+            continue
+        if removable:
+            shutil.rmtree(left, ignore_errors=True)
+            if not left.exists():
+                print(f"removed {left}, which a killed run left", file=sys.stderr)
+
+
+def _is_left(directory: Path) -> bool:
+    lock = directory / ("lock" if fcntl else "making")
+    if not lock.exists():  # being made or removed right now, or by a run that was killed just then
+        return time.time() - directory.stat().st_mtime > 60
+    if not fcntl:
+        lock.unlink()
+        return True
+    with lock.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return True
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Gives a path beside ``target`` to write to, and renames it to ``target`` once the block has succeeded.
+    """Gives a path to write to on the same file system, and renames it to ``target`` once the block has succeeded.
 
     Raises:
         PopError: The directory is missing or cannot be written to, or the disk is full.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        os.replace(beside, target)
-    except OSError as error:
-        raise PopError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with scratch(target.absolute().parent) as directory:
+        beside = directory / target.name
+        try:
+            yield beside
+            os.replace(beside, target)
+        except OSError as error:
+            raise PopError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def adapter_path(model: Path, boundary: int) -> Path:
