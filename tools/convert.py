@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model-name", help="name of the model, for the file's metadata")
     parser.add_argument("--mmproj", action="store_true", help="also write a vision model's projector, as mmproj-OUTFILE")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a Hugging Face model (default: refuse)")
     parser.add_argument("--verbose", action="store_true", help="show the converter's log")
 
     rule = parser.add_argument_group("boundary (one of)").add_mutually_exclusive_group()
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     is_gguf = arguments.model.endswith(".gguf") or Path(arguments.model).is_file()
     n_shard = _count_shards(arguments.model) if is_gguf else 1
-    source = Path(arguments.model) if is_gguf else hf_to_gguf.model_directory(arguments.model)
+    source = Path(arguments.model) if is_gguf else hf_to_gguf.model_directory(arguments.model, arguments.trust_remote_code)
     target = _target(arguments, source, is_gguf)
     if not target.parent.is_dir():
         raise PopError(f"{target.parent}: no such directory; make it first, or give another --outfile")
@@ -167,13 +168,13 @@ def _convert(arguments: argparse.Namespace, source: Path, plain: Path, directory
     outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
     options = ["--model-name", arguments.model_name] if arguments.model_name else []
     print(f"converting {source} with llama.cpp's converter", file=sys.stderr)
-    hf_to_gguf.convert(source, plain, outtype, options, arguments.verbose)
+    hf_to_gguf.convert(source, plain, outtype, options, arguments.verbose, arguments.trust_remote_code)
 
 
 def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path) -> None:
     outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
     try:
-        hf_to_gguf.convert(source, target, outtype, ["--mmproj"], arguments.verbose)
+        hf_to_gguf.convert(source, target, outtype, ["--mmproj"], arguments.verbose, arguments.trust_remote_code)
     except PopError as error:
         raise PopError(f"no projector, leave out --mmproj: {error}") from error
 
@@ -202,7 +203,9 @@ class _Calibration:
             from pypop_gguf.tools.load_model import load_for_importance
 
             arguments = self._arguments
-            model, tokenizer = load_for_importance(self._source, device=arguments.device, dtype=arguments.dtype)
+            model, tokenizer = load_for_importance(
+                self._source, device=arguments.device, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+            )
             samples, info = load_samples(
                 tokenizer,
                 arguments.calibration,

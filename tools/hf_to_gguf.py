@@ -1,6 +1,7 @@
 """Runs llama.cpp's own converter on a Hugging Face directory. Called by ``convert``.
 
-The converter is a process of its own: it brings its own version of the gguf package.
+The converter is a process of its own: it brings its own version of the gguf package, and is kept from running code that comes
+with a model, which it would ask Transformers for.
 """
 
 from __future__ import annotations
@@ -16,11 +17,29 @@ from pypop_gguf.errors import PopError
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BAR = re.compile(r"Writing:[^\]]*\]")  # the converter's progress; an error starts on the same line, right behind it
 _NO_SPACE = re.compile(r"OSError: (\d+ requested and \d+ written|\[Errno \d+\] (No space|File too large|Disk quota))")
+# Every class that a model brings goes through these two; the others import them by name, so they are replaced first.
+_WITHOUT_REMOTE_CODE = """
+import os, runpy, sys
+from transformers import dynamic_module_utils
+resolve = dynamic_module_utils.resolve_trust_remote_code
+def refuse(*_, **__):
+    raise ValueError("the model brings Python code of its own, which is not run: give --trust-remote-code where you trust it")
+def resolved(trust_remote_code, model_name, has_local_code, has_remote_code, *args, **kwargs):
+    return False if has_local_code or not has_remote_code else refuse()
+dynamic_module_utils.resolve_trust_remote_code, dynamic_module_utils.get_class_in_module = resolved, refuse
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
-def model_directory(model: str) -> Path:
+def model_directory(model: str, trust_remote_code: bool = False) -> Path:
     """The local directory of a Hugging Face model, downloaded first where ``model`` is a hub id.
+
+    Args:
+        model: Directory or hub id.
+        trust_remote_code: Download its Python files too.
 
     Raises:
         PopError: Neither here nor on the hub, or without configuration or safetensors weights.
@@ -29,19 +48,19 @@ def model_directory(model: str) -> Path:
     if not directory.exists():
         if not _HUB_ID.fullmatch(model):
             raise PopError(f"{model}: no such file or directory")
-        directory = _download(model)
+        directory = _download(model, [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES)
     if not (directory / "config.json").is_file():
         raise PopError(f"{directory}: no config.json there: not a Hugging Face model directory")
-    if not any(directory.glob("*.safetensors")):
+    if not any(directory.glob("model*.safetensors*")):  # else the converter takes what it finds instead
         raise PopError(f"{directory}: no *.safetensors weights there; other formats may hold code and are not loaded")
     return directory
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except ImportError as error:
         raise PopError(f"a hub id needs huggingface_hub ({error}): pip install 'pypop-gguf[convert]'") from error
     except Exception as error:  # the hub raises whatever its HTTP library raises
@@ -49,7 +68,9 @@ def _download(hub_id: str) -> Path:
         raise PopError(f"{hub_id}: {reason}; check name and connection") from error
 
 
-def convert(directory: Path, target: Path, outtype: str, options: list[str], verbose: bool) -> None:
+def convert(
+    directory: Path, target: Path, outtype: str, options: list[str], verbose: bool, trust_remote_code: bool = False
+) -> None:
     """Writes a GGUF with llama.cpp's converter, its progress on stderr.
 
     Args:
@@ -58,12 +79,14 @@ def convert(directory: Path, target: Path, outtype: str, options: list[str], ver
         outtype: f32, f16, bf16, q8_0 or auto.
         options: Further options of the converter.
         verbose: Show all that the converter logs instead of its progress bar only.
+        trust_remote_code: Let it run Python code that comes with the model.
 
     Raises:
         PopError: No space, or with the converter's own last line.
     """
     script = vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), str(directory), "--outtype", outtype, "--outfile", str(target), *options]
+    python = [sys.executable] if trust_remote_code else [sys.executable, "-c", _WITHOUT_REMOTE_CODE]
+    command = [*python, str(script), str(directory), "--outtype", outtype, "--outfile", str(target), *options]
     last, bar = "", None
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         try:

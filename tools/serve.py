@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         if file is not None and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
     command = [str(server_program()), *options(arguments)]
+    if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
+        print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -66,6 +68,15 @@ def server_program() -> Path:
     if not program.is_file():
         raise PopError(f"{program} is missing: build the package without -DLLAMA_BUILD_SERVER=OFF")
     return program
+
+
+def _asks_for_keys(arguments: argparse.Namespace) -> bool:
+    return arguments.api_key_file is not None or any(option.startswith("--api-key") for option in arguments.server_options)
+
+
+def _is_loopback(host: str) -> bool:
+    """Of every address in a list, as llama-server takes it; sockets in the file system have the permissions of files."""
+    return all(part in ("localhost", "::1") or part.startswith("127.") or part.endswith(".sock") for part in host.split(","))
 
 
 def options(arguments: argparse.Namespace) -> list[str]:
@@ -83,6 +94,10 @@ def options(arguments: argparse.Namespace) -> list[str]:
         "--api-key-file": arguments.api_key_file,
         # a batch is what a cancelled request still computes, and what other requests' next tokens wait for
         "--batch-size": 512,
+        # seconds that a client may take to send or take the next bytes
+        "--timeout": 60,
+        # pages that a browser on this machine has open may ask, those of others may not
+        "--cors-origins": "localhost",
     }
     pairs = [part for name, value in given.items() if value is not None for part in (name, str(value))]
     return [*pairs, "--metrics", "--offline", "--no-ui", *arguments.server_options]
