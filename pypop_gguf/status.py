@@ -57,6 +57,14 @@ class Timings:
     decode_ms_per_token: float | None = None
     boundary: int | None = None
 
+    def count_token(self, ms: float) -> None:
+        """One more token is generated, ``ms`` after the start of the call."""
+        if self.time_to_first_token_ms is None:
+            self.time_to_first_token_ms = ms
+        else:
+            self.decode_ms_per_token = (ms - self.time_to_first_token_ms) / self.generated_tokens
+        self.generated_tokens += 1
+
     def as_dict(self) -> dict[str, float | int | None]:
         """Under the names of llama.cpp's server, and ``pruned_n`` and ``boundary``: a response's ``timings``."""
         read = self.prompt_tokens - self.reused_tokens
