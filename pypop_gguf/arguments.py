@@ -13,6 +13,8 @@ from pypop_gguf.metadata import PopMetadata
 if TYPE_CHECKING:
     from pypop_gguf.llama import PopLlama
 
+_INT32_MAX = 2**31 - 1  # the native library's numbers of tokens and layers
+
 
 def check_boundary_type(name: str, boundary: int | str | None) -> None:
     if isinstance(boundary, bool) or not (boundary is None or boundary == "lossless" or isinstance(boundary, int)):
@@ -28,6 +30,8 @@ def resolve_boundary(llm: PopLlama, boundary: int | str) -> int:
     model, ctx = llm._model.model, llm._ctx.ctx
     if boundary == "lossless":
         return _library.lossless_boundary(model)
+    if abs(boundary) > _INT32_MAX:
+        raise PopError(f"boundary {boundary} is out of range: choose 1 to {_library.n_layer(model)}")
     if reason := _library.refusal(model, boundary):
         raise PopError(reason)
     _library.set_boundary(ctx, boundary)
@@ -59,14 +63,13 @@ def choose_boundary(llm: PopLlama, *, pop: bool, asked: int | str | None, stored
 def choose_ends(llm: PopLlama, asked: dict[str, int | None], stored: PopMetadata | None) -> tuple[int, int, int]:
     """Head, tail and fewest tokens; head and tail are the context's from now on."""
     chosen = []
-    for name, default, low, high in (("head", 0, 0, None), ("tail", 1, 1, llm.n_batch), ("min_tokens", 0, 0, None)):
+    for name, default, low, high in (("head", 0, 0, _INT32_MAX), ("tail", 1, 1, llm.n_batch), ("min_tokens", 0, 0, _INT32_MAX)):
         value = asked[f"pop_{name}"]
         if value is None:
             of_file = getattr(stored, name, None)
             value = default if of_file is None else of_file
-        if not isinstance(value, int) or value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high} (n_batch)"
-            raise PopError(f"pop_{name} is {value!r}: give a whole number, {allowed}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise PopError(f"pop_{name} is {value!r}: give a whole number, {low} to {high}{' (n_batch)' if name == 'tail' else ''}")
         chosen.append(value)
     _library.set_ends(llm._ctx.ctx, *chosen[:2])
     return tuple(chosen)

@@ -83,8 +83,11 @@ def test_positions_remember_that_the_ends_ran_whole(reference_models):
     [
         (dict(pop_tail=0), "pop_tail is 0: give a whole number, 1 to 256"),
         (dict(pop_tail=600), "pop_tail is 600: give a whole number, 1 to 256"),
-        (dict(pop_head=-1), "pop_head is -1: give a whole number, at least 0"),
+        (dict(pop_head=-1), "pop_head is -1: give a whole number, 0 to 2147483647"),
+        (dict(pop_head=2**40), "pop_head is 1099511627776: give"),
+        (dict(pop_tail=True), "pop_tail is True: give"),
         (dict(pop_min_tokens=1.5), "pop_min_tokens is 1.5: give a whole number"),
+        (dict(pop_min_tokens=2**31), "pop_min_tokens is 2147483648: give"),
     ],
 )
 def test_numbers_out_of_range_are_refused(reference_models, options, message):

@@ -212,7 +212,6 @@ def test_text_of_an_adapter_stays_within_the_line_of_its_refusal(tmp_path):
     assert "of two lines" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@UNCHECKED
 @pytest.mark.parametrize("argument", ["pop_head", "pop_min_tokens", "pop_boundary"])
 def test_argument_past_int32_is_refused(tmp_path, argument):
     with pytest.raises(PopError):

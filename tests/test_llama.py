@@ -165,7 +165,7 @@ def test_boundary_of_another_type_raises_type_error(bundled_gguf, boundary):
         PopLlama(str(bundled_gguf), pop_boundary=boundary)
 
 
-@pytest.mark.parametrize("boundary", [0, 13, -2])
+@pytest.mark.parametrize("boundary", [0, 13, -2, 2**40, -(2**40)])
 def test_boundary_out_of_range_names_the_range(bundled_gguf, boundary):
     with pytest.raises(PopError, match="choose 1 to 12"):
         PopLlama(str(bundled_gguf), pop_boundary=boundary, verbose=False)
@@ -173,6 +173,9 @@ def test_boundary_out_of_range_names_the_range(bundled_gguf, boundary):
 
 def test_refused_boundary_of_a_call_leaves_the_object_usable(llm):
     expected = fresh(llm)
-    with pytest.raises(PopError, match="out of range"):
-        complete(llm, boundary=99)
+    for boundary in (99, 2**40):
+        with pytest.raises(PopError, match="out of range"):
+            complete(llm, boundary=boundary)
+    with pytest.raises(TypeError, match="boundary must be a layer number"):
+        complete(llm, boundary=True)
     assert fresh(llm) == expected
