@@ -34,7 +34,7 @@ struct llama_pop_graph {
     uint32_t       boundary = 0;
     uint32_t       n_rows   = 0;       // PRUNED: boundary states to keep for continuations
     uint32_t       first    = 0;       // CONTINUED: as above
-    ggml_tensor *  states   = nullptr; // F32 [n_embd, n_ubatch], the context's
+    ggml_tensor *  states   = nullptr; // F32 [n_embd, n_ubatch or more], the context's
 
     llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
 
@@ -77,6 +77,11 @@ struct llama_pop_batch {
         for (size_t i = first; any && i < idxs.size(); ++i) {
             full[idxs[i]] = 1;
         }
+    }
+
+    // of a sequence's tokens, the first that no micro-batch has taken
+    static int32_t next(const std::vector<int32_t> & idxs, const std::vector<bool> & used) {
+        return *std::find_if(idxs.begin(), idxs.end(), [&](int32_t i) { return !used[i]; });
     }
 
     bool same(int32_t i, int32_t j) const {

@@ -120,8 +120,8 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
     if (needs_whole_model(cparams)) {
         return true;
     }
-    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
     const uint32_t n_seqs   = cparams.n_seq_max;
+    const uint32_t n_tokens = std::max(n_seqs, std::min(cparams.n_ctx, cparams.n_ubatch));
 
     llama_pop_graph pruned = { LLAMA_POP_PRUNED, boundary };
     pruned.adapter = pop.adapter_for(LLAMA_POP_PRUNED, boundary);
@@ -150,7 +150,8 @@ void llama_context::pop_reserve_states(uint32_t boundary) {
     auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(boundary));
 
     pop.ctx_states.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    auto * states = ggml_new_tensor_2d(pop.ctx_states.get(), GGML_TYPE_F32, model.hparams.n_embd, cparams.n_ubatch);
+    auto * states = ggml_new_tensor_2d(pop.ctx_states.get(), GGML_TYPE_F32, model.hparams.n_embd,
+                                        std::max(cparams.n_ubatch, cparams.n_seq_max)); // a token of each sequence at least
     ggml_set_name(states, "pop_states");
     pop.buf_states.reset(ggml_backend_alloc_ctx_tensors_from_buft(pop.ctx_states.get(), buft));
     if (!pop.buf_states) {
@@ -178,8 +179,10 @@ bool llama_context::pop_add_adapter(llama_adapter_lora * adapter) {
 
 static thread_local std::string last_error;
 
+// in one line, whatever texts of a file are in it
 static bool refuse(const std::string & why) {
     last_error = why;
+    std::replace_if(last_error.begin(), last_error.end(), [](unsigned char c) { return c < ' '; }, ' ');
     return false;
 }
 

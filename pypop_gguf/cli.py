@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's texts in a terminal that lacks their letters
+            stream.reconfigure(errors="replace")
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
     try:
         return arguments.run(arguments)

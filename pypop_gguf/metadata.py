@@ -20,7 +20,7 @@ from pypop_gguf.gguf_header import GGUFHeader, read_header
 VERSION = 1  # newest pop.version that this package reads, and the one it writes
 
 _MAX_TOKENS = 2**31 - 1  # llama.cpp counts tokens in int32
-_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process where a file has more
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process where a file has more
 # key -> attribute of PopMetadata, all uint32
 _ENDS = {"pop.head": "head", "pop.tail": "tail", "pop.min_tokens": "min_tokens"}
 # key -> (attribute of Curve, type in the file, or of an array's items)
@@ -136,7 +136,7 @@ def trunk_layers(reader: GGUFHeader) -> int:
             # llama.cpp takes no other type either
             if blocks is not None and all(field is None or field.types == [GGUFValueType.UINT32] for field in (blocks, extra)):
                 n_layer = blocks.contents() - (extra.contents() if extra else 0)
-    if not 1 <= n_layer <= _MAX_LAYERS:
+    if not 1 <= n_layer <= MAX_LAYERS:
         raise PopError(f"{reader.path}: no usable block_count: not a language model; give one")
     return n_layer
 

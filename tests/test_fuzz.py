@@ -44,7 +44,6 @@ def test_texts_of_any_bytes_are_read_or_refused_in_one_line():
     assert outcomes["read"] > 300 and outcomes["refused"] > 300
 
 
-@pytest.mark.xfail(strict=True, reason="needs the fixes below")
 def test_mixtures_of_sequences_equal_each_alone(reference_models):
     outcomes = fuzz("batches", 60, "--models", reference_models["llama"].gguf.parents[1])
     assert all(outcomes[name] > 0 for name in ("llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2"))
@@ -55,7 +54,6 @@ def test_native_library_reads_or_refuses_any_keys_and_adapters():
     assert outcomes["accepted by both"] > 50 and outcomes["adapter refused"] > 50 and outcomes["adapter accepted"] > 50
 
 
-@pytest.mark.xfail(strict=True, reason="needs the fixes below")
 def test_command_line_ends_in_one_line_for_any_arguments():
     outcomes = fuzz("arguments", 300)
     assert outcomes["inspect done"] > 3 and outcomes["eval refused"] > 3 and outcomes["boundary chosen"] > 10
@@ -133,10 +131,7 @@ def test_question_beside_what_is_no_pair_is_not_asked(tmp_path, item):
     assert len(task.samples) == 1 and task.questions == []
 
 
-# Found by fuzz/batches.py, fuzz/native.py and fuzz/arguments.py, and waiting for their fix
-
-UNPATCHED = pytest.mark.xfail(strict=True, reason="needs a fix in csrc/ or third_party/patches/")
-UNCHECKED = pytest.mark.xfail(strict=True, reason="needs a check of the argument")
+# Found by fuzz/batches.py, fuzz/native.py and fuzz/arguments.py
 
 
 def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -145,14 +140,12 @@ def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
 
 
-@UNPATCHED
 def test_boundary_can_be_set_where_a_micro_batch_is_smaller_than_the_number_of_sequences(tmp_path):
     code = "from engine import Engine\nwith Engine(sys.argv[1], 3, n_ubatch=2, n_seq_max=5): print('set')"
     done = in_a_process(code, write_model(tmp_path / "a.gguf"))
     assert (done.returncode, done.stdout) == (0, "set\n"), done.stderr[-500:]
 
 
-@UNPATCHED
 @pytest.mark.parametrize("name", ["lfm2", "llama"])
 def test_sequence_left_out_of_a_micro_batch_is_not_brought_in_by_a_later_token(reference_models, name):
     """Separate caches take sequences in the order of their ids; 2's first token comes before 1's, and its second is of another kind."""
@@ -163,7 +156,6 @@ def test_sequence_left_out_of_a_micro_batch_is_not_brought_in_by_a_later_token(r
         assert sorted(engine.decode(entries)) == [1, 4, 5, 6]
 
 
-@UNPATCHED
 @pytest.mark.parametrize("number", [61, 285])
 def test_window_of_an_early_micro_batch_survives_the_preparation_of_later_ones(reference_models, number):
     """Upstream's fault: it prepares all micro-batches of a batch before the first, and did not restore what that had purged."""
@@ -171,7 +163,6 @@ def test_window_of_an_early_micro_batch_survives_the_preparation_of_later_ones(r
     assert fuzz("batches", 1, "--first", number, "--models", models, seed=1) == {"gemma3": 1}
 
 
-@UNPATCHED
 @pytest.mark.parametrize("key", ["general.type", "general.architecture", "adapter.type"])
 def test_adapter_whose_texts_are_numbers_is_refused(tmp_path, key):
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
@@ -200,7 +191,6 @@ def test_adapter_whose_texts_are_numbers_is_refused(tmp_path, key):
     assert done.returncode == 0 and f"its {key} is not of type str" in done.stdout, done.stderr[-500:]
 
 
-@UNPATCHED
 def test_text_of_an_adapter_stays_within_the_line_of_its_refusal(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
     writer.add_type("adapter\nof two lines")
@@ -221,9 +211,9 @@ def test_argument_past_int32_is_refused(tmp_path, argument):
 @pytest.mark.parametrize(
     "argv",
     [
-        pytest.param(["random-model", "llama-3.2-1b", ".", "--layers", "1"]),
-        pytest.param(["random-model", "llama-3.2-1b", "out.gguf", "--layers", "99999999999999999999"], marks=UNCHECKED),
-        pytest.param(["bench", "a.gguf", "--prompt", "4", "--decode", "1", "--csv", "a.gguf"], marks=UNCHECKED),
+        ["random-model", "llama-3.2-1b", ".", "--layers", "1"],
+        ["random-model", "llama-3.2-1b", "out.gguf", "--layers", "99999999999999999999"],
+        ["bench", "a.gguf", "--prompt", "4", "--decode", "1", "--csv", "a.gguf"],
     ],
     ids=["no name", "endless layers", "CSV that is none"],
 )
@@ -238,7 +228,6 @@ def test_command_ends_in_one_line(tmp_path, argv, monkeypatch, capfd):
     assert capfd.readouterr().err.splitlines()[-1].startswith("pop-gguf: error: ")
 
 
-@UNCHECKED
 def test_text_that_the_terminal_cannot_show_is_printed_all_the_same():
     command = [sys.executable, "-m", "pypop_gguf", "inspect", Path(__file__).with_name("golden") / "pop-v1.gguf"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)

@@ -243,6 +243,7 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
 def test_code_that_does_not_end_fails():
     assert not code_runner.passes("while True: pass", seconds=1)
     assert not code_runner.passes("open('big', 'w').write('x' * (2 << 20))")
+    assert not code_runner.passes("#" * 200_000)  # longer than an argument may be
 
 
 def test_recall_hides_its_codes_at_every_depth(bundled_gguf):

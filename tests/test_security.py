@@ -221,26 +221,58 @@ def nested(n: int, opening: str, inner: str, closing: str) -> str:
 
 
 def bounded() -> dict[str, tuple[str, bytes, str]]:
-    """What upstream's parsers would follow to the end of the stack, or memory: path, body, and the error."""
+    """What upstream's parsers would follow to the end of the stack, of memory or of time: path, body, and the error."""
+
+    def completion(**fields) -> tuple[str, bytes]:
+        return "/completion", json.dumps({"prompt": "a", "n_predict": 1, **fields}).encode()
+
+    def raw(field: str) -> tuple[str, bytes]:
+        return "/completion", f'{{"prompt": "a", "n_predict": 1, {field}}}'.encode()
+
+    def chat(field: str) -> tuple[str, bytes]:
+        return "/v1/chat/completions", f'{{"max_tokens": 1, {field}, "messages": [{{"role": "user", "content": "a"}}]}}'.encode()
+
+    brackets = nested(100_000, "[", "", "]")
     chain = "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1}\n" for i in range(400_000)) + 'a400000 ::= "a"\n'
-    chat = '{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "chat_template_kwargs": {"a": %s}}'
+    doubling = "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1} | a{i + 1}\n" for i in range(60)) + "a60 ::= a0\n"
+    references = {"$ref": "#/$defs/a0", "$defs": {**{f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(50_000)}, "a50000": {}}}
+    itself = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    name = {"type": "object", "properties": {"a" * 1_000_000: {}}, "additionalProperties": {"type": "string"}}
+    lazy = {"grammar": 'root ::= "a"', "grammar_lazy": True}
     return {
-        "nested JSON": ("/completion", b'{"prompt": "a", "n_predict": 1, "x": ' + nested(100_000, "[", "", "]").encode() + b"}", "nested deeper"),
-        "nested template arguments": ("/v1/chat/completions", (chat % nested(100_000, "[", "", "]")).encode(), "nested deeper"),
-        "nested schema": ("/completion", f'{{"prompt": "a", "json_schema": {nested(50_000, chr(123) + chr(34) + "items" + chr(34) + ":", "{}", "}")}}}'.encode(), "nested deeper"),
-        "nested grammar": ("/completion", json.dumps({"prompt": "a", "grammar": f'root ::= {nested(200_000, "(", chr(34) + "a" + chr(34), ")")}'}).encode(), "failed to parse grammar"),
-        "chained grammar": ("/completion", json.dumps({"prompt": "a", "grammar": chain}).encode(), "failed to parse grammar"),
-        "prompts": ("/completion", json.dumps({"prompt": ["a"] * 200_000, "n_predict": 1}).encode(), "prompts in one request: give 1024 at most"),
+        "nested JSON": (*raw(f'"x": {brackets}'), "nested deeper"),
+        "nested template arguments": (*chat(f'"chat_template_kwargs": {{"a": {brackets}}}'), "nested deeper"),
+        "nested schema": (*raw('"json_schema": ' + nested(50_000, '{"items":', "{}", "}")), "nested deeper"),
+        "schema of references": (*completion(json_schema=references), "nested deeper"),
+        "schema of itself": (*completion(json_schema=itself), "nested deeper"),
+        "schema with a long name": (*completion(json_schema=name), "a name of more than 1024 bytes"),
+        "nested grammar": (*completion(grammar="root ::= " + nested(200_000, "(", '"a"', ")")), "failed to parse grammar"),
+        "chained grammar": (*completion(grammar=chain), "failed to parse grammar"),
+        "doubling grammar": (*completion(grammar=doubling), "failed to parse grammar"),
+        "trigger of no kind": (*completion(**lazy, grammar_triggers=[{"type": 9, "value": "a"}]), "trigger is of no known type"),
+        "nested trigger": (*completion(**lazy, grammar_triggers=[{"type": 2, "value": nested(50_000, "(", "a", ")")}]), "longer than 1024 bytes"),
+        "prompts": (*completion(prompt=["a"] * 200_000), "prompts in one request: give 1024 at most"),
     }
 
 
-@pytest.mark.xfail(strict=True, reason="upstream's server dies of these until the patches bound them")
 @pytest.mark.parametrize("kind", bounded())
 def test_nested_and_endless_requests_are_refused(model, tmp_path, kind):
     path, body, reason = bounded()[kind]
     with serve(model, tmp_path / "log.txt", *OPTIONS[:-1]) as server:
         status, text, _ = ask(server, path, body)
         assert status == 400 and reason in text
+        assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
+
+
+def test_nested_arguments_of_tools_are_refused(model, tmp_path):
+    """They are JSON in a text, which some templates want to have parsed."""
+    template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments.items() %}{{ k }}{{ v | tojson }}"
+    template += "{% endfor %}{% endfor %}{{ m.content }}{% endfor %}"
+    call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": f'{{"a": {nested(100_000, "[", "", "]")}}}'}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "user", "content": "a"}]
+    with serve(model, tmp_path / "log.txt", *OPTIONS, "--chat-template", template) as server:
+        status, text, _ = ask(server, "/v1/chat/completions", json.dumps({"messages": messages, "max_tokens": 1}).encode())
+        assert status in (400, 500) and "nested deeper" in text
         assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
 
 

@@ -150,5 +150,9 @@ def _parsed(name: str, text: str) -> int | float | str | None:
 
 
 def _check_columns(file: IO[str], path: Path) -> None:
-    if next(csv.reader(file), None) != COLUMNS:
+    try:
+        columns = next(csv.reader(file), None)
+    except (UnicodeDecodeError, csv.Error):  # a model, say
+        columns = None
+    if columns != COLUMNS:
         raise PopError(f"{path} is not a table of this version of `pop-gguf bench`: give another file")

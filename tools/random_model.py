@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.metadata import MAX_LAYERS
 from pypop_gguf.tools.gguf_copy import check_free_space, replacing
 
 DESCRIPTION = """\
@@ -94,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     geometry = GEOMETRIES[arguments.geometry]
     if arguments.layers is not None:
         geometry = replace(geometry, n_layer=arguments.layers)
-    if geometry.n_layer < 1:
-        raise PopError(f"--layers {geometry.n_layer} is out of range: give at least 1")
+    if not 1 <= geometry.n_layer <= MAX_LAYERS:
+        raise PopError(f"--layers {geometry.n_layer} is out of range: give 1 to {MAX_LAYERS}")
     if arguments.seed < 0:
         raise PopError(f"--seed {arguments.seed} is out of range: give at least 0")
     write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
