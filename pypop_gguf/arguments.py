@@ -57,6 +57,11 @@ def choose_boundary(llm: PopLlama, *, pop: bool, asked: int | str | None, stored
             f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
             file=sys.stderr,
         )
+    if boundary < n_layer and llm._logits_everywhere:  # the default of llama-cpp-python's own server
+        print(
+            f"pypop_gguf: logits_all=True asks every token of a prompt for logits, so all {n_layer} layers read it; set it to False",
+            file=sys.stderr,
+        )
     return boundary, source if boundary < n_layer else "off"
 
 

@@ -28,6 +28,8 @@ _PARENT_PARAMETERS = frozenset(
     for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
     if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
 )
+# The parent drops any name it does not know. These it once knew: its own server and LangChain give them still.
+_OUTLIVED_PARAMETERS = frozenset({"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps", "rpc_servers"})
 
 
 class PopLlama(Calls):
@@ -49,7 +51,7 @@ class PopLlama(Calls):
             file's ``pop.min_tokens``, else 0.
         pop_adapter: File, or files for several boundaries, with fitted K/V projections (``pop-gguf convert --fit-kv``); False for
             none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, where there is one.
-        **llama_kwargs: Everything that ``llama_cpp.Llama`` takes.
+        **llama_kwargs: Everything that ``llama_cpp.Llama`` takes; what it once took is dropped, as it does.
 
     Raises:
         TypeError: An argument neither class knows, or ``pop_boundary`` of another type.
@@ -69,7 +71,7 @@ class PopLlama(Calls):
         **llama_kwargs,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ needs it also where we refuse to start
-        unknown = sorted(set(llama_kwargs) - _PARENT_PARAMETERS)
+        unknown = sorted(set(llama_kwargs) - _PARENT_PARAMETERS - _OUTLIVED_PARAMETERS)
         if unknown:
             raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
         arguments.check_boundary_type("pop_boundary", pop_boundary)

@@ -1,4 +1,4 @@
-"""A running ``pop-gguf serve`` on a free port of the loopback address, for tests and as they ask it."""
+"""A running ``pop-gguf serve``, or another server, on a free port of the loopback address, for tests and as they ask it."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -43,12 +43,17 @@ class Server:
         return float(lines[0].split()[1])
 
 
+def serve(model: Path, log: Path, *options: object) -> contextlib.AbstractContextManager[Server]:
+    return running(["-m", "pypop_gguf", "serve", model], options, log, "/health")
+
+
 @contextlib.contextmanager
-def serve(model: Path, log: Path, *options: object) -> Iterator[Server]:
+def running(program: Sequence[object], options: Sequence[object], log: Path, answers: str) -> Iterator[Server]:
+    """A program of Python's and its options, ``--port`` first, from when it answers a GET of ``answers``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pypop_gguf", "serve", str(model), "--port", str(port), *map(str, options)]
+    command = [sys.executable, *map(str, program), "--port", str(port), *map(str, options)]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ})
     server = Server(port, process, log)
@@ -57,7 +62,7 @@ def serve(model: Path, log: Path, *options: object) -> Iterator[Server]:
         while time.monotonic() < deadline:
             assert process.poll() is None, server.log
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                server.get("/health")
+                server.get(answers)
                 break
             time.sleep(0.05)
         else:

@@ -104,6 +104,7 @@ def _prompt(seed: int, n_tokens: int) -> str:
 def _request(url: str, prompt: str, n_answer: int) -> tuple[float, str]:
     """Seconds to the first token, and the text."""
     body = {"model": "random", "prompt": prompt, "max_tokens": n_answer, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+    body["repeat_penalty"] = 1  # llama-cpp-python's server would take 1.1
     request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     started, first, parts = time.perf_counter(), None, []
     with urllib.request.urlopen(request, timeout=1200) as response:
@@ -131,7 +132,8 @@ def _running(arguments: argparse.Namespace, engine: str, boundary: int) -> Itera
         if not pruned.exists():
             subprocess.run([sys.executable, "-m", "pypop_gguf", "convert", arguments.model, "--boundary", str(boundary), "--outfile", pruned], check=True)
         command = ["-c", PYTHON_SERVER, "--model", pruned, "--port", port, "--n_ctx", n_ctx, "--n_threads", arguments.threads]
-        command += ["--n_threads_batch", arguments.threads, "--verbose", "false"]
+        # by default that server asks for the logits of every prompt token, and nothing is pruned
+        command += ["--n_threads_batch", arguments.threads, "--verbose", "false", "--logits_all", "false"]
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
