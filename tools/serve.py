@@ -54,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     command = [str(server_program()), *options(arguments)]
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
+    # a thread for each connection, and glibc's pool of memory for each thread, would keep a third more than is in use
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     sys.stdout.flush()
     os.execv(command[0], command)
 
