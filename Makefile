@@ -8,7 +8,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow architectures bench quality docs clean
+.PHONY: demo test test-slow architectures bench quality docs soak audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -58,6 +58,20 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 # docs/quality.md; DATA has held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl, OTHER is a second model
 quality: $(VENV)/.installed
 	$(BIN)/python tools/quality_report.py --data $(DATA) $(if $(OTHER),--other $(OTHER))
+
+# mixed traffic on the server; MINUTES=5 is what CI runs
+MINUTES := 60
+soak: $(VENV)/.installed
+	$(BIN)/python tools/soak.py --minutes $(MINUTES)
+
+# licences of all that is installed, and known vulnerabilities where pip-audit's service can be reached
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
+	$(BIN)/python tools/audit.py
+
+# another llama-cpp-python: VERSION=0.3.37, or the newest; tries the patches, builds in a copy, runs the architecture table there
+pin: $(VENV)/.installed
+	$(BIN)/python third_party/move_pin.py $(VERSION) --build
 
 # the documentation as a site, in build/site
 docs: $(VENV)/.installed
