@@ -16,7 +16,7 @@ from pypop_gguf.tools.bench_report import summarize
 from pypop_gguf.tools.bench_runs import read_csv
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "third_party/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/README.md")]
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "reading.md")  # a part of quality.md
 EXAMPLES = ["README.md", "docs/index.md", "docs/python.md", "docs/faq.md"]
 COLUMNS = [("llama-3.2-1b-q4_k_m", 1), ("llama-3.2-1b-q8_0", 3), ("llama-3.1-8b-q4_k_m", 5)]  # model, cell of its speed-up

@@ -11,7 +11,7 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("CHANGELOG.md", "CONTRIBUTING.md", "third_party/*.md", "bench/*")
+PATTERNS = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/*.md", "bench/*")
 
 
 def on_files(files: Files, config) -> Files:
