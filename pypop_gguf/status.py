@@ -96,8 +96,10 @@ class Cancelled(PopError):
     Attributes:
         done: Prompt tokens that are in the cache, what was reused included: the next call goes on from there.
         total: Tokens of the prompt.
+        lost: What was read is not: a recurrent memory cannot drop the part of an image that was read.
     """
 
-    def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"cancelled after {done} of {total} prompt tokens; what was read stays in the cache")
-        self.done, self.total = done, total
+    def __init__(self, done: int, total: int, lost: bool = False) -> None:
+        kept = "what was read is lost: this model's memory cannot be taken back" if lost else "what was read stays in the cache"
+        super().__init__(f"cancelled after {done} of {total} prompt tokens; {kept}")
+        self.done, self.total, self.lost = done, total, lost

@@ -3,18 +3,25 @@
 Tiny random models with the bundled model's tokenizer; llama.cpp's converter takes it for every family here.
 """
 
+import base64
+import io
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
+import architectures
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
+from pop_reference import squared_error
 from safetensors.torch import load_file, save_file
 
-from pypop_gguf import PopLlama, cli
+from pypop_gguf import Cancelled, PopError, PopLlama, cli
 from pypop_gguf.llama import llama_cpp
 from pypop_gguf.metadata import read_metadata
 
@@ -68,7 +75,7 @@ def converted(request, tmp_path_factory) -> Path:
     (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     target = directory / "out" / "text.gguf"
     target.parent.mkdir()
-    arguments = ["--mmproj", "--calibration-samples", "2", "--calibration-tokens", "32", "--outfile", str(target)]
+    arguments = ["--mmproj", "--outtype", "f32", "--calibration-samples", "2", "--calibration-tokens", "32", "--outfile", str(target)]
     assert cli.main(["convert", str(source), *arguments]) == 0
     return target
 
@@ -106,54 +113,198 @@ def test_projector_loads_with_its_text_model(converted):
     mtmd.mtmd_free(context)
 
 
-def image_url(colour) -> str:
-    import base64
-    import io
-
-    from PIL import Image
-
+def _url(image) -> str:
     buffer = io.BytesIO()
-    Image.new("RGB", (56, 56), colour).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_url(colour) -> str:
+    return _url(Image.new("RGB", (56, 56), colour))
+
+
+def photo_url(seed: int) -> str:
+    """No two parts alike, wider than high."""
+    return _url(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (112, 168, 3), np.uint8)))
+
+
+class Spy:
+    """Stands before a handler's ``mtmd_cpp``: notes what is encoded, and what the text model then reads."""
+
+    def __init__(self, handler) -> None:
+        self._mtmd, handler._mtmd_cpp = handler._mtmd_cpp, self
+        self.encoded = 0  # images
+        self.read = []  # pieces of them: embeddings F32 [n, n_embd_inp], positions I32 [n_pos_per_embd, n]
+
+    def __getattr__(self, name: str):
+        return getattr(self._mtmd, name)
+
+    def mtmd_encode_chunk(self, context, chunk) -> int:
+        self.encoded += 1
+        return self._mtmd.mtmd_encode_chunk(context, chunk)
+
+    def mtmd_helper_decode_image_chunk(self, *arguments) -> int:
+        *before, callback, data = arguments
+
+        @self._mtmd.mtmd_helper_post_decode_callback
+        def note(batch, data) -> int:
+            piece = batch.contents
+            embeddings = np.ctypeslib.as_array(piece.embd, shape=(piece.n_tokens, piece.n_embd)).copy()
+            self.read.append((embeddings, np.ctypeslib.as_array(piece.pos, shape=(piece.n_pos, piece.n_tokens)).copy()))
+            return callback(batch, data)
+
+        return self._mtmd.mtmd_helper_decode_image_chunk(*before, note, data)
+
+
+def open_model(path, **options) -> tuple[PopLlama, Spy]:
+    handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(path.with_name("mmproj-text.gguf")), verbose=False)
+    options = dict(n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, **options)
+    return PopLlama(str(path), chat_handler=handler, **options), Spy(handler)
+
+
+def message(question: str, *urls: str) -> list:
+    parts = [{"type": "text", "text": "Look: "}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def ask(llm, url, question, **options):
+    done = llm.create_chat_completion(message(question, url), max_tokens=6, temperature=0, **options)
+    return done["choices"][0]["message"]["content"], done["timings"]
+
+
+def prompt_pieces(llm: PopLlama, spy: Spy, images_whole: bool) -> list[tuple]:
+    """What the text model has read, but for the last token: values, positions and whether by every layer, as ``image_worker.py`` has them."""
+    pieces, at, last = [], 0, llm.timings.prompt_tokens - 1
+    for values, pos in [*spy.read, (None, np.array([[last]]))]:
+        while at < pos[0, 0]:  # text, in pieces that were read alike
+            read = llm._computed_with[at : pos[0, 0]] == llm.pop.n_layer
+            n = int(np.flatnonzero(np.append(read != read[0], True))[0])
+            pieces.append((llm.input_ids[at : at + n].astype(np.int32), np.arange(at, at + n), bool(read[0])))
+            at += n
+        if values is not None:
+            pieces.append((values, pos, images_whole))
+            at = pos.max() + 1
+    return pieces
+
+
+def test_every_boundary_equals_what_stock_makes_of_images_and_text(converted, stock, tmp_path):
+    """Stock reads the same text and embeddings in a copy of the text model whose layers from the boundary on are the identity."""
+    gemma = "gemma3" in converted.parts[-3]  # in the text model its images see all of themselves, which is not pruned
+    follow, rows = [300, 1700, 29], []
+
+    def keep(_ids, scores):
+        rows.append(scores.copy())
+        chosen = np.full_like(scores, -np.inf)
+        chosen[[*follow, 0][len(rows) - 1]] = 0  # every boundary has the same tokens after the prompt
+        return chosen
+
+    images = message(" Which colour has the ball?", photo_url(0), photo_url(1))
+    actual, n_pruned = {}, {}
+    for boundary in (6, 5, 4, 3, 2, 1):
+        llm, spy = open_model(converted, pop_boundary=boundary, type_k=0, type_v=0, flash_attn=False, n_ubatch=16)
+        rows.clear()
+        processors = llama_cpp.LogitsProcessorList([keep])
+        llm.create_chat_completion(images, max_tokens=len(follow) + 1, temperature=0, logits_processor=processors)
+        actual[boundary], n_pruned[boundary] = np.stack(rows), llm.timings.pruned_tokens
+        pieces, last = prompt_pieces(llm, spy, images_whole=gemma), llm.input_ids[llm.timings.prompt_tokens - 1]
+        llm.close()
+    assert n_pruned[5] == n_pruned[1] == sum(len(values) for values, _, whole in pieces if not whole) > 40 and n_pruned[6] == 0
+    prompt = {f"{name}{i}": part for i, piece in enumerate(pieces) for name, part in zip(("values", "pos", "whole"), piece)}
+    prompt |= dict(n_pieces=len(pieces), first=pieces[-1][1].max() + 1, follow=[last, *follow])
+
+    for boundary in actual:
+        architectures.identity_copy(converted, boundary, tmp_path / f"{boundary}.gguf")
+    copies = [f"{boundary}={tmp_path / f'{boundary}.gguf'}" for boundary in actual]
+    worker = (Path(__file__).with_name("image_worker.py")).read_text()
+    expected = {}
+    for causal in (not gemma, gemma):
+        np.savez(tmp_path / "prompt.npz", causal=causal, **prompt)
+        stock(worker, converted, tmp_path / "prompt.npz", tmp_path / "out.npz", *copies)
+        expected[causal] = dict(np.load(tmp_path / "out.npz"))
+    right, wrong = expected[not gemma], expected[gemma]
+    for boundary, logits in actual.items():
+        error = squared_error(logits, right[str(boundary)])
+        assert error <= 1e-7, f"boundary {boundary}"  # batches of other shapes, and ggml's GELU is a table in F16
+        assert squared_error(logits, wrong[str(boundary)]) > 1e-6  # the mask of the images matters
+        if boundary < 5:  # so does POP
+            assert squared_error(actual[6], right[str(boundary)]) > max(1e-5, 100 * error), f"boundary {boundary}"
 
 
 def test_second_question_about_an_image_reads_neither_it_nor_what_stands_before_it(converted):
     red, blue = image_url((255, 0, 0)), image_url((0, 80, 255))
 
-    def open_model():
-        handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(converted.with_name("mmproj-text.gguf")), verbose=False)
+    def open_lossless():
         # the last boundary is lossless, so what was read for one question is exact for the next
-        return PopLlama(str(converted), pop_boundary=5, n_ctx=256, chat_handler=handler, n_threads=1, n_threads_batch=1, verbose=False)
-
-    def ask(llm, url, question, **options):
-        parts = [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        done = llm.create_chat_completion([{"role": "user", "content": parts}], max_tokens=6, temperature=0, **options)
-        return done["choices"][0]["message"]["content"], done["timings"]
+        return open_model(converted, pop_boundary=5)
 
     def fresh(*arguments, **options):
-        llm = open_model()
+        llm, spy = open_lossless()
         answer, _ = ask(llm, *arguments, **options)
+        assert spy.encoded == 1
         llm.close()
         return answer
 
-    llm = open_model()
+    llm, spy = open_lossless()
     first, timings = ask(llm, red, " Which colour has the ball?")
+    assert spy.encoded == 1
     assert timings["cache_n"] == 0 and timings["pruned_n"] > 10 and first == fresh(red, " Which colour has the ball?")
     second, timings = ask(llm, red, " Where is the dog?")
     image_and_begin = timings["cache_n"]
+    assert spy.encoded == len(spy.read) == 1  # neither encoded nor read again
     assert image_and_begin >= 6 and second == fresh(red, " Where is the dog?")
     other, timings = ask(llm, blue, " Where is the dog?")
+    assert spy.encoded == 2
     assert 0 < timings["cache_n"] < image_and_begin and other == fresh(blue, " Where is the dog?")
     deeper, timings = ask(llm, blue, " Where is the dog?", pop=False)
     assert deeper == fresh(blue, " Where is the dog?", pop=False)
     text = llm.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
-    alone = open_model()
+    alone, _ = open_lossless()
     assert text == alone.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
     alone.close()
     shallow, timings = ask(llm, blue, " Where is the dog?", boundary=2)
     assert timings["pruned_n"] > 10 and shallow == fresh(blue, " Where is the dog?", boundary=2)
+    encoded = spy.encoded
     deeper, timings = ask(llm, blue, " Where is the dog?")
     assert timings["cache_n"] <= 1 and deeper == fresh(blue, " Where is the dog?")  # fewer layers had read all but the first token
+    assert spy.encoded == encoded + 1
+    llm.close()
+
+
+def test_call_with_an_image_is_cancelled_between_its_parts_and_leaves_the_model_usable(converted):
+    question = " Which colour has the ball?"
+    llm, spy = open_model(converted, pop_boundary=5, n_ubatch=16)
+    calls = []
+    whole, _ = ask(llm, photo_url(0), question, progress=lambda *at: calls.append(at))
+    total = llm.timings.prompt_tokens
+    assert calls == sorted(calls) and calls[-1] == (total, total) and {of for _, of in calls} == {total}
+    first_encoded = next(i for i in range(1, len(calls)) if calls[i] == calls[i - 1])  # before the image, and once it is encoded
+    n_pieces = len(spy.read)
+    assert n_pieces == (1 if "gemma3" in converted.parts[-3] else 2) and len(calls) > first_encoded + n_pieces
+    for stop_at in range(len(calls)):
+        llm.reset()
+        seen, encoded = [], spy.encoded
+        with pytest.raises(Cancelled) as caught:
+            ask(llm, photo_url(0), question, progress=lambda *at: seen.append(at) or len(seen) <= stop_at)
+        assert seen == calls[: stop_at + 1] and spy.encoded - encoded == (stop_at >= first_encoded)
+        assert (caught.value.done, caught.value.total) == (llm.n_tokens, total)
+        assert caught.value.done == calls[first_encoded if first_encoded < stop_at < first_encoded + n_pieces else stop_at][0]
+        again, timings = ask(llm, photo_url(0), question)
+        assert again == whole and timings["cache_n"] == min(caught.value.done, total - 1)
+    event = threading.Event()
+    with pytest.raises(Cancelled):
+        ask(llm, photo_url(1), question, cancel=event, progress=lambda done, _: done and event.set())
+    assert spy.encoded - encoded == 1  # the second image was not
+    assert ask(llm, photo_url(0), question)[0] == whole
+    llm.close()
+
+
+@pytest.mark.parametrize("converted", [gemma3], indirect=True, ids=["gemma3"])
+def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(converted):
+    """llama.cpp would end the process."""
+    llm, _ = open_model(converted, n_ubatch=2)
+    with pytest.raises(PopError, match=r"4 tokens that are read at once: open the model with n_batch and n_ubatch of 4 or more \(now 256 and 2\)"):
+        ask(llm, photo_url(0), " Which colour has the ball?")
+    assert llm.create_completion("Once upon a time", max_tokens=2)["choices"]
     llm.close()
 
 
@@ -184,8 +335,6 @@ def results(doc, answers):
 def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, capsys):
     """MMMU's format: <image> marks in the text, images beside it. Answers are the model's own, so the whole model scores 1."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
-    from PIL import Image
-
     from pypop_gguf.tools import lm_eval_model
 
     projector = converted.with_name("mmproj-text.gguf")
