@@ -20,6 +20,7 @@ import transformers
 from PIL import Image
 from pop_reference import squared_error
 from safetensors.torch import load_file, save_file
+from server import serve
 
 from pypop_gguf import Cancelled, PopError, PopLlama, cli
 from pypop_gguf.llama import llama_cpp
@@ -305,6 +306,31 @@ def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(conv
     with pytest.raises(PopError, match=r"4 tokens that are read at once: open the model with n_batch and n_ubatch of 4 or more \(now 256 and 2\)"):
         ask(llm, photo_url(0), " Which colour has the ball?")
     assert llm.create_completion("Once upon a time", max_tokens=2)["choices"]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "boundary",
+    [5, pytest.param(2, marks=pytest.mark.xfail(reason="PopLlama reads the last token of the text before an image by every layer, the server does not"))],
+)
+def test_server_answers_about_an_image_as_popllama_does(converted, tmp_path, boundary):
+    """Each from an empty cache. Boundary 5 is lossless; at 2 these random weights answer otherwise than whole."""
+    options = ("--threads", 1, "--context", 256, "--parallel", 1, "--boundary", boundary, "--mmproj", converted.with_name("mmproj-text.gguf"))
+    raw = ("--server-options", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-mmproj-offload")
+    questions, found = [" Which colour has the ball?", " Where is the dog?"], {}
+    with serve(converted, tmp_path / "log.txt", *options, *raw) as server:
+        for question in questions:
+            for pop in (True, False):
+                body = dict(messages=message(question, photo_url(0)), max_tokens=6, temperature=0, cache_prompt=False, pop=pop)
+                done = server.post("/v1/chat/completions", **body)
+                found[question, pop] = done["choices"][0]["message"]["content"], done["timings"]
+    llm, _ = open_model(converted, pop_boundary=boundary, type_k=0, type_v=0, flash_attn=False)
+    for (question, pop), (text, timings) in found.items():
+        llm.reset()
+        expected, ours = ask(llm, photo_url(0), question, pop=pop, repeat_penalty=1.0)
+        assert text.strip() == expected.strip() and timings["boundary"] == (boundary if pop else 6)
+        assert (timings["pruned_n"] > 10) == (ours["pruned_n"] > 10) == pop and timings["cache_n"] == 0
+    assert boundary == 5 or any(found[question, True][0] != found[question, False][0] for question in questions)
     llm.close()
 
 
