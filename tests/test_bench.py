@@ -256,3 +256,33 @@ def test_patched_library_is_no_stock(tiny, capsys):
 def test_plot_without_matplotlib_is_refused_before_measuring(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--plot needs matplotlib" in refused(capsys, tiny["q8_0"], "--plot", tmp_path / "figure.png")
+
+
+def cancel_bench(*options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "tools" / "bench_cancel.py", *map(str, options)], capture_output=True, text=True)
+
+
+def test_cancel_bench_records_every_abort(tiny, tmp_path):
+    path = tmp_path / "cancel.csv"
+    options = ["--boundary", 4, "--prompt", 1024, "--ubatch", 64, "--aborts", 2, "--threads", 1, "--csv", path]
+    done = cancel_bench(tiny["q8_0"], *options)
+    assert done.returncode == 0, done.stderr
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["engine"], row["abort"]) for row in rows] == [(engine, i) for engine in ("python", "server") for i in "01"]
+    assert all(float(row[name]) > 0 for row in rows for name in ("latency_ms", "micro_batch_ms", "rss_mib"))
+    assert done.stdout.count("next answer equals a fresh one's") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ubatch", 0], "--ubatch 0: give numbers from 1"),
+        (["--engines", "other"], "--engines other: give python, server or both"),
+        (["--aborts", 0], "--aborts 0 is out of range"),
+        (["--prompt", 4096, "--csv", "nowhere/cancel.csv"], "nowhere/cancel.csv"),
+    ],
+)
+def test_cancel_bench_refuses_bad_options_in_one_line(tiny, options, message):
+    done = cancel_bench(tiny["q8_0"], "--boundary", 4, *options)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
