@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -140,8 +141,10 @@ class Chat:
 
 def _show_progress(done: int, total: int) -> None:
     if sys.stderr.isatty() and done < total:
-        filled = 20 * done // total
-        print(f"\r\033[Kreading [{'#' * filled}{'.' * (20 - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        count = f"{done}/{total}"
+        width = max(0, min(20, shutil.get_terminal_size().columns - len(f"reading [] {count}") - 1))  # a line that wraps is not wiped
+        filled = width * done // total
+        print(f"\r\033[Kreading [{'#' * filled}{'.' * (width - filled)}] {count}", end="", file=sys.stderr, flush=True)
     elif done == total:
         _clear_line()
 
