@@ -75,6 +75,23 @@ def test_event_of_another_thread_stops_prompt_and_answer(llm, answer):
     assert llm.create_completion(TEXT, **CALL)["choices"][0]["text"] == answer
 
 
+def test_recurrent_memory_keeps_what_a_cancelled_call_has_read(reference_models):
+    """Between two micro-batches its state is whole: the same prompt goes on from there, another one begins anew."""
+    model = reference_models["lfm2"]
+    prompt, other = model.tokens(200), model.tokens(200)[:32] + model.tokens(120)[5:]
+    options = {**OPTIONS, "pop_boundary": 4}
+    llm, fresh = PopLlama(str(model.gguf), **options), PopLlama(str(model.gguf), **options)
+    expected = [next(fresh.generate(tokens, temp=0)) for tokens in (prompt, other)]
+    for tokens, answer in zip((prompt, other), expected):
+        llm.reset()
+        with pytest.raises(Cancelled, match="after 64 of 200 prompt tokens; what was read stays in the cache") as caught:
+            llm.create_completion(prompt, progress=lambda done, total: done < 64, **CALL)
+        assert llm.n_tokens == caught.value.done == 64 and not caught.value.lost
+        assert next(llm.generate(tokens, temp=0)) == answer
+    llm.close()
+    fresh.close()
+
+
 @pytest.mark.parametrize("recurrent", [False, True], ids=["attention", "hybrid"])
 def test_ctrl_c_within_a_micro_batch_undoes_it(request, bundled_gguf, reference_models, recurrent):
     """Python acts on a signal that comes during llama_decode when that returns: before the tokens are counted."""
