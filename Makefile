@@ -78,9 +78,9 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# upstream's generator of tiny random models
+# upstream's generator of tiny random models, and its tools that rewrite files
 $(STOCK)/.generator: $(STOCK)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs llama-quantize llama-gguf-split
 	touch $@
 
 # a second build of ours with the RPC backend, whose servers on loopback stand in for several devices

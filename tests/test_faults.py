@@ -277,3 +277,46 @@ def test_library_without_pop_is_refused(tmp_path, stock):
     fault = f"shutil.rmtree(lib); shutil.copytree({str(STOCK / 'llama_cpp' / 'lib')!r}, lib)"
     done = python(WITHOUT.format(fault=fault), tmp_path)
     assert done.returncode == 0 and "a build without POP" in done.stdout, done.stderr
+
+
+# Forks
+
+FORKED = """
+import os, signal, sys
+from pypop_gguf import PopError, PopLlama
+llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, n_threads_batch=2, verbose=False)
+llm.create_completion("Once", max_tokens=2)
+calls = [lambda: llm.create_completion("Once", max_tokens=2), lambda: llm.eval([5, 6]), lambda: llm.score([5], [6]),
+         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2), lambda: next(llm.generate([5, 6]))]
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    for call in calls:
+        try: call(); print("went on", flush=True)
+        except PopError as error: print(error, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print(len(llm.create_completion("Once", max_tokens=2)["choices"]))
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="PopLlama does not yet notice that its threads are in another process")
+def test_model_that_was_loaded_before_a_fork_is_refused_in_the_child(model):
+    """Its threads do not come along: a computation would wait for them for ever."""
+    done = python(FORKED, model)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 and lines[-1] == "1" and all("before a fork" in line and "spawn" in line for line in lines[:5]), done
+
+
+def test_model_is_loaded_in_a_child_of_a_fork(model):
+    code = """
+import os, sys
+from pypop_gguf import PopLlama
+pid = os.fork()
+if pid == 0:
+    llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, verbose=False)
+    print(llm.create_completion("Once", max_tokens=2)["usage"]["completion_tokens"], flush=True)
+    os._exit(0)
+print(os.waitpid(pid, 0)[1])
+"""
+    assert python(code, model).stdout == "2\n0\n"
