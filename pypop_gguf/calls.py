@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from pypop_gguf import _library, arguments
+from pypop_gguf.errors import PopError
 from pypop_gguf.status import Cancelled
 from pypop_gguf.vision import Reader
 
@@ -28,6 +30,19 @@ class Calls(llama_cpp.Llama):
     _reader: Reader | None = None  # while a chat handler reads a prompt with images
     _call_began: tuple[float, int, int] | None = None  # time, tokens pruned before, tokens reused by the reader
 
+    def _check_process(self) -> None:
+        """
+        Raises:
+            PopError: The process is a child of the one that loaded the model; llama.cpp's threads are not in it, and would be waited for.
+        """
+        if os.getpid() != self._pid:
+            raise PopError("this model was loaded before a fork: load it in the child, or start children by spawn (multiprocessing's)")
+
+    def embed(self, *args, **kwargs):
+        """``llama_cpp.Llama.embed``."""
+        self._check_process()
+        return super().embed(*args, **kwargs)
+
     def _boundary_for(self, pop: bool | None, boundary: int | str | None) -> int:
         arguments.check_boundary_type("boundary", boundary)
         if pop is False:
@@ -38,6 +53,7 @@ class Calls(llama_cpp.Llama):
 
     @contextlib.contextmanager
     def _calling(self, boundary: int, progress=None, cancel=None):
+        self._check_process()
         outer = self._requested, self._progress, self._cancel
         # a chat handler calls create_completion inside create_chat_completion
         self._requested, self._progress, self._cancel = boundary, progress or self._progress, cancel or self._cancel
@@ -157,6 +173,9 @@ class Calls(llama_cpp.Llama):
         Raises:
             Cancelled: The caller wants no more.
         """
-        stopped = self._reading_prompt and self._progress is not None and self._progress(done, total) is False
+        if self._reader is not None:
+            total = self._reader.total
+        reading = self._reading_prompt or self._reader is not None
+        stopped = reading and self._progress is not None and self._progress(done, total) is False
         if stopped or (self._cancel is not None and self._cancel.is_set()):
             raise Cancelled(done, total)

@@ -77,6 +77,7 @@ class PopLlama(Calls):
         arguments.check_boundary_type("pop_boundary", pop_boundary)
         ends = {"pop_head": pop_head, "pop_tail": pop_tail, "pop_min_tokens": pop_min_tokens}
         self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, "pop_adapter": pop_adapter, **ends}
+        self._pid = os.getpid()
         self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
         self.timings = Timings()
@@ -124,6 +125,7 @@ class PopLlama(Calls):
 
     def generate(self, tokens: Sequence[int], *args, **kwargs):
         """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
+        self._check_process()
         if kwargs.get("reset", True):
             self._forget_shallower_than(self._asked_boundary())
 
@@ -165,6 +167,7 @@ class PopLlama(Calls):
         Raises:
             RuntimeError: llama.cpp could not decode (the context is full, for one).
         """
+        self._check_process()
         if self._reader is not None:
             tokens = tokens[self._reader.skip(np.asarray(tokens), whole=False) :]
             if not tokens:
@@ -219,7 +222,8 @@ class PopLlama(Calls):
             chunk = tokens[start:end]
             past, size = self.n_tokens, len(chunk)
             self._batch.set_batch(batch=chunk, n_past=past, logits_all=every_token)
-            last_of_all = start + size == len(tokens)
+            # beside images, what is given may end before the prompt does
+            last_of_all = start + size == len(tokens) and (self._reader is None or past + size == self._reader.total)
             self._batch.batch.logits[size - 1] = every_token or last_of_all
             try:
                 self._ctx.decode(self._batch)

@@ -96,7 +96,7 @@ class Reader:
             try:
                 n_read += batch.contents.n_tokens
                 if n_read < n_tokens:
-                    self._go_on(start + len(ids) * n_read // n_tokens)
+                    llm._go_on(start + len(ids) * n_read // n_tokens, self.total)
             except BaseException as error:  # ctypes would print it and go on
                 stopped.append(error)
             return len(stopped)
@@ -105,10 +105,10 @@ class Reader:
         _library.set_boundary(llm._ctx.ctx, boundary)
         llm._ctx.kv_cache_seq_rm(-1, start, -1)
         try:
-            self._go_on(start)
+            llm._go_on(start, self.total)
             if status := mtmd.mtmd_encode_chunk(mtmd_ctx, chunk):
                 return status
-            self._go_on(start)
+            llm._go_on(start, self.total)
             status = mtmd.mtmd_helper_decode_image_chunk(
                 mtmd_ctx, ctx, chunk, mtmd.mtmd_get_output_embd(mtmd_ctx), start, seq_id, n_batch, new_n_past, go_on, None
             )
@@ -122,13 +122,6 @@ class Reader:
         if status == 0:
             self._record(start, ids, boundary)
         return status
-
-    def _go_on(self, done: int) -> None:
-        self._llm._reading_prompt = True  # so that progress is called
-        try:
-            self._llm._go_on(done, self.total)
-        finally:
-            self._llm._reading_prompt = False
 
     def _record(self, start: int, ids: np.ndarray, boundary: int) -> None:
         llm, end = self._llm, start + len(ids)

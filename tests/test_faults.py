@@ -300,7 +300,6 @@ print(len(llm.create_completion("Once", max_tokens=2)["choices"]))
 """
 
 
-@pytest.mark.xfail(strict=True, reason="PopLlama does not yet notice that its threads are in another process")
 def test_model_that_was_loaded_before_a_fork_is_refused_in_the_child(model):
     """Its threads do not come along: a computation would wait for them for ever."""
     done = python(FORKED, model)

@@ -163,7 +163,6 @@ def test_more_requests_than_slots_wait_and_are_all_answered(server):
     assert 1 <= busy <= 4
 
 
-@pytest.mark.xfail(strict=True, reason="llama-server loads a cached prompt into a slot for a request that then has to wait for it")
 def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
     """The cache of prompts is for a slot's next request, not for the one that is being answered."""
 

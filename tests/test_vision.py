@@ -309,10 +309,7 @@ def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(conv
     llm.close()
 
 
-@pytest.mark.parametrize(
-    "boundary",
-    [5, pytest.param(2, marks=pytest.mark.xfail(reason="PopLlama reads the last token of the text before an image by every layer, the server does not"))],
-)
+@pytest.mark.parametrize("boundary", [5, 2])
 def test_server_answers_about_an_image_as_popllama_does(converted, tmp_path, boundary):
     """Each from an empty cache. Boundary 5 is lossless; at 2 these random weights answer otherwise than whole."""
     options = ("--threads", 1, "--context", 256, "--parallel", 1, "--boundary", boundary, "--mmproj", converted.with_name("mmproj-text.gguf"))

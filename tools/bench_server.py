@@ -98,7 +98,7 @@ def _measure(arguments: argparse.Namespace, engine: str, pop: bool, boundary: in
 def _prompt(seed: int, n_tokens: int) -> str:
     """With its BOS that many tokens."""
     chance = random.Random(seed)
-    return " ".join(str(chance.randrange(100, 100000)) for _ in range(n_tokens - 1))
+    return " ".join(str(chance.randrange(250)) for _ in range(n_tokens - 1))
 
 
 def _request(url: str, prompt: str, n_answer: int) -> tuple[float, str]:

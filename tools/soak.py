@@ -182,8 +182,7 @@ def serving(model: Path, log: Path):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pypop_gguf", "serve", model, "--port", port, "--threads", 1, "--context", 4096, "--parallel", 4]
     command += ["--server-options", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    # llama-server's cache of prompts damages the answer of a slot that another request asks for: tests/test_security.py
-    command += ["--cache-ram", 0]
+    command += ["--cache-ram", 16]
     with log.open("w") as file:
         process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, stdin=subprocess.DEVNULL)
     try:
