@@ -54,8 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     command = [str(server_program()), *options(arguments)]
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
-    # a thread for each connection, and glibc's pool of memory for each thread, would keep a third more than is in use
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    # glibc keeps a pool of memory for each thread, and there is one for each connection; and in time it puts larger pieces into
+    # them, which then cannot be given back: a server would grow for hours. These are its own thresholds, held where they begin.
+    for name, value in {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}.items():
+        os.environ.setdefault(name, value)
     sys.stdout.flush()
     os.execv(command[0], command)
 
