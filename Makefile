@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed $(STOCK)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt "lm-eval>=0.4.9"

@@ -21,7 +21,7 @@ def main() -> None:
             hparams = ModelBase.load_hparams(directory, False)
             model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT), mmproj=False)
             model_class.set_vocab = model_class._set_vocab_none
-            model_class.no_mtp = True  # Qwen 3.5's would expect a layer more
+            model_class.no_mtp = not hparams.get("num_nextn_predict_layers")  # Qwen 3.5's would expect a layer all the same
             model = model_class(directory, gguf.LlamaFileType.ALL_F32, directory / "model.gguf", eager=True)
             model.gguf_writer.add_vocab_size(hparams.get("text_config", hparams)["vocab_size"])
             model.write()
