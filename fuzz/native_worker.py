@@ -72,8 +72,9 @@ def read_adapter(model, context, path: str) -> dict:
 
 
 def main() -> None:
-    size = 4 << 30
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    if "ASAN_OPTIONS" not in os.environ:  # whose map of the memory is larger
+        size = 4 << 30
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     llama_cpp.llama_backend_init()
     with _library.captured_log():

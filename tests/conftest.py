@@ -1,6 +1,11 @@
-"""Models and helpers shared by the tests: tiny random ones of several architectures, and the bundled trained one."""
+"""Models and helpers shared by the tests: tiny random ones of several architectures, and the bundled trained one.
+
+``POP_TEST_MODELS`` names a directory where sanitized.py has written them, for processes that cannot load torch.
+"""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +19,14 @@ import tiny_models  # noqa: E402
 
 BUNDLED = ROOT / "models" / "lab-llama-12l"
 STOCK = ROOT / "build" / "stock" / "package"
+WRITTEN = os.environ.get("POP_TEST_MODELS")
 
 
 @pytest.fixture(scope="session")
 def reference_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
     """Tiny random models of several architectures, and the bundled model, by name."""
+    if WRITTEN:
+        return {path.parent.name: tiny_models.ReferenceModel(path.parent.name, None, path) for path in Path(WRITTEN).glob("*/model.gguf")}
     import torch
     import transformers
 
@@ -78,6 +86,8 @@ def bundled_gguf(tmp_path_factory) -> Path:
     from pypop_gguf import _library
 
     path = tmp_path_factory.mktemp("bundled") / "lab-llama-12l-f16.gguf"
+    if WRITTEN:
+        return Path(shutil.copy(Path(WRITTEN, "bundled.gguf"), path))
     script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     done = subprocess.run(
         [sys.executable, script, BUNDLED, "--outtype", "f16", "--outfile", path], capture_output=True, text=True

@@ -17,15 +17,17 @@ class Engine:
         path: GGUF file.
         boundary: 1..L, or None for off.
         load_mtp: Also the layers that predict tokens further ahead.
+        model: Of another engine, which then has to live longer; default: one of its own from ``path``.
         parameters: Fields of ``llama_context_params``.
     """
 
-    def __init__(self, path, boundary=None, load_mtp=False, **parameters):
+    def __init__(self, path, boundary=None, load_mtp=False, model=None, **parameters):
         llama_cpp._logger.set_verbose(False)
         llama_cpp.llama_backend_init()
         model_parameters = llama_cpp.llama_model_default_params()
         model_parameters.load_mtp = load_mtp
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
+        self.owns_model = model is None
+        self.model = model or llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
         assert self.model
         defaults = dict(
             n_ctx=512, n_batch=512, n_ubatch=16, n_threads=1, n_threads_batch=1, type_k=F32, type_v=F32,
@@ -46,7 +48,8 @@ class Engine:
 
     def __exit__(self, *_):
         llama_cpp.llama_free(self.context)
-        llama_cpp.llama_model_free(self.model)
+        if self.owns_model:
+            llama_cpp.llama_model_free(self.model)
 
     @property
     def n_pruned(self) -> int:

@@ -16,10 +16,10 @@ _COMMON = dict(
 
 @dataclass
 class ReferenceModel:
-    """A model twice: in transformers and as an F32 GGUF."""
+    """A model twice: in transformers, None where torch is not loaded, and as an F32 GGUF."""
 
     name: str
-    torch_model: object
+    torch_model: object | None
     gguf: Path
 
     @property
@@ -28,7 +28,7 @@ class ReferenceModel:
 
     @property
     def n_vocab(self) -> int:
-        return self.torch_model.config.vocab_size
+        return self.torch_model.config.vocab_size if self.torch_model else _COMMON["vocab_size"]
 
     def tokens(self, count: int, seed: int = 0) -> list[int]:
         return np.random.default_rng(seed).integers(3, self.n_vocab, count).tolist()

@@ -1,0 +1,99 @@
+"""Builds our C++ and llama.cpp with sanitizers and runs the POP path in them: `python tests/sanitized.py asan` or `tsan`.
+
+asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, and those tests that need neither torch
+nor another build. tsan: two contexts of one model in two threads. What upstream itself reports stands in sanitizers/*.supp with
+its reason; anything else ends the run. The build takes about 20 minutes on 2 cores. Linux and GCC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SUPPRESSIONS = Path(__file__).with_name("sanitizers")
+LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
+MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
+TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "test_llama", "test_progress", "test_properties"]
+
+
+def build(preset: str) -> Path:
+    """Returns the Python of an environment that has the sanitized package, and all else from the one that runs."""
+    base = ROOT / "build" / preset
+    subprocess.run(["cmake", "--preset", preset, f"-DPython_EXECUTABLE={sys.executable}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", base], check=True)
+    environment = base / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", environment], check=True)
+    site = next(environment.glob("lib/python*/site-packages"))
+    install = ["cmake", "--install", base, "--component", "pypop_gguf", "--prefix", site]
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+    shutil.copytree(ROOT / "pypop_gguf", site / "pypop_gguf", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tools", site / "pypop_gguf" / "tools", dirs_exist_ok=True)
+    others = [path for path in map(Path, sys.path) if path.name == "site-packages"]
+    (site / "others.pth").write_text("".join(f"{path}\n" for path in others))  # a line adds a directory; its own .pth files do not run
+    return environment / "bin" / "python"
+
+
+def write_models(directory: Path) -> None:
+    """By torch, and so in a process without sanitizers."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import tiny_models
+
+    from pypop_gguf import _library
+
+    if (directory / "bundled.gguf").exists():
+        return
+    tiny_models.write(directory, tiny_models.configs())
+    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    bundled = ROOT / "models" / "lab-llama-12l"
+    subprocess.run([sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"], check=True, capture_output=True)
+
+
+def environment_of(preset: str, models: Path) -> dict[str, str]:
+    library = subprocess.run(["gcc", f"-print-file-name={LIBRARY[preset]}"], capture_output=True, text=True, check=True).stdout.strip()
+    stop = "halt_on_error=1:exitcode=66"
+    return {
+        **os.environ,
+        MODELS: str(models),
+        "LD_PRELOAD": library,
+        # Python leaves much behind at its end, and ends some processes without one: leaks are not looked for
+        "ASAN_OPTIONS": f"detect_leaks=0:{stop}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:{stop}:suppressions={SUPPRESSIONS / 'ubsan.supp'}",
+        "TSAN_OPTIONS": f"{stop}:suppressions={SUPPRESSIONS / 'tsan.supp'}",
+        "GGML_NO_BACKTRACE": "1",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("preset", choices=LIBRARY)
+    parser.add_argument("--mixtures", type=int, default=200, help="for fuzz/batches.py")
+    parser.add_argument("--files", type=int, default=2000, help="for fuzz/native.py")
+    arguments = parser.parse_args()
+    models = ROOT / "build" / "sanitized-models"
+    models.mkdir(parents=True, exist_ok=True)
+    write_models(models)
+    python = build(arguments.preset)
+    environment = environment_of(arguments.preset, models)
+    commands = {
+        "asan": [
+            [ROOT / "fuzz" / "batches.py", "--models", models, "--cases", arguments.mixtures],
+            [ROOT / "fuzz" / "native.py", "--cases", arguments.files],
+            ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / "tests" / f"{name}.py" for name in TESTS)],
+        ],
+        "tsan": [[Path(__file__).with_name("two_threads.py"), models / "llama" / "model.gguf", models / "gemma3" / "model.gguf"]],
+    }
+    statuses = []
+    for command in commands[arguments.preset]:
+        print(f"{arguments.preset}: {' '.join(Path(part).name for part in map(str, command[:3]))}", flush=True)
+        statuses.append(subprocess.run([python, *map(str, command)], cwd=python.parent, env=environment).returncode)
+    print("clean" if not any(statuses) else f"not clean: exit statuses {statuses}")
+    return 1 if any(statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
