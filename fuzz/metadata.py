@@ -31,7 +31,8 @@ from pypop_gguf.tools import inspect_gguf
 _LONGEST_LINE = 400  # characters, the file's name left out
 
 
-def case(chance: random.Random, path: Path) -> str:
+def case(chance: random.Random, directory: Path) -> str:
+    path = directory / "case.gguf"
     order = "<" if chance.random() < 0.8 else ">"
     n_tensors = chance.randint(0, 3)
     infos = b"".join(tensor(b"t%d" % i, [2] * chance.randint(0, 4), 0, 64 * i, order) for i in range(n_tensors))
@@ -135,16 +136,16 @@ def inspect(path: Path, refusal: str | None, as_json: bool, by_command: bool) ->
 def main() -> int:
     arguments = harness.parse(__doc__.splitlines()[0], 100_000)
     with harness.directory() as directory:
-        path = directory / "case.gguf"
         harness.limit_memory(256)
 
         def one(chance: random.Random) -> str:
             try:
-                return case(chance, path)
+                return case(chance, directory)
             except BaseException:
                 if arguments.keep:
                     arguments.keep.mkdir(exist_ok=True)
-                    (arguments.keep / f"{path.stem}-{len(list(arguments.keep.iterdir()))}.gguf").write_bytes(path.read_bytes())
+                    kept = arguments.keep / f"case-{len(list(arguments.keep.iterdir()))}.gguf"
+                    kept.write_bytes((directory / "case.gguf").read_bytes())
                 raise
 
         return harness.run(arguments, one, seconds=1.0)

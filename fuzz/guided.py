@@ -1,0 +1,76 @@
+"""The cases of metadata.py and texts.py, led by the code that they reach: atheris (libFuzzer) chooses, where the others draw by chance.
+
+    pip install atheris
+    python fuzz/guided.py metadata --cases 100000
+
+Its bytes are the source of chance that makes a case, so that each case is one of the same kinds and is held to the same promises. It
+ends at the first failure, whose bytes it leaves in a file ``crash-...``; with that file as an argument it runs that case alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import importlib
+import random
+import sys
+import types
+
+import atheris
+import harness
+
+_LONGEST = 4096  # bytes of chance
+_SECONDS = 5  # longest time of a case, which runs slower than without atheris
+
+
+class Chosen(random.Random):
+    """Chance that a fuzzer's bytes decide; zeros after their end."""
+
+    def __init__(self, data: bytes):
+        super().__init__()
+        self.setstate((data, 0))
+
+    def getrandbits(self, k: int) -> int:
+        n = -(-k // 8)
+        taken = self._data[self._at : self._at + n].ljust(n, b"\0")
+        self._at += n
+        return int.from_bytes(taken, "little") & ((1 << k) - 1)
+
+    def random(self) -> float:
+        return self.getrandbits(16) / 2**16
+
+    def getstate(self) -> tuple:
+        return self._data, self._at
+
+    def setstate(self, state: tuple) -> None:
+        self._data, self._at = state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("fuzzer", choices=["metadata", "texts"])
+    parser.add_argument("--cases", type=int, default=100_000, help="how many (default 100000)")
+    parser.add_argument("--seed", type=int, default=1, help="of atheris (default 1)")
+    parser.add_argument("file", nargs="?", help="a case that failed, to run alone")
+    arguments = parser.parse_args()
+    fuzzer = importlib.import_module(arguments.fuzzer)
+    for function in gc.get_objects():
+        if isinstance(function, types.FunctionType) and (function.__module__ or "").startswith("pypop_gguf"):
+            atheris.instrument_func(function)  # its hook of imports sees nothing of an editable install
+    outcomes: collections.Counter[str] = collections.Counter()
+    with harness.directory() as directory:
+        runs = [f"-runs={arguments.cases}", f"-seed={arguments.seed}", f"-max_len={_LONGEST}", "-len_control=0"]
+        options = [arguments.file] if arguments.file else runs
+
+        def case(data: bytes) -> None:
+            outcomes[fuzzer.case(Chosen(data), directory)] += 1
+            if sum(outcomes.values()) == arguments.cases:  # atheris does not come back
+                print(f"{arguments.cases} cases: {', '.join(f'{count} {name}' for name, count in sorted(outcomes.items()))}", flush=True)
+
+        atheris.Setup([sys.argv[0], f"-timeout={_SECONDS}", "-rss_limit_mb=1024", *options], case)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
