@@ -47,7 +47,8 @@ class Worker:
         """The answer, or none and the step that killed the process."""
         if self._process is None:
             # the backtrace that ggml makes by a debugger takes a second
-            self._errors.truncate(0)
+            self._errors.seek(0)
+            self._errors.truncate()
             self._process = subprocess.Popen(
                 [sys.executable, WORKER, self._model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
                 env={**os.environ, "GGML_NO_BACKTRACE": "1"},
@@ -69,6 +70,9 @@ class Worker:
         self._process = None
         self._errors.seek(0)
         text = self._errors.read().decode("utf-8", "replace")
+        if report := re.search(r"SUMMARY: \w+Sanitizer: (\S+)", text):
+            # without a sanitizer it throws, and loading is refused
+            return "no memory" if report[1] in ("out-of-memory", "allocation-size-too-big") else f"sanitizer: {text}"
         found = re.findall(r"([\w/.+-]+/)?([\w.-]+/[\w.-]+:\d+): (.*)", text)
         return f"{found[-1][1]}: {found[-1][2]}" if found else f"exit status {status}: {text[-300:]!r}"
 
@@ -169,7 +173,7 @@ def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) 
 def died(worker: Worker, step: str) -> str:
     words = worker.last_words()
     # an assertion names its file; a signal alone could be anyone's, but before our first call it is llama.cpp's
-    if _OURS.search(words) or ("exit status" in words and step not in ("load", "context")):
+    if _OURS.search(words) or words.startswith("sanitizer") or ("exit status" in words and step not in ("load", "context")):
         raise Failure(f"the process died at step {step!r}: {words}")
     return f"{step}: {words}".replace(",", ";")
 

@@ -24,6 +24,7 @@ TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "tes
 def build(preset: str) -> Path:
     """Returns the Python of an environment that has the sanitized package, and all else from the one that runs."""
     base = ROOT / "build" / preset
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # its cmake and ninja come first
     subprocess.run(["cmake", "--preset", preset, f"-DPython_EXECUTABLE={sys.executable}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", base], check=True)
     environment = base / "environment"
@@ -48,18 +49,25 @@ def write_models(directory: Path) -> None:
     if (directory / "bundled.gguf").exists():
         return
     tiny_models.write(directory, tiny_models.configs())
-    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     bundled = ROOT / "models" / "lab-llama-12l"
-    subprocess.run([sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"], check=True, capture_output=True)
+    shutil.copytree(bundled, directory / "bundled", dirs_exist_ok=True)
+    tiny_models.to_gguf([directory / "bundled"])
+    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    convert = [sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
+    subprocess.run(convert, check=True, capture_output=True)
 
 
 def environment_of(preset: str, models: Path) -> dict[str, str]:
-    library = subprocess.run(["gcc", f"-print-file-name={LIBRARY[preset]}"], capture_output=True, text=True, check=True).stdout.strip()
+    # the C++ library too: the sanitizer has to find how exceptions are thrown before Python loads what throws them
+    preload = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in (LIBRARY[preset], "libstdc++.so.6")
+    ]
     stop = "halt_on_error=1:exitcode=66"
     return {
         **os.environ,
         MODELS: str(models),
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(preload),
         # Python leaves much behind at its end, and ends some processes without one: leaks are not looked for
         "ASAN_OPTIONS": f"detect_leaks=0:{stop}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:{stop}:suppressions={SUPPRESSIONS / 'ubsan.supp'}",

@@ -61,8 +61,9 @@ def test_continued_equals_repeated(reference_models, name, flash_attention):
                 assert _library.continues(each.context) == continues
                 rows.append([each.prefill(tokens), *(each.step(7, count + i) for i in range(3))])
                 assert each.n_pruned == count - 1
-        # flash attention rounds to F16, and not alike for one query and for many
-        assert squared_error(*map(np.array, rows)) <= (1e-6 if flash_attention else TOLERANCE)
+        # flash attention rounds to F16, and not alike for one query and for many; so does the table of Gemma's GELU
+        rounded = flash_attention or name == "gemma3"
+        assert squared_error(*map(np.array, rows)) <= (1e-6 if rounded else TOLERANCE)
 
 
 @pytest.mark.parametrize("unified", [True, False])

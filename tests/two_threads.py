@@ -30,7 +30,8 @@ def work(engine: Engine, boundaries: tuple[int, ...]) -> np.ndarray:
 
 def main(path: str) -> None:
     plans = (2, 5), (3, 6)
-    with Engine(path) as first, Engine(path, model=first.model) as second:
+    own = dict(n_threads=2, n_threads_batch=2)
+    with Engine(path, **own) as first, Engine(path, model=first.model, **own) as second:
         engines = first, second
         alone = [work(engine, plan) for engine, plan in zip(engines, plans)]
         together: list = [None, None]
