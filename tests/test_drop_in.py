@@ -87,6 +87,7 @@ COMPLETIONS = {
     "sampling": lambda llm: dict(temperature=0.9, top_k=20, top_p=0.8, min_p=0.02, typical_p=0.9, seed=3),
     "mirostat": lambda llm: dict(temperature=0.9, mirostat_mode=2, mirostat_tau=4.0, seed=3),
     "echo": lambda llm: dict(echo=True),
+    "suffix": lambda llm: dict(suffix=" and so the fox went home."),
 }  # fmt: skip
 
 
