@@ -70,7 +70,7 @@ class Worker:
         self._process = None
         self._errors.seek(0)
         text = self._errors.read().decode("utf-8", "replace")
-        if report := re.search(r"SUMMARY: \w+Sanitizer: (\S+)", text):
+        if report := re.search(r"SUMMARY: \w+Sanitizer: (\S+)|runtime error: ", text):
             # without a sanitizer it throws, and loading is refused
             return "no memory" if report[1] in ("out-of-memory", "allocation-size-too-big") else f"sanitizer: {text}"
         found = re.findall(r"([\w/.+-]+/)?([\w.-]+/[\w.-]+:\d+): (.*)", text)
