@@ -295,6 +295,18 @@ def test_nested_arguments_of_tools_are_refused(model, tmp_path):
         assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
 
 
+def test_types_of_references_that_fan_out_are_found_once(model, tmp_path):
+    """Two references to what has two references, 60 deep: followed one by one they would never end."""
+    template = "{% for t in tools or [] %}<tool_call>\n<function={{ t.function.name }}>\n<parameter=x>{% endfor %}{{ messages[0].content }}"
+    schemas = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(60)} | {"a60": {"type": "integer"}}
+    parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": schemas}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with serve(model, tmp_path / "log.txt", *OPTIONS, "--chat-template", template) as server:
+        body = json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": [tool], "max_tokens": 4}).encode()
+        status, text, _ = ask(server, "/v1/chat/completions", body)
+        assert status == 200 or "model produced output that does not match" in text  # it knows no tools
+
+
 def test_brackets_in_texts_do_not_count_as_nesting(server):
     status, text, _ = ask(server, "/completion", json.dumps({"prompt": '[{"\\' * 200, "n_predict": 1}).encode())
     assert status == 200, text
