@@ -1,7 +1,7 @@
 """Builds our C++ and llama.cpp with sanitizers and runs the POP path in them: `python tests/sanitized.py asan` or `tsan`.
 
 asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, and those tests that need neither torch
-nor another build. tsan: two contexts of one model in two threads. What upstream itself reports stands in sanitizers/*.supp with
+nor another build. tsan: two contexts of one model in two threads. What is upstream's own stands in sanitizers/ubsan.supp with
 its reason; anything else ends the run. The build takes about 20 minutes on 2 cores. Linux and GCC.
 """
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUPPRESSIONS = Path(__file__).with_name("sanitizers")
+SUPPRESSIONS = Path(__file__).with_name("sanitizers") / "ubsan.supp"
 LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
 MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
 TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "test_llama", "test_progress", "test_properties"]
@@ -70,8 +70,8 @@ def environment_of(preset: str, models: Path) -> dict[str, str]:
         "LD_PRELOAD": " ".join(preload),
         # Python leaves much behind at its end, and ends some processes without one: leaks are not looked for
         "ASAN_OPTIONS": f"detect_leaks=0:{stop}",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:{stop}:suppressions={SUPPRESSIONS / 'ubsan.supp'}",
-        "TSAN_OPTIONS": f"{stop}:suppressions={SUPPRESSIONS / 'tsan.supp'}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:{stop}:suppressions={SUPPRESSIONS}",
+        "TSAN_OPTIONS": stop,
         "GGML_NO_BACKTRACE": "1",
     }
 
