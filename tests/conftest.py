@@ -94,3 +94,13 @@ def bundled_gguf(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return path
+
+
+@pytest.fixture(scope="session")
+def served_gguf(tmp_path_factory) -> Path:
+    """See tiny_models.write_served."""
+    if WRITTEN:
+        return Path(WRITTEN, "served.gguf")
+    path = tmp_path_factory.mktemp("served") / "lab.gguf"
+    tiny_models.write_served(path)
+    return path

@@ -1,8 +1,8 @@
 """Builds our C++ and llama.cpp with sanitizers and runs the POP path in them: `python tests/sanitized.py asan` or `tsan`.
 
-asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, and those tests that need neither torch
-nor another build. tsan: two contexts of one model in two threads. What is upstream's own stands in sanitizers/ubsan.supp with
-its reason; anything else ends the run. The build takes about 20 minutes on 2 cores. Linux and GCC.
+asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, those tests that need neither torch nor
+another build, mixed traffic on the server. tsan: two contexts of one model in two threads, and the same traffic. What is upstream's
+own stands in sanitizers/ with its reason; anything else ends the run. The build takes about 25 minutes on 2 cores. Linux and GCC.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ SUPPRESSIONS = Path(__file__).with_name("sanitizers") / "ubsan.supp"
 LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
 MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
 TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "test_llama", "test_progress", "test_properties"]
+SERVER_TESTS = ["test_server", "test_security"]
+NEED_TORCH = "pickled or code or shared_cache"
 
 
 def build(preset: str) -> Path:
@@ -52,6 +54,7 @@ def write_models(directory: Path) -> None:
     bundled = ROOT / "models" / "lab-llama-12l"
     shutil.copytree(bundled, directory / "bundled", dirs_exist_ok=True)
     tiny_models.to_gguf([directory / "bundled"])
+    tiny_models.write_served(directory / "served.gguf")
     script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     convert = [sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
     subprocess.run(convert, check=True, capture_output=True)
@@ -81,19 +84,28 @@ def main() -> int:
     parser.add_argument("preset", choices=LIBRARY)
     parser.add_argument("--mixtures", type=int, default=200, help="for fuzz/batches.py")
     parser.add_argument("--files", type=int, default=2000, help="for fuzz/native.py")
+    parser.add_argument("--minutes", type=float, default=3, help="for tools/soak.py")
     arguments = parser.parse_args()
     models = ROOT / "build" / "sanitized-models"
     models.mkdir(parents=True, exist_ok=True)
     write_models(models)
     python = build(arguments.preset)
     environment = environment_of(arguments.preset, models)
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # a sanitizer keeps what was freed for a while: growth counts for nothing
+    soak = [ROOT / "tools" / "soak.py", "--model", models / "served.gguf", "--minutes", arguments.minutes, "--max-growth", 99]
     commands = {
         "asan": [
             [ROOT / "fuzz" / "batches.py", "--models", models, "--cases", arguments.mixtures],
             [ROOT / "fuzz" / "native.py", "--cases", arguments.files],
-            ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / "tests" / f"{name}.py" for name in TESTS)],
+            [*tests, *(ROOT / "tests" / f"{name}.py" for name in TESTS)],
+            [*tests, "-k", f"not ({NEED_TORCH})", *(ROOT / "tests" / f"{name}.py" for name in SERVER_TESTS)],
+            soak,
         ],
-        "tsan": [[Path(__file__).with_name("two_threads.py"), models / "llama" / "model.gguf", models / "gemma3" / "model.gguf"]],
+        "tsan": [
+            [Path(__file__).with_name("two_threads.py"), models / "llama" / "model.gguf", models / "gemma3" / "model.gguf"],
+            soak,
+        ],
     }
     statuses = []
     for command in commands[arguments.preset]:

@@ -32,13 +32,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def model(bundled_gguf, tmp_path_factory):
-    """The bundled model as F32 with a boundary in the file."""
-    from conftest import BUNDLED
-
-    path = tmp_path_factory.mktemp("serve") / "lab.gguf"
-    assert main(["convert", str(BUNDLED), "--outtype", "f32", "--boundary", str(BOUNDARY), "--no-importance", "--outfile", str(path)]) == 0
-    return path
+def model(served_gguf):
+    return served_gguf
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -25,11 +24,8 @@ def soak():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("soak") / "model.gguf"
-    command = ["convert", ROOT / "models" / "lab-llama-12l", "--outtype", "f32", "--boundary", 8, "--no-importance", "--outfile", path]
-    subprocess.run([sys.executable, "-m", "pypop_gguf", *map(str, command)], check=True, capture_output=True)
-    return path
+def model(served_gguf) -> Path:
+    return served_gguf
 
 
 @pytest.fixture(scope="module")

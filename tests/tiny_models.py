@@ -109,6 +109,14 @@ def write(base: Path, tiny: dict, finish=lambda directory: None) -> dict[str, Re
     return {name: ReferenceModel(name, model, base / name / "model.gguf") for name, model in models.items()}
 
 
+def write_served(path: Path) -> None:
+    """The bundled model as F32 that skips the upper 4 of its 12 layers."""
+    from pypop_gguf.cli import main
+
+    bundled = Path(__file__).parents[1] / "models" / "lab-llama-12l"
+    assert main(["convert", str(bundled), "--outtype", "f32", "--boundary", "8", "--no-importance", "--outfile", str(path)]) == 0
+
+
 def _add_unused_projections(weights: Path) -> None:
     """llama.cpp wants K and V weights also in the layers that never use them; transformers no longer has them."""
     from safetensors.torch import load_file, save_file

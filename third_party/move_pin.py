@@ -181,6 +181,7 @@ def main() -> int:
     source = arguments.source or fetch(arguments.version, base / "sdist")
     tree = base / "tree"
     version = unpack(source, tree)
+    sys.stdout.reconfigure(line_buffering=True)  # the build's own lines follow
     print(f"llama-cpp-python {version}")
     series = apply_series(tree / "vendor" / "llama.cpp")
     for patch in series:
@@ -192,9 +193,11 @@ def main() -> int:
     if failed:
         print(f"{len(failed)} of {len(series)} patches do not apply: rebase them as third_party/README.md says")
         return 1
-    if arguments.build and not build(series, base / "copy", source, version):
-        print(f"the build or the architecture table failed, see above; it lies in {base / 'copy'}")
-        return 1
+    if arguments.build:
+        if not build(series, base / "copy", source, version):
+            print(f"the build or the architecture table failed, see above; it lies in {base / 'copy'}")
+            return 1
+        print(f"built; the architecture table is {base / 'copy' / 'docs' / 'architectures.md'}")
     if arguments.write:
         write(series, ROOT / "third_party", source, version)
         print("wrote the pin and the patches; put llama.cpp's commit into llama-cpp-python.txt, README.md and the patches' Base, then `make test`")

@@ -246,6 +246,8 @@ def soak(model: Path, log: Path, minutes: float, n_clients: int, n_requests: int
     print(f"memory {first / 1e6:.1f} MB after the warm-up, {last / 1e6:.1f} MB at the end: {growth:+.2%}")
     for fault in traffic.faults:
         print(f"FAULT {fault}")
+    if traffic.faults:
+        print(f"the server's last words: {log.read_text(errors='replace')[-4000:]}")
     print("failed" if traffic.faults else f"passed: {traffic.done['answer']} greedy answers equal to their references, none stuck")
     return 1 if traffic.faults else 0
 
@@ -257,13 +259,14 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8, help="at once, on four slots")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-growth", type=float, default=0.01, help="of the server's memory after the warm-up, as a share")
-    arguments = parser.parse_args()
+    parser.add_argument("--model", type=Path, help="an F32 GGUF with a boundary (default: the bundled model, 8 of 12 layers)")
+    a = parser.parse_args()
     bundled = Path(__file__).resolve().parents[1] / "models" / "lab-llama-12l"
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory, "model.gguf")
-        convert = ["convert", bundled, "--outtype", "f32", "--boundary", 8, "--no-importance", "--outfile", model]
-        subprocess.run([sys.executable, "-m", "pypop_gguf", *map(str, convert)], check=True, capture_output=True)
-        a = arguments
+        model = a.model or Path(directory, "model.gguf")
+        if not a.model:
+            convert = ["convert", bundled, "--outtype", "f32", "--boundary", 8, "--no-importance", "--outfile", model]
+            subprocess.run([sys.executable, "-m", "pypop_gguf", *map(str, convert)], check=True, capture_output=True)
         return soak(model, Path(directory, "log.txt"), a.minutes, a.clients, a.requests, a.seed, a.max_growth)
 
 
