@@ -11,6 +11,7 @@ import pytest
 
 PROGRAM = [sys.executable, "-c", "import sys; from pypop_gguf.cli import main; sys.exit(main(sys.argv[1:]))", "chat"]
 OPTIONS = ["--temperature", "0", "--max-tokens", "8", "--threads", "1", "--context", "512"]
+unix_only = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are Unix's")
 QUESTION = "Once upon a time, there was a little girl named Lily."
 
 
@@ -26,7 +27,25 @@ def test_what_cannot_be_answered_is_refused_in_one_line(bundled_gguf, options, t
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are Unix's")
+@unix_only
+def test_answer_in_the_terminals_language_is_shown_as_text(bundled_gguf, tmp_path):
+    """Of a file whose vocabulary clears the screen where the model says "bridge"; a pipe gets what the model says."""
+    import pty
+
+    vocabulary = bundled_gguf.read_bytes()
+    word, sequence = (len(text).to_bytes(8, "little") + text for text in (b"idge", b"\x1b[2J"))
+    assert vocabulary.count(word) == 1
+    path = tmp_path / "a.gguf"
+    path.write_bytes(vocabulary.replace(word, sequence))
+    command, question = [*PROGRAM, path, *OPTIONS], b"Once upon a time, there was a"
+    piped = subprocess.run(command, input=question, capture_output=True).stdout
+    ours, terminal = pty.openpty()
+    subprocess.run(command, input=question, stdout=terminal, stderr=subprocess.DEVNULL)
+    shown = os.read(ours, 2**16)
+    assert b"\x1b[2J" in piped and b"\\x1b[2J" in shown and b"\x1b" not in shown
+
+
+@unix_only
 def test_terminal_shows_progress_time_to_first_token_and_obeys_commands(bundled_gguf):
     import pty
 

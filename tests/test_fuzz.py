@@ -214,8 +214,10 @@ def test_argument_past_int32_is_refused(tmp_path, argument):
         ["random-model", "llama-3.2-1b", ".", "--layers", "1"],
         ["random-model", "llama-3.2-1b", "out.gguf", "--layers", "99999999999999999999"],
         ["bench", "a.gguf", "--prompt", "4", "--decode", "1", "--csv", "a.gguf"],
+        ["convert", "a.gguf", "--outfile", "b.gguf", "--boundary", "two\nlines"],
+        ["inspect", "a\x1b[2J\u2028.gguf"],
     ],
-    ids=["no name", "endless layers", "CSV that is none"],
+    ids=["no name", "endless layers", "CSV that is none", "lines in an argument", "terminal's language in a name"],
 )
 def test_command_ends_in_one_line(tmp_path, argv, monkeypatch, capfd):
     write_model(tmp_path / "a.gguf")
@@ -225,7 +227,8 @@ def test_command_ends_in_one_line(tmp_path, argv, monkeypatch, capfd):
         assert done.returncode == 1 and "Traceback" not in done.stderr and "error: " in done.stderr
         return
     assert cli.main(argv) == 1
-    assert capfd.readouterr().err.splitlines()[-1].startswith("pop-gguf: error: ")
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("pop-gguf: error: ") and "\x1b" not in last and last.endswith('"lossless"' if "--boundary" in argv else "file")
 
 
 def test_text_that_the_terminal_cannot_show_is_printed_all_the_same():

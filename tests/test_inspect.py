@@ -105,6 +105,11 @@ def test_damaged_name_does_not_matter(tmp_path, capsys):
     assert "(llama, unknown type)" in inspect(capsys, path)
 
 
+def test_name_in_the_terminals_language_is_shown_as_text(tmp_path, capsys):
+    path = write_model(tmp_path / "a.gguf", ("general.name", "a\x1b[2J\nboundary     layer 1", STRING))
+    assert "model        a\\x1b[2J\\nboundary     layer 1 (llama" in inspect(capsys, path)
+
+
 def test_it_loads_neither_torch_nor_the_library(path):
     code = (
         "import sys; from pypop_gguf.cli import main; main(['inspect', sys.argv[1]]);"

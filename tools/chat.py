@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pypop_gguf import PopLlama
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.tools.bench_plan import cores
 
 DESCRIPTION = """\
@@ -120,7 +120,7 @@ class Chat:
             for chunk in stream:
                 if text := chunk["choices"][0]["delta"].get("content"):
                     parts.append(text)
-                    print(text, end="", flush=True)
+                    print(one_line(text, allowed="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
         except ValueError as error:  # the conversation is longer than the context, for one

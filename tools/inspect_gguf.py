@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
+from pypop_gguf.errors import one_line
 from pypop_gguf.gguf_header import GGUFHeader, read_header
 from pypop_gguf.metadata import PopMetadata, metadata_of, trunk_layers
 from pypop_gguf.tools.boundary import skipped_share
@@ -37,8 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_as_json(metadata, n_layer), indent=2))
         return 0
 
-    print(f"file         {arguments.file} ({arguments.file.stat().st_size / 1e6:.1f} MB)")
-    print(f"model        {_text(reader, 'general.name') or 'unnamed'} ({_text(reader, 'general.architecture')}, {_file_type(reader)})")
+    print(f"file         {one_line(str(arguments.file))} ({arguments.file.stat().st_size / 1e6:.1f} MB)")
+    name, architecture = (one_line(_text(reader, f"general.{key}") or "unnamed") for key in ("name", "architecture"))
+    print(f"model        {name} ({architecture}, {_file_type(reader)})")
     if metadata is None:
         print(f"layers       {n_layer}")
         print(f"boundary     none: prompts are read by all layers. `pop-gguf convert {arguments.file}` writes one")
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"boundary     layer {boundary} of {n_layer}: prefill skips {n_layer - boundary} ({(n_layer - boundary) / n_layer:.0%})")
     if metadata.calibration_source is not None:
         print(
-            f"calibration  {metadata.calibration_source}: {metadata.calibration_samples} samples, "
+            f"calibration  {one_line(metadata.calibration_source)}: {metadata.calibration_samples} samples, "
             f"{metadata.calibration_tokens} tokens, seed {metadata.calibration_seed}"
         )
     if metadata.importance_prefill is None:
