@@ -1,8 +1,8 @@
 """Builds our C++ and llama.cpp with sanitizers and runs the POP path in them: `python tests/sanitized.py asan` or `tsan`.
 
 asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, those tests that need neither torch nor
-another build, mixed traffic on the server. tsan: two contexts of one model in two threads, and the same traffic. What is upstream's
-own stands in sanitizers/ with its reason; anything else ends the run. The build takes about half an hour on 2 cores. Linux and GCC.
+another build, mixed traffic on the server. tsan: two contexts of one model in two threads, and the tests of several clients on the
+server. What is upstream's own stands in sanitizers/ with its reason; anything else ends the run. The build takes about half an hour on 2 cores. Linux and GCC.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
 TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "test_llama", "test_progress", "test_properties"]
 SERVER_TESTS = ["test_server", "test_security"]
 NEED_TORCH = "pickled or code or shared_cache"
+SEVERAL_CLIENTS = "clients or share_batches or share_its or hangs_up or metrics or more_requests or busy"
 
 
 def build(preset: str) -> Path:
@@ -92,19 +93,19 @@ def main() -> int:
     python = build(arguments.preset)
     environment = environment_of(arguments.preset, models)
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    # a sanitizer keeps what was freed for a while: growth counts for nothing
-    soak = [ROOT / "tools" / "soak.py", "--model", models / "served.gguf", "--minutes", arguments.minutes, "--max-growth", 99]
+    server_tests = [ROOT / "tests" / f"{name}.py" for name in SERVER_TESTS]
     commands = {
         "asan": [
             [ROOT / "fuzz" / "batches.py", "--models", models, "--cases", arguments.mixtures],
             [ROOT / "fuzz" / "native.py", "--cases", arguments.files],
             [*tests, *(ROOT / "tests" / f"{name}.py" for name in TESTS)],
-            [*tests, "-k", f"not ({NEED_TORCH})", *(ROOT / "tests" / f"{name}.py" for name in SERVER_TESTS)],
-            soak,
+            [*tests, "-k", f"not ({NEED_TORCH})", *server_tests],
+            # what was freed is kept for a while: growth counts for nothing
+            [ROOT / "tools" / "soak.py", "--model", models / "served.gguf", "--minutes", arguments.minutes, "--max-growth", 99],
         ],
         "tsan": [
             [Path(__file__).with_name("two_threads.py"), models / "llama" / "model.gguf", models / "gemma3" / "model.gguf"],
-            soak,
+            [*tests, "-k", SEVERAL_CLIENTS, *server_tests],
         ],
     }
     statuses = []
