@@ -38,12 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_as_json(metadata, n_layer), indent=2))
         return 0
 
-    print(f"file         {one_line(str(arguments.file))} ({arguments.file.stat().st_size / 1e6:.1f} MB)")
+    file = one_line(str(arguments.file))
+    print(f"file         {file} ({arguments.file.stat().st_size / 1e6:.1f} MB)")
     name, architecture = (one_line(_text(reader, f"general.{key}") or "unnamed") for key in ("name", "architecture"))
     print(f"model        {name} ({architecture}, {_file_type(reader)})")
     if metadata is None:
         print(f"layers       {n_layer}")
-        print(f"boundary     none: prompts are read by all layers. `pop-gguf convert {arguments.file}` writes one")
+        print(f"boundary     none: prompts are read by all layers. `pop-gguf convert {file}` writes one")
         return 0
     boundary = n_layer if metadata.boundary is None else metadata.boundary
     print(f"boundary     layer {boundary} of {n_layer}: prefill skips {n_layer - boundary} ({(n_layer - boundary) / n_layer:.0%})")
