@@ -4,6 +4,7 @@ A target is the old file or the whole new one, always; and what a killed run lea
 """
 
 import contextlib
+import glob
 import os
 import random
 import shutil
@@ -49,7 +50,8 @@ def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: 
     moment = random.Random(seed)
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if seed % 2:
-        while process.poll() is None and not any(directory.glob(".pop-gguf-*/*.gguf")):
+        # not Path.glob, which fails where the run removes at that moment what the last one left
+        while process.poll() is None and not glob.glob(".pop-gguf-*/*.gguf", root_dir=directory):
             time.sleep(0.001)
         time.sleep(moment.uniform(0, 0.03))
     else:
