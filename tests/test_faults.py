@@ -46,17 +46,23 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
 
 
 def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
-    """Kills a run at any time, every second one while it has something beside its target; whether it came before the end."""
-    moment = random.Random(seed)
+    """Kills a run at any time, while it writes beside its target, or while it removes what the last one left; whether it came before the end."""
+    moment, left = random.Random(seed), set(os.listdir(directory))
+
+    def writes() -> bool:  # not Path.glob, which fails where a directory is removed meanwhile
+        return any(path.split("/")[0] not in left for path in glob.glob(".pop-gguf-*/*.gguf", root_dir=directory))
+
+    def removes() -> bool:
+        return not left <= set(os.listdir(directory))
+
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if seed % 2:
-        # not Path.glob, which fails where the run removes at that moment what the last one left
-        while process.poll() is None and not glob.glob(".pop-gguf-*/*.gguf", root_dir=directory):
-            time.sleep(0.001)
-        time.sleep(moment.uniform(0, 0.03))
-    else:
+    if seed % 3 == 0:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment.uniform(0, seconds))
+    else:
+        while process.poll() is None and not (writes() if seed % 3 == 1 else removes()):
+            time.sleep(0.0005)
+        time.sleep(moment.uniform(0, 0.03 if seed % 3 == 1 else 0.001))
     process.kill()
     return process.wait() == -signal.SIGKILL
 
@@ -86,6 +92,50 @@ def test_killed_run_leaves_the_old_file_or_the_whole_new_one(bundled_gguf, model
     assert killed > kills // 3
     assert subprocess.run(run, capture_output=True).returncode == 0
     assert [path.name for path in target.parent.iterdir()] == ["target.gguf"] and target.read_bytes() == new
+
+
+KILLED_AT_EACH_STEP = """
+import itertools, os, shutil, signal, sys
+from pathlib import Path
+from pypop_gguf.tools.gguf_copy import scratch
+
+def killed_at(step, directory):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fcntl.flock"):
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if not child:
+        sys.addaudithook(hook)
+        with scratch(directory) as made:
+            (made / "own").touch()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+directory = Path(sys.argv[1])
+for step in itertools.count(1):
+    left = directory / ".pop-gguf-abcdefgh" / "further"
+    left.mkdir(parents=True)
+    for path in (left.parent / "a", left / "b", left.parent / "lock"):
+        path.touch()
+    killed = killed_at(step, directory)
+    assert len(os.listdir(directory)) <= 2, (step, os.listdir(directory))
+    with scratch(directory) as made:
+        assert list(directory.iterdir()) == [made], (step, os.listdir(directory))
+    assert not os.listdir(directory), (step, os.listdir(directory))
+    if not killed:
+        break
+print(step - 1, "kills")
+"""
+
+
+def test_run_killed_at_any_step_leaves_nothing_that_the_next_does_not_remove(tmp_path):
+    result = python(KILLED_AT_EACH_STEP, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) > 10
 
 
 def test_killed_eval_leaves_nothing(model, tmp_path):

@@ -12,9 +12,9 @@ import shutil
 import struct
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from gguf import GGUFValueType
 
@@ -24,11 +24,12 @@ from pypop_gguf.metadata import PopMetadata
 
 try:
     import fcntl
-except ImportError:  # Windows, where an open file cannot be removed
+except ImportError:  # Windows, where a directory with an open file in it cannot be renamed
     fcntl = None
 
 _CHUNK_BYTES = 16 << 20
 _SCRATCH = ".pop-gguf-"
+_LEFT = f"{_SCRATCH}left-"
 
 
 @contextlib.contextmanager
@@ -40,43 +41,61 @@ def scratch(directory: Path) -> Iterator[Path]:
     Raises:
         PopError: ``directory`` is missing or cannot be written to.
     """
-    _remove_left(directory)
-    with contextlib.ExitStack() as stack:
-        try:
-            made = Path(tempfile.mkdtemp(dir=directory, prefix=_SCRATCH))
-            stack.callback(shutil.rmtree, made, ignore_errors=True)
-            lock = stack.enter_context((made / "making").open("xb"))
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell that the run is over
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                (made / "making").rename(made / "lock")  # from now on it is seen, and locked
-        except OSError as error:
-            raise PopError(f"cannot write to {directory}: {error.strerror or error}") from error
+    for path in directory.glob(f"{_SCRATCH}*"):
+        _remove_if_left(path)
+    try:
+        made, lock = _make_locked(directory)
+    except OSError as error:
+        raise PopError(f"cannot write to {directory}: {error.strerror or error}") from error
+    try:
         yield made
+    finally:
+        if not fcntl:
+            lock.close()
+        with contextlib.suppress(OSError):
+            _remove(made)
+        lock.close()
 
 
-def _remove_left(directory: Path) -> None:
-    for left in directory.glob(f"{_SCRATCH}*"):
+def _make_locked(directory: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        made = Path(tempfile.mkdtemp(dir=directory, prefix=_SCRATCH))
         try:
-            removable = _is_left(left)
-        except OSError:
+            lock = (made / "lock").open("xb")
+        except FileNotFoundError:  # another run took it for a dead one's before it had its lock
             continue
-        if removable:
-            shutil.rmtree(left, ignore_errors=True)
-            if not left.exists():
-                print(f"removed {left}, which a killed run left", file=sys.stderr)
+        except OSError:
+            made.rmdir()
+            raise
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell when this run is over
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if (made / "lock").exists():
+            return made, lock
+        lock.close()
 
 
-def _is_left(directory: Path) -> bool:
-    lock = directory / ("lock" if fcntl else "making")
-    if not lock.exists():  # being made or removed right now, or by a run that was killed just then
-        return time.time() - directory.stat().st_mtime > 60
-    if not fcntl:
-        lock.unlink()
-        return True
-    with lock.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
+def _remove_if_left(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        if directory.name.startswith(_LEFT):
+            shutil.rmtree(directory)
+        elif not (directory / "lock").exists():
+            directory.rmdir()  # empty: its run was killed before it had its lock, or makes another
+        else:
+            with (directory / "lock").open("r+b") as lock:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where its run lives
+                    _remove(directory)
+            if not fcntl:
+                _remove(directory)
+            print(f"removed {directory}, which a killed run left", file=sys.stderr)
+
+
+def _remove(directory: Path) -> None:
+    """Removes it under a name that says that no run needs it, so that the next one can go on where this one is killed."""
+    left = directory.with_name(_LEFT + directory.name.removeprefix(_SCRATCH))
+    directory.rename(left)
+    shutil.rmtree(left)
 
 
 @contextlib.contextmanager
