@@ -13,6 +13,20 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# A call is one JSON object, as Llama 3 writes them.
+TOOL_TEMPLATE = """
+{%- for tool in tools or [] %}<|im_start|>system
+Tool: {{ tool | tojson }}<|im_end|>
+{% endfor %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or "" }}
+{%- for call in message.tool_calls or [] -%}
+{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
 
 class Server:
     """The address of a running server, and its process."""

@@ -59,6 +59,11 @@ def test_command_line_ends_in_one_line_for_any_arguments():
     assert outcomes["inspect done"] > 3 and outcomes["eval refused"] > 3 and outcomes["boundary chosen"] > 5
 
 
+def test_requests_end_in_time_and_the_server_goes_on(served_gguf):
+    outcomes = fuzz("http_requests", 150, "--model", served_gguf)
+    assert sum(n for outcome, n in outcomes.items() if outcome.endswith("2xx")) > 20 and outcomes.keys() >= {"/completion 4xx", "/completion 2xx"}
+
+
 # Found by fuzz/metadata.py
 
 

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from server import serve
+from server import TOOL_TEMPLATE, serve
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install openai")
 
@@ -21,19 +21,6 @@ TOOL = {
         },
     },
 }
-# A call is one JSON object, as Llama 3 writes them.
-TEMPLATE = """
-{%- for tool in tools or [] %}<|im_start|>system
-Tool: {{ tool | tojson }}<|im_end|>
-{% endfor %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content or "" }}
-{%- for call in message.tool_calls or [] -%}
-{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}
-{%- endfor %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 MESSAGES = [{"role": "user", "content": "Tell me about a red ball and a small dog that lived near the river."}]
 
 
@@ -49,7 +36,7 @@ def model(bundled_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("serve")
-    (directory / "template.jinja").write_text(TEMPLATE)
+    (directory / "template.jinja").write_text(TOOL_TEMPLATE)
     options = ("--threads", 1, "--context", 4096, "--server-options", "--chat-template-file", directory / "template.jinja")
     with serve(model, directory / "log.txt", *options) as running:
         yield running

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from conftest import BUNDLED
 from gguf_files import insert_raw_key
-from server import serve
+from server import TOOL_TEMPLATE, serve
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
@@ -257,6 +257,9 @@ def bounded() -> dict[str, tuple[str, bytes, str]]:
     references = {"$ref": "#/$defs/a0", "$defs": {**{f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(50_000)}, "a50000": {}}}
     itself = {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}}
     name = {"type": "object", "properties": {"a" * 1_000_000: {}}, "additionalProperties": {"type": "string"}}
+    collide = {"type": "object", "properties": {chr(i): {"items": {"const": i}} for i in range(0x4E00, 0x9C00)}, "additionalProperties": False}
+    optional = {"type": "object", "properties": {f"a{i}": {"type": "integer"} for i in range(20_000)}, "additionalProperties": False}
+    circle = json.dumps({"parsers": [{"type": "ref", "name": "a"}], "rules": {"a": 0}, "root": 0})
     lazy = {"grammar": 'root ::= "a"', "grammar_lazy": True}
     return {
         "nested JSON": (*raw(f'"x": {brackets}'), "nested deeper"),
@@ -265,10 +268,15 @@ def bounded() -> dict[str, tuple[str, bytes, str]]:
         "schema of references": (*completion(json_schema=references), "nested deeper"),
         "schema of itself": (*completion(json_schema=itself), "nested deeper"),
         "schema with a long name": (*completion(json_schema=name), "a name of more than 1024 bytes"),
+        "schema of names that are no rules'": (*completion(json_schema=collide), "the schema is too large"),
+        "schema of optional properties": (*completion(json_schema=optional), "the schema is too large"),
         "nested grammar": (*completion(grammar="root ::= " + nested(200_000, "(", '"a"', ")")), "failed to parse grammar"),
         "chained grammar": (*completion(grammar=chain), "failed to parse grammar"),
         "doubling grammar": (*completion(grammar=doubling), "failed to parse grammar"),
-        "trigger of no kind": (*completion(**lazy, grammar_triggers=[{"type": 9, "value": "a"}]), "trigger is of no known type"),
+        "trigger of no kind": (*completion(**lazy, grammar_triggers=[{"type": 9, "value": "a"}]), "trigger is neither a token (0) nor a word (1)"),
+        "endless trigger": (*completion(**lazy, grammar_triggers=[{"type": 2, "value": "(\\w|\\s)*(\\w|.)*#"}]), "trigger is neither a token"),
+        "circle of parsers": (*completion(chat_parser=circle), "is not for clients"),
+        "memory of a sampler": (*completion(dry_multiplier=1, dry_penalty_last_n=2**31 - 1), "Value must be between"),
         "nested trigger": (*completion(**lazy, grammar_triggers=[{"type": 2, "value": nested(50_000, "(", "a", ")")}]), "longer than 1024 bytes"),
         "prompts": (*completion(prompt=["a"] * 200_000), "prompts in one request: give 1024 at most"),
     }
@@ -280,6 +288,32 @@ def test_nested_and_endless_requests_are_refused(model, tmp_path, kind):
     with serve(model, tmp_path / "log.txt", *OPTIONS[:-1]) as server:
         status, text, _ = ask(server, path, body)
         assert status == 400 and reason in text
+        assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
+
+
+@pytest.mark.parametrize("schema", ["property", "reference"])
+def test_long_names_in_schemas_are_taken(server, schema):
+    """A regular expression went through them, one call within the other for each character."""
+    name = "!" * 1_000_000
+    of = {"property": {"type": "object", "properties": {name: {}}, "additionalProperties": False}, "reference": {"$ref": f"#/$defs/{name}", "$defs": {name: {}}}}
+    status, text, _ = ask(server, "/completion", json.dumps({"prompt": "a", "n_predict": 1, "json_schema": of[schema]}).encode())
+    assert status == 200, text
+
+
+def test_deep_brackets_that_the_model_writes_end_in_an_error(model, tmp_path):
+    """A call that may hold lists of lists only, led to open one after the other. The bundled model has one token for each byte."""
+    (tmp_path / "template.jinja").write_text(TOOL_TEMPLATE)
+    lists = {"type": "array", "items": {"$ref": "#/$defs/a"}}
+    parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/a"}}, "required": ["x"], "$defs": {"a": lists}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    fields = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": "required", "max_tokens": 700}
+    with serve(model, tmp_path / "log.txt", *OPTIONS, "--chat-template-file", tmp_path / "template.jinja") as server:
+        curly, square = (server.post("/tokenize", content=bracket)["tokens"][-1] for bracket in "{[")
+        fields["logit_bias"] = [[curly, 100], [square, 90]]
+        few, error, _ = ask(server, "/v1/chat/completions", json.dumps({**fields, "max_tokens": 200}).encode())
+        assert few == 200 and "[" * 100 in error
+        status, error, _ = ask(server, "/v1/chat/completions", json.dumps(fields).encode())
+        assert status == 400 and "nested deeper" in error
         assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
 
 
