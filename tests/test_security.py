@@ -300,6 +300,13 @@ def test_long_names_in_schemas_are_taken(server, schema):
     assert status == 200, text
 
 
+def test_properties_whose_names_no_rule_can_have_stay_apart(server):
+    kinds = {"a!b": 1, "a?b": "x", "a!!b": True, "a-b": None, "猫": 2, "犬": "y", "-": 3}
+    schema = {"type": "object", "properties": {name: {"const": value} for name, value in kinds.items()}, "required": list(kinds)}
+    status, text, _ = ask(server, "/completion", json.dumps({"prompt": "a", "n_predict": 200, "json_schema": schema}).encode())
+    assert status == 200 and json.loads(json.loads(text)["content"]) == kinds
+
+
 def test_deep_brackets_that_the_model_writes_end_in_an_error(model, tmp_path):
     """A call that may hold lists of lists only, led to open one after the other. The bundled model has one token for each byte."""
     (tmp_path / "template.jinja").write_text(TOOL_TEMPLATE)
