@@ -19,7 +19,7 @@ SUPPRESSIONS = Path(__file__).with_name("sanitizers")
 LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
 MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
 TESTS = ["test_boundary", "test_c_api", "test_continuation", "test_golden", "test_llama", "test_progress", "test_properties"]
-SERVER_TESTS = ["test_server", "test_security"]
+SERVER_TESTS = ["test_server", "test_security", "test_request_limits"]
 NEED_TORCH = "pickled or code or shared_cache"
 SEVERAL_CLIENTS = "clients or share_batches or share_its or hangs_up or metrics or more_requests or busy"
 

@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# four slots of 1024 tokens; options of llama-server may follow
+OPTIONS = ("--threads", 1, "--context", 4096, "--parallel", 4, "--server-options")
 # A call is one JSON object, as Llama 3 writes them.
 TOOL_TEMPLATE = """
 {%- for tool in tools or [] %}<|im_start|>system
@@ -55,6 +57,16 @@ class Server:
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"llamacpp:{name} ")]
         return float(lines[0].split()[1])
+
+
+def ask(server, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, str, dict]:
+    """Status, text and headers of an answer, errors too."""
+    request = urllib.request.Request(server.url + path, body, {"Content-Type": "application/json", **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode(errors="replace"), dict(response.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace"), dict(error.headers)
 
 
 def serve(model: Path, log: Path, *options: object) -> contextlib.AbstractContextManager[Server]:
