@@ -4,17 +4,26 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STOCK  := build/stock/package
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/* third_party/patches/*)
+# what the native build is made of: editing a page of documentation builds nothing
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp third_party/*.py third_party/*.txt) \
+          $(wildcard third_party/patches/* third_party/patches/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow architectures bench quality docs soak audit pin clean
+.PHONY: demo test test-slow lint architectures bench quality docs soak audit pin clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(VENV)/.installed $(STOCK)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# formatting, likely mistakes, and types; `ruff check --fix`, `ruff format` and `clang-format -i csrc/*` mend most of it
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt "lm-eval>=0.4.9"
@@ -22,13 +31,13 @@ test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
 
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
 architectures: $(VENV)/.installed $(STOCK)/.generator
-	$(BIN)/python tests/architectures.py docs/architectures.md
+	$(BIN)/python -m tools.architectures docs/architectures.md
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core patch-ng cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1" scikit-build-core patch-ng cmake ninja
 	@echo "building llama.cpp with POP: about 10 minutes on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench,test]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench]" --group test
 	touch $@
 
 # the unpatched library beside ours, for comparison
@@ -57,17 +66,17 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 
 # docs/quality.md; DATA has held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl, OTHER is a second model
 quality: $(VENV)/.installed
-	$(BIN)/python tools/quality_report.py --data $(DATA) $(if $(OTHER),--other $(OTHER))
+	$(BIN)/python -m tools.quality_report --data $(DATA) $(if $(OTHER),--other $(OTHER))
 
 # mixed traffic on the server; MINUTES=5 is what CI runs
 MINUTES := 60
 soak: $(VENV)/.installed
-	$(BIN)/python tools/soak.py --minutes $(MINUTES)
+	$(BIN)/python -m tools.soak --minutes $(MINUTES)
 
 # licences of all that is installed, and known vulnerabilities where pip-audit's service can be reached
 audit: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
-	$(BIN)/python tools/audit.py
+	$(BIN)/python -m tools.audit
 
 # another llama-cpp-python: VERSION=0.3.37, or the newest; tries the patches, builds in a copy, runs the architecture table there
 pin: $(VENV)/.installed
@@ -75,7 +84,7 @@ pin: $(VENV)/.installed
 
 # the documentation as a site, in build/site
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs-material
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # upstream's generator of tiny random models, and its tools that rewrite files

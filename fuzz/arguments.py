@@ -1,6 +1,6 @@
 """The command line and the choice of the boundary: random arguments end in exit status 0, or in one line, never in a traceback.
 
-    python fuzz/arguments.py --cases 5000 --seed 1
+    python -m fuzz.arguments --cases 5000 --seed 1
 
 Each subcommand runs in this process on tiny files, some of them damaged, with its options drawn from the parser itself. Files may not
 grow beyond 16 MB, ``chat`` finds its input at the end, and where ``serve`` would become the server the case is over.
@@ -19,18 +19,51 @@ import shutil
 import sys
 from pathlib import Path
 
-import harness
 import numpy as np
-from harness import Failure
 
-from gguf_files import UINT32, write_keys, write_model  # isort: skip  (a helper of the tests, found by harness)
-
+from fuzz import harness
+from fuzz.harness import Failure
 from pypop_gguf import PopError, cli
-from pypop_gguf.tools import boundary
+from pypop_gguf import boundary_rules as boundary
+from tests.support.gguf_files import UINT32, write_keys, write_model
 
-_NUMBERS = ["0", "1", "2", "3", "6", "7", "-1", "0.5", "1e400", "nan", "inf", "-inf", "", "x", "99999999999999999999", "1,2", "1,,2", ",", "2,2", "٣"]
+_NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "6",
+    "7",
+    "-1",
+    "0.5",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    "",
+    "x",
+    "99999999999999999999",
+    "1,2",
+    "1,,2",
+    ",",
+    "2,2",
+    "٣",
+]
 _WORDS = ["", "lossless", "x", "a b", "%s", "{}", "ß", "\udcff", "--", "q8_0", "-", "a\nb"]
-_FILES = ["good.gguf", "small.gguf", "keys.gguf", "cut.gguf", "empty.gguf", "text.txt", "text.jsonl", "missing.gguf", ".", "missing/a.gguf", "", "out.gguf"]
+_FILES = [
+    "good.gguf",
+    "small.gguf",
+    "keys.gguf",
+    "cut.gguf",
+    "empty.gguf",
+    "text.txt",
+    "text.jsonl",
+    "missing.gguf",
+    ".",
+    "missing/a.gguf",
+    "",
+    "out.gguf",
+]
 
 
 def write_files(directory: Path) -> None:
@@ -45,7 +78,7 @@ def write_files(directory: Path) -> None:
 
 def options_of(name: str) -> list[argparse.Action]:
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"pypop_gguf.tools.{cli.COMMANDS[name][0]}").add_arguments(parser)
+    importlib.import_module(f"pypop_gguf.commands.{cli.COMMANDS[name][0]}").add_arguments(parser)
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
 
 
@@ -74,7 +107,9 @@ def command(chance: random.Random, options: dict[str, list[argparse.Action]]) ->
     argv = [name]
     share = chance.choice([0.05, 0.2, 0.4])
     for action in options[name]:
-        n_values = {None: 1, "?": 1, "*": chance.randint(0, 2), argparse.REMAINDER: chance.randint(0, 2), 0: 0}[action.nargs]
+        n_values = {None: 1, "?": 1, "*": chance.randint(0, 2), argparse.REMAINDER: chance.randint(0, 2), 0: 0}[
+            action.nargs
+        ]
         values = [value(chance, action) for _ in range(n_values)]
         if not action.option_strings:
             if chance.random() < 0.97:
@@ -115,18 +150,31 @@ def start(*_command) -> None:
 
 def choice(chance: random.Random) -> str:
     """The boundary that ``convert`` chooses, and ``tune``'s."""
-    number = lambda: chance.choice([None, None, *map(float, ("0", "0.3", "0.999", "1", "-1", "nan", "inf")), chance.random()])  # noqa: E731
+    number = lambda: chance.choice(
+        [None, None, *map(float, ("0", "0.3", "0.999", "1", "-1", "nan", "inf")), chance.random()]
+    )
     n_layer = chance.choice([1, 2, 6, 48, 126])
-    importance = chance.choice([None, np.zeros(n_layer), np.array([chance.random() for _ in range(n_layer)], np.float32)])
+    importance = chance.choice(
+        [None, np.zeros(n_layer), np.array([chance.random() for _ in range(n_layer)], np.float32)]
+    )
     try:
         if chance.random() < 0.7:
             ratio, loss, layer = number(), number(), chance.choice([None, None, "lossless", *_NUMBERS])
             chosen = boundary.choose_boundary(
-                n_layer, chance.randint(1, n_layer), prune_ratio=ratio, boundary=layer, max_importance_loss=loss, importance=importance
+                n_layer,
+                chance.randint(1, n_layer),
+                prune_ratio=ratio,
+                boundary=layer,
+                max_importance_loss=loss,
+                importance=importance,
             )
         else:
             max_kl = chance.random()
-            curve = {b: (chance.choice([0.0, 0.5, float("nan")]), chance.uniform(-1, 1)) for b in range(1, n_layer) if chance.random() < 0.5}
+            curve = {
+                b: (chance.choice([0.0, 0.5, float("nan")]), chance.uniform(-1, 1))
+                for b in range(1, n_layer)
+                if chance.random() < 0.5
+            }
             boundary.check_budget(max_kl, None)
             chosen = boundary.choose_by_curve(n_layer, curve, max_kl=max_kl)
     except PopError as error:

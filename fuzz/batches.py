@@ -1,6 +1,6 @@
 """Batches of every shape: random mixtures of sequences, each checked against the same sequence run alone.
 
-    python fuzz/batches.py --cases 2000 --seed 1       # about ten batches a case; the report counts both
+    python -m fuzz.batches --cases 2000 --seed 1       # about ten batches a case; the report counts both
 
 A case draws a model, a boundary, head and tail, the size of micro-batches, unified or separate caches, continuing or repeating, and
 which sequences run whole. Its batches hold parts of up to five sequences, in blocks or interleaved, that ask for logits anywhere;
@@ -17,13 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import harness
 import numpy as np
-from harness import Failure
 
-from engine import Engine, llama_cpp  # isort: skip  (a helper of the tests, found by harness)
-
+from fuzz import harness
+from fuzz.harness import Failure
 from pypop_gguf import _library
+from tests.support.engine import Engine, llama_cpp
 
 # Squared error of the same sums grouped by other shapes; random Gemma amplifies rounding. See tests/test_batches.py.
 TOLERANCE = {"llama": 1e-7, "qwen3": 1e-7, "gemma3": 1e-6, "mixtral": 1e-7, "deepseek2": 1e-7, "lfm2": 1e-7}
@@ -41,8 +40,10 @@ class Mixture:
         self.n_seq = chance.randint(1, _MAX_SEQUENCES)
         self.unified = chance.random() < 0.5
         self.options = dict(
-            n_ubatch=chance.choice([1, 2, 3, 5, 8, 16, 16, 32, 64]), n_batch=512, swa_full=chance.random() < 0.5,
-        )  # fmt: skip
+            n_ubatch=chance.choice([1, 2, 3, 5, 8, 16, 16, 32, 64]),
+            n_batch=512,
+            swa_full=chance.random() < 0.5,
+        )
         self.n_layer = 7 if self.name == "gemma3" else 6
         self.boundary = chance.randint(1, self.n_layer)
         self.head = chance.choice([0, 0, 0, 1, 4, 17])
@@ -56,7 +57,9 @@ class Mixture:
         self.boundary, self.head, self.tail, self.whole = self.n_layer, 0, 1, set()
 
     def engine(self, boundary: int, n_seq: int) -> Engine:
-        result = Engine(self.path, boundary, n_seq_max=n_seq, kv_unified=self.unified, n_ctx=128 * n_seq, **self.options)
+        result = Engine(
+            self.path, boundary, n_seq_max=n_seq, kv_unified=self.unified, n_ctx=128 * n_seq, **self.options
+        )
         _library.set_ends(result.context, self.head, self.tail)
         _library.set_continuation(result.context, self.continues)
         return result
@@ -79,7 +82,9 @@ class Mixture:
         return result
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in vars(self).items() if name not in ("path", "past", "n_layer"))
+        return " ".join(
+            f"{name}={value}" for name, value in vars(self).items() if name not in ("path", "past", "n_layer")
+        )
 
 
 class Compared:
@@ -92,7 +97,9 @@ class Compared:
 
     def line(self) -> str:
         shown = [
-            f"{name} {self.error[name]:.1e} (effect {np.median(self.effect[name]):.1e})" for name in TOLERANCE if self.effect[name]
+            f"{name} {self.error[name]:.1e} (effect {np.median(self.effect[name]):.1e})"
+            for name in TOLERANCE
+            if self.effect[name]
         ]
         return (
             f"{self.batches} batches, {self.rows} rows of logits, {self.pruned} tokens pruned; "
@@ -131,7 +138,9 @@ def mixture_case(chance: random.Random, models: Path, compared: Compared, pop: b
         unpruned = opened(mixture.n_layer)  # sequence 0, to see what POP changes
         for _ in range(chance.randint(4, 16)):
             for s in range(mixture.n_seq):
-                if mixture.past[s] >= _LONGEST or (mixture.past[s] and chance.random() < 0.1):  # it ends, another begins
+                if mixture.past[s] >= _LONGEST or (
+                    mixture.past[s] and chance.random() < 0.1
+                ):  # it ends, another begins
                     mixture.past[s] = 0
                     for engine, own in ((mixed, s), (alone[s], 0), *([(unpruned, 0)] if s == 0 else [])):
                         if not llama_cpp.llama_memory_seq_rm(engine.memory, own, -1, -1):
@@ -148,7 +157,9 @@ def mixture_case(chance: random.Random, models: Path, compared: Compared, pop: b
             engine.__exit__()
 
 
-def compare(mixture: Mixture, entries, mixed: Engine, alone: list[Engine], unpruned: Engine, compared: Compared) -> None:
+def compare(
+    mixture: Mixture, entries, mixed: Engine, alone: list[Engine], unpruned: Engine, compared: Compared
+) -> None:
     before = mixed.n_pruned, sum(engine.n_pruned for engine in alone)
     got = mixed.decode(entries)
     compared.batches += 1
@@ -178,7 +189,9 @@ def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def main() -> int:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--models", type=Path, help="directory with tiny models (default: they are written anew, which needs torch)")
+        parser.add_argument(
+            "--models", type=Path, help="directory with tiny models (default: they are written anew, which needs torch)"
+        )
 
     arguments = harness.parse(__doc__.splitlines()[0], 200, add)
     return harness.in_a_child(arguments, lambda: fuzz(arguments))
@@ -188,7 +201,7 @@ def fuzz(arguments: argparse.Namespace) -> int:
     with _library.captured_log(), tempfile.TemporaryDirectory() as temporary:
         models = arguments.models
         if models is None:
-            import tiny_models
+            from tests.support import tiny_models
 
             models = Path(temporary)
             tiny_models.write(models, tiny_models.configs())

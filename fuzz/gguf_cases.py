@@ -13,14 +13,72 @@ from gguf import GGUFValueType as Kind
 
 N_LAYER = 6
 _SIZES = {
-    Kind.UINT8: 1, Kind.INT8: 1, Kind.BOOL: 1, Kind.UINT16: 2, Kind.INT16: 2, Kind.UINT32: 4, Kind.INT32: 4, Kind.FLOAT32: 4,
-    Kind.UINT64: 8, Kind.INT64: 8, Kind.FLOAT64: 8,
-}  # fmt: skip
-_EDGES = [0, 1, 2, 5, 6, 7, 12, 31, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
+    Kind.UINT8: 1,
+    Kind.INT8: 1,
+    Kind.BOOL: 1,
+    Kind.UINT16: 2,
+    Kind.INT16: 2,
+    Kind.UINT32: 4,
+    Kind.INT32: 4,
+    Kind.FLOAT32: 4,
+    Kind.UINT64: 8,
+    Kind.INT64: 8,
+    Kind.FLOAT64: 8,
+}
+_EDGES = [
+    0,
+    1,
+    2,
+    5,
+    6,
+    7,
+    12,
+    31,
+    127,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**60,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 _FLOATS = [float("nan"), float("inf"), float("-inf"), -0.0, -1.0, 1e-45, 3e38, 0.5]
-_TEXTS = [b"", b"bundled", b"lossless", b"4", b"-1", b" 4", b"1e9", b"nan", b"\xff\xfe", b"\xc3\x9f", b"\0", b"a\nb", b"\x1b[2J", b"%s%n{}"]
-_NAMES = [b"pop.", b"pop", b"POP.boundary", b"pop.boundary ", b"pop.colour", b"", b"\xff", b"pop.\xff", b"a\nb", b"general.alignment",
-          b"general.file_type", b"general.name", b"llama.nextn_predict_layers", b"pop.curve.kl"]  # fmt: skip
+_TEXTS = [
+    b"",
+    b"bundled",
+    b"lossless",
+    b"4",
+    b"-1",
+    b" 4",
+    b"1e9",
+    b"nan",
+    b"\xff\xfe",
+    b"\xc3\x9f",
+    b"\0",
+    b"a\nb",
+    b"\x1b[2J",
+    b"%s%n{}",
+]
+_NAMES = [
+    b"pop.",
+    b"pop",
+    b"POP.boundary",
+    b"pop.boundary ",
+    b"pop.colour",
+    b"",
+    b"\xff",
+    b"pop.\xff",
+    b"a\nb",
+    b"general.alignment",
+    b"general.file_type",
+    b"general.name",
+    b"llama.nextn_predict_layers",
+    b"pop.curve.kl",
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +103,9 @@ class File:
     n_keys: int | None = None
     claimed_tensors: int | None = None
     alignment: int = 32
-    damage: list[tuple[str, int, int]] = field(default_factory=list)  # what to do to the header's bytes, where, with what
+    damage: list[tuple[str, int, int]] = field(
+        default_factory=list
+    )  # what to do to the header's bytes, where, with what
 
     def header(self) -> bytes:
         """All that stands before the tensor data, padded."""
@@ -53,7 +113,12 @@ class File:
         n_tensors = self.n_tensors if self.claimed_tensors is None else self.claimed_tensors
         raw = b"GGUF" + struct.pack(f"{self.order}IQQ", self.version, n_tensors, n_keys)
         for key in self.keys:
-            raw += struct.pack(f"{self.order}Q", len(key.name)) + key.name + struct.pack(f"{self.order}I", key.kind) + key.value
+            raw += (
+                struct.pack(f"{self.order}Q", len(key.name))
+                + key.name
+                + struct.pack(f"{self.order}I", key.kind)
+                + key.value
+            )
         raw += self.infos
         return raw + bytes(-len(raw) % self.alignment)
 
@@ -78,17 +143,26 @@ class File:
 
 def valid(chance: random.Random, order: str = "<", n_layer: int = N_LAYER, architecture: bytes = b"llama") -> list[Key]:
     """``general.architecture``, ``block_count`` and any of the ``pop.*`` keys, all as docs/metadata.md has them."""
-    small = lambda low: number(Kind.UINT32, chance.choice([low, 1, 2, chance.randint(low, 99), chance.randrange(low, 2**31)]), order)  # noqa: E731
-    scores = lambda count: array(Kind.FLOAT32, [real(Kind.FLOAT32, chance.random() * 10.0**chance.randint(-9, 9), order) for _ in range(count)], order)  # noqa: E731
+    small = lambda low: number(
+        Kind.UINT32, chance.choice([low, 1, 2, chance.randint(low, 99), chance.randrange(low, 2**31)]), order
+    )
+    scores = lambda count: array(
+        Kind.FLOAT32,
+        [real(Kind.FLOAT32, chance.random() * 10.0 ** chance.randint(-9, 9), order) for _ in range(count)],
+        order,
+    )
     n_curve = chance.randint(0, 5)
     curve = {
-        b"pop.curve.boundary": (Kind.ARRAY, array(Kind.UINT32, [number(Kind.UINT32, chance.randint(1, n_layer), order) for _ in range(n_curve)], order)),
+        b"pop.curve.boundary": (
+            Kind.ARRAY,
+            array(Kind.UINT32, [number(Kind.UINT32, chance.randint(1, n_layer), order) for _ in range(n_curve)], order),
+        ),
         b"pop.curve.kl": (Kind.ARRAY, scores(n_curve)),
         b"pop.curve.loss_increase": (Kind.ARRAY, scores(n_curve)),
         b"pop.curve.speedup": (Kind.ARRAY, scores(n_curve)),
         b"pop.curve.samples": (Kind.UINT32, small(0)),
         b"pop.curve.source": (Kind.STRING, string(b"held-out.jsonl", order)),
-    }  # fmt: skip
+    }
     others = {
         b"pop.boundary": (Kind.UINT32, number(Kind.UINT32, chance.randint(1, n_layer), order)),
         b"pop.head": (Kind.UINT32, small(0)),
@@ -101,7 +175,7 @@ def valid(chance: random.Random, order: str = "<", n_layer: int = N_LAYER, archi
         b"pop.calibration.tokens": (Kind.UINT32, number(Kind.UINT32, chance.randrange(2**32), order)),
         b"pop.calibration.seed": (Kind.UINT32, small(0)),
         b"pop.calibration.sha256": (Kind.STRING, string(b"ab" * 32, order)),
-    }  # fmt: skip
+    }
     share = chance.random()
     keys = [Key(name, *value) for name, value in others.items() if chance.random() < share]
     if chance.random() < share:
@@ -152,7 +226,11 @@ def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
             keys[at] = replace(keys[at], kind=keys[at].kind if only_pop else chance.choice([13, 99, 2**32 - 1]))
         elif fault == 8:
             name = chance.choice(["n_keys", "claimed_tensors", "version", "order", "alignment"])
-            wrong = {"version": chance.choice([0, 1, 2, 3, 4, 2**16, 2**32 - 1]), "order": chance.choice("<>"), "alignment": 8}
+            wrong = {
+                "version": chance.choice([0, 1, 2, 3, 4, 2**16, 2**32 - 1]),
+                "order": chance.choice("<>"),
+                "alignment": 8,
+            }
             file = replace(file, **{name: wrong.get(name, chance.choice(_EDGES))})
         elif fault == 9:
             action = chance.choice(["byte", "byte", "number", "small number", "insert", "delete", "cut"])
@@ -170,7 +248,9 @@ def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
 def value(chance: random.Random, kind: Kind, order: str, depth: int = 0) -> bytes:
     """Any value of a type, edges more often."""
     if kind == Kind.STRING:
-        return string(chance.choice(_TEXTS) if chance.random() < 0.8 else chance.randbytes(chance.choice([1, 40, 400])), order)
+        return string(
+            chance.choice(_TEXTS) if chance.random() < 0.8 else chance.randbytes(chance.choice([1, 40, 400])), order
+        )
     if kind == Kind.ARRAY:
         item = chance.choice(list(Kind) if depth < 3 else list(_SIZES))
         count = chance.choice([0, 1, 2, 5, 6, 7, 12])

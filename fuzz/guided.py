@@ -1,7 +1,7 @@
 """The cases of metadata.py and texts.py, led by the code that they reach: atheris (libFuzzer) chooses, where the others draw by chance.
 
     pip install atheris
-    python fuzz/guided.py metadata --cases 100000
+    python -m fuzz.guided metadata --cases 100000
 
 Its bytes are the source of chance that makes a case, so that each case is one of the same kinds and is held to the same promises. It
 ends at the first failure, whose bytes it leaves in a file ``crash-...``; with that file as an argument it runs that case alone.
@@ -18,7 +18,8 @@ import sys
 import types
 
 import atheris
-import harness
+
+from fuzz import harness
 
 _LONGEST = 4096  # bytes of chance
 _SECONDS = 5  # longest time of a case, which runs slower than without atheris
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of atheris (default 1)")
     parser.add_argument("file", nargs="?", help="a case that failed, to run alone")
     arguments = parser.parse_args()
-    fuzzer = importlib.import_module(arguments.fuzzer)
+    fuzzer = importlib.import_module(f"fuzz.{arguments.fuzzer}")
     for function in gc.get_objects():
         if isinstance(function, types.FunctionType) and (function.__module__ or "").startswith("pypop_gguf"):
             atheris.instrument_func(function)  # its hook of imports sees nothing of an editable install
@@ -66,7 +67,10 @@ def main() -> None:
         def case(data: bytes) -> None:
             outcomes[fuzzer.case(Chosen(data), directory)] += 1
             if sum(outcomes.values()) == arguments.cases:  # atheris does not come back
-                print(f"{arguments.cases} cases: {', '.join(f'{count} {name}' for name, count in sorted(outcomes.items()))}", flush=True)
+                print(
+                    f"{arguments.cases} cases: {', '.join(f'{count} {name}' for name, count in sorted(outcomes.items()))}",
+                    flush=True,
+                )
 
         atheris.Setup([sys.argv[0], f"-timeout={_SECONDS}", "-rss_limit_mb=1024", *options], case)
         atheris.Fuzz()

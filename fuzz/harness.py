@@ -21,9 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))  # the tests' helpers write tiny models
-
 _REPORT_SECONDS = 30
 _STATE = "POP_FUZZ_STATE"  # file for the number of the case that runs, of a process that may be aborted
 
@@ -36,7 +33,9 @@ class TooLong(BaseException):
     """Not an Exception: what runs may not swallow it."""
 
 
-def parse(description: str, cases: int, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
+def parse(
+    description: str, cases: int, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=cases, help=f"how many (default {cases})")
     parser.add_argument("--seed", type=int, default=1, help="of all cases (default 1)")
@@ -46,7 +45,9 @@ def parse(description: str, cases: int, add: Callable[[argparse.ArgumentParser],
     return parser.parse_args()
 
 
-def run(arguments: argparse.Namespace, case: Callable[[random.Random], str], seconds: float, counted: str = "cases") -> int:
+def run(
+    arguments: argparse.Namespace, case: Callable[[random.Random], str], seconds: float, counted: str = "cases"
+) -> int:
     """Runs ``case`` with a source of chance of its own each time; it returns the name of its outcome.
 
     Args:

@@ -1,6 +1,6 @@
 """The ``pop.*`` keys and the header of GGUF files: each case ends in metadata within docs/metadata.md, or in one line.
 
-    python fuzz/metadata.py --cases 1000000 --seed 1
+    python -m fuzz.metadata --cases 1000000 --seed 1
 
 Never another exception, more than a second, or 256 MB. What is read also has to be what ``gguf.GGUFReader`` reads (some cases, where
 it can), and ``pop-gguf inspect`` has to print it (some cases).
@@ -18,15 +18,15 @@ import warnings
 from pathlib import Path
 
 import gguf
-import harness
 import numpy as np
-from gguf_cases import N_LAYER, File, mutated, tensor, valid
-from harness import Failure
 
+from fuzz import harness
+from fuzz.gguf_cases import File, mutated, tensor, valid
+from fuzz.harness import Failure
 from pypop_gguf import PopError, cli
-from pypop_gguf.gguf_header import read_header
-from pypop_gguf.metadata import PopMetadata, metadata_of, read_metadata
-from pypop_gguf.tools import inspect_gguf
+from pypop_gguf.commands import inspect as inspect_gguf
+from pypop_gguf.gguf_files.header import read_header
+from pypop_gguf.gguf_files.metadata import PopMetadata, metadata_of
 
 _LONGEST_LINE = 400  # characters, the file's name left out
 

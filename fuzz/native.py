@@ -1,6 +1,6 @@
 """The native library's own reading: ``pop.*`` keys of models, and adapters, in a process of its own.
 
-    python fuzz/native.py --cases 20000 --seed 1
+    python -m fuzz.native --cases 20000 --seed 1
 
 Half of the cases are models with mutated ``pop.*`` keys, some with other damage. What llama.cpp loads has to end in a boundary of 1..L and a
 decoded batch, or one line; what ``read_metadata`` accepts has to be read alike. Half are adapters for a good model. Where the
@@ -20,16 +20,15 @@ import tempfile
 from pathlib import Path
 
 import gguf
-import harness
 import numpy as np
-from gguf_cases import File, Key, Kind, mutated, number, string, valid
-from harness import Failure
 
-from gguf_files import N_EMBD, write_model  # isort: skip  (a helper of the tests, found by harness)
-
+from fuzz import harness
+from fuzz.gguf_cases import File, Key, Kind, mutated, number, string, valid
+from fuzz.harness import Failure
 from pypop_gguf import PopError, _library
-from pypop_gguf.gguf_header import read_header
-from pypop_gguf.metadata import read_metadata
+from pypop_gguf.gguf_files.header import read_header
+from pypop_gguf.gguf_files.metadata import read_metadata
+from tests.support.gguf_files import N_EMBD, write_model
 
 WORKER = Path(__file__).with_name("native_worker.py")
 N_LAYER = 4
@@ -50,9 +49,13 @@ class Worker:
             self._errors.seek(0)
             self._errors.truncate()
             self._process = subprocess.Popen(
-                [sys.executable, WORKER, self._model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+                [sys.executable, WORKER, self._model],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
                 env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            )  # fmt: skip
+            )
             self._process.stdout.readline()
         self._process.stdin.write(json.dumps([kind, str(path)]) + "\n")
         self._process.stdin.flush()
@@ -131,7 +134,11 @@ def model_case(chance: random.Random, worker: Worker, base: File, path: Path) ->
     except PopError:
         return f"{outcome}, refused by read_metadata"
     expected = (metadata and metadata.boundary) or answer["n_layer"]
-    if outcome == "refused" or answer["boundary"] != expected or answer["min_tokens"] != ((metadata and metadata.min_tokens) or 0):
+    if (
+        outcome == "refused"
+        or answer["boundary"] != expected
+        or answer["min_tokens"] != ((metadata and metadata.min_tokens) or 0)
+    ):
         raise Failure(f"read_metadata accepts {metadata}, the native library has {answer}")
     return "accepted by both"
 
@@ -145,7 +152,9 @@ def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) 
             at = chance.randrange(len(keys))
             kind = chance.choice([Kind.UINT32, Kind.STRING, Kind.UINT32, Kind.STRING, Kind.FLOAT32, Kind.ARRAY])
             value = {
-                Kind.STRING: string(chance.choice([b"", b"1", b"2", b"lora", b"0" * 16, b"99999999999999999999", b"\xff"]), "<"),
+                Kind.STRING: string(
+                    chance.choice([b"", b"1", b"2", b"lora", b"0" * 16, b"99999999999999999999", b"\xff"]), "<"
+                ),
                 Kind.ARRAY: struct.pack("<IQ", chance.choice([4, 6, 8]), 0),
             }.get(kind) or number(kind, chance.choice([0, 1, 2, 3, 4, 5, 2**31, 2**32 - 1]), "<")
             keys[at] = Key(keys[at].name, kind, value)
@@ -173,7 +182,11 @@ def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) 
 def died(worker: Worker, step: str) -> str:
     words = worker.last_words()
     # an assertion names its file; a signal alone could be anyone's, but before our first call it is llama.cpp's
-    if _OURS.search(words) or words.startswith("sanitizer") or ("exit status" in words and step not in ("load", "context")):
+    if (
+        _OURS.search(words)
+        or words.startswith("sanitizer")
+        or ("exit status" in words and step not in ("load", "context"))
+    ):
         raise Failure(f"the process died at step {step!r}: {words}")
     return f"{step}: {words}".replace(",", ";")
 

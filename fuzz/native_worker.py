@@ -51,7 +51,10 @@ def read_model(path: str) -> dict:
             result |= {"decoded": status, "pruned": _library.n_pruned(context)}
         finally:
             llama_cpp.llama_free(context)
-        return result | {"outcome": "accepted" if accepted else "refused", "why": "" if accepted else _library._last_error()}
+        return result | {
+            "outcome": "accepted" if accepted else "refused",
+            "why": "" if accepted else _library._last_error(),
+        }
     finally:
         llama_cpp.llama_model_free(model)
 

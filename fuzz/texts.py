@@ -1,9 +1,9 @@
 """What people measure and calibrate on: files of any bytes end in samples within the limits, or in one line.
 
-    python fuzz/texts.py --cases 100000 --seed 1
+    python -m fuzz.texts --cases 100000 --seed 1
 
 Text and JSON Lines, right and damaged: wrong types, keys that are missing, broken JSON, deep nesting, lone surrogates, bytes that
-are no UTF-8. Read by ``convert``'s reader (tools/calibration.py) and by ``eval``'s (tools/tasks.py), with a tokenizer of bytes.
+are no UTF-8. Read by ``convert``'s reader (pypop_gguf/importance/calibration.py) and by ``eval``'s (pypop_gguf/quality/tasks.py), with a tokenizer of bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,47 @@ import random
 import sys
 from pathlib import Path
 
-import harness
-from harness import Failure
-
+from fuzz import harness
+from fuzz.harness import Failure
 from pypop_gguf import PopError
-from pypop_gguf.tools import tasks
-from pypop_gguf.tools.calibration import load_samples
+from pypop_gguf.importance.calibration import load_samples
+from pypop_gguf.quality import tasks
 
-_KEYS = ["text", "prompt", "response", "question", "answer", "canonical_solution", "messages", "test", "entry_point", "x"]
-_WORDS = ["Once upon a time there was a cat.", "What is 2 + 2?", "#### 4", "#### -1,000.5", "####", "def f(x):", "    return x\n", "", " ", "\n",
-          "{}", "{0}", "%s", "ß" * 9, "\u2028", "\ud800", "\0", "a" * 3000, "1" * 400, "9" * 5000, "####" + "9" * 400]  # fmt: skip
+_KEYS = [
+    "text",
+    "prompt",
+    "response",
+    "question",
+    "answer",
+    "canonical_solution",
+    "messages",
+    "test",
+    "entry_point",
+    "x",
+]
+_WORDS = [
+    "Once upon a time there was a cat.",
+    "What is 2 + 2?",
+    "#### 4",
+    "#### -1,000.5",
+    "####",
+    "def f(x):",
+    "    return x\n",
+    "",
+    " ",
+    "\n",
+    "{}",
+    "{0}",
+    "%s",
+    "ß" * 9,
+    "\u2028",
+    "\ud800",
+    "\0",
+    "a" * 3000,
+    "1" * 400,
+    "9" * 5000,
+    "####" + "9" * 400,
+]
 _ROLES = ["user", "assistant", "system", "", "tool", None, 7]
 
 
@@ -48,7 +79,14 @@ def thing(chance: random.Random, depth: int = 0):
         return [thing(chance, depth + 1) for _ in range(chance.randint(0, 3))]
     if kind == 7:
         return {chance.choice(_KEYS): thing(chance, depth + 1) for _ in range(chance.randint(0, 3))}
-    return [None, True, chance.choice([0, -1, 10**30, 0.5, float("nan"), float("inf")]), word(chance), "", word(chance)][kind]
+    return [
+        None,
+        True,
+        chance.choice([0, -1, 10**30, 0.5, float("nan"), float("inf")]),
+        word(chance),
+        "",
+        word(chance),
+    ][kind]
 
 
 def messages(chance: random.Random) -> list:
@@ -62,8 +100,17 @@ def messages(chance: random.Random) -> list:
 def line(chance: random.Random) -> str:
     shape = chance.random()
     if shape < 0.5:
-        keys = chance.choice([["text"], ["prompt", "response"], ["question", "answer"], ["prompt", "canonical_solution", "test", "entry_point"],
-                              ["prompt", "answer"], ["text", "answer"], ["prompt", "response", "answer"]])  # fmt: skip
+        keys = chance.choice(
+            [
+                ["text"],
+                ["prompt", "response"],
+                ["question", "answer"],
+                ["prompt", "canonical_solution", "test", "entry_point"],
+                ["prompt", "answer"],
+                ["text", "answer"],
+                ["prompt", "response", "answer"],
+            ]
+        )
         item = {key: word(chance) for key in keys}
         if chance.random() < 0.3:
             item[chance.choice(_KEYS)] = thing(chance)
@@ -76,7 +123,9 @@ def line(chance: random.Random) -> str:
     text = json.dumps(item, ensure_ascii=chance.random() < 0.5)
     if chance.random() < 0.1:
         at = chance.randint(0, len(text))
-        text = chance.choice([text[:at], text[:at] + chance.choice('"{}[]\\,:x\t') + text[at:], "[" * 3000, '{"text":' * 3000, "-" * 50])
+        text = chance.choice(
+            [text[:at], text[:at] + chance.choice('"{}[]\\,:x\t') + text[at:], "[" * 3000, '{"text":' * 3000, "-" * 50]
+        )
     return text
 
 
@@ -88,7 +137,11 @@ def content(chance: random.Random) -> bytes:
         if state:
             chance.setstate(state)
         lines.append(line(chance))
-    raw = chance.choice(["\n", "\n", "\r\n", "\n\n"]).join(lines).encode("utf-8", chance.choice(["surrogatepass", "replace"]))
+    raw = (
+        chance.choice(["\n", "\n", "\r\n", "\n\n"])
+        .join(lines)
+        .encode("utf-8", chance.choice(["surrogatepass", "replace"]))
+    )
     if chance.random() < 0.1:
         at = chance.randint(0, len(raw))
         raw = raw[:at] + chance.randbytes(chance.choice([1, 4, 100])) + raw[at:]
@@ -98,7 +151,9 @@ def content(chance: random.Random) -> bytes:
 def case(chance: random.Random, directory: Path) -> str:
     path = directory / ("a" + chance.choice([".jsonl", ".jsonl", ".json", ".txt"]))
     path.write_bytes(content(chance))
-    limits = dict(max_samples=chance.choice([1, 2, 200]), max_tokens=chance.choice([8, 20, 512]), seed=chance.randrange(3))
+    limits = dict(
+        max_samples=chance.choice([1, 2, 200]), max_tokens=chance.choice([8, 20, 512]), seed=chance.randrange(3)
+    )
     outcomes = []
     for read in (load_samples, tasks.of_file):
         more = {} if read is load_samples else {"run_code": chance.random() < 0.5}
@@ -114,8 +169,12 @@ def case(chance: random.Random, directory: Path) -> str:
                         raise Failure(f"no prompt: {question.prompt!r}")
                     if found.stop[0] != "\ndef ":  # not a program to run
                         question.check(word(chance))
-            if not 1 <= len(samples) <= limits["max_samples"] or any(len(sample.tokens) > limits["max_tokens"] for sample in samples):
-                raise Failure(f"{len(samples)} samples of {[len(sample.tokens) for sample in samples]} tokens, asked for {limits}")
+            if not 1 <= len(samples) <= limits["max_samples"] or any(
+                len(sample.tokens) > limits["max_tokens"] for sample in samples
+            ):
+                raise Failure(
+                    f"{len(samples)} samples of {[len(sample.tokens) for sample in samples]} tokens, asked for {limits}"
+                )
             for note in notes:
                 check_line(note)
             outcomes.append("read")

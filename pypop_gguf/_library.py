@@ -91,7 +91,11 @@ def load() -> ModuleType:
         sys.path.insert(0, str(vendor))
         try:
             importlib.import_module("llama_cpp")
-        except (OSError, RuntimeError, AttributeError) as error:  # no file, not loadable, other functions than llama_cpp expects
+        except (
+            OSError,
+            RuntimeError,
+            AttributeError,
+        ) as error:  # no file, not loadable, other functions than llama_cpp expects
             raise ImportError(_broken(vendor, str(error).splitlines()[0])) from error
         finally:
             sys.path.remove(str(vendor))
@@ -106,7 +110,9 @@ def load() -> ModuleType:
         )
     _native = _ffi.dlopen(library._name)
     ggml = importlib.import_module("llama_cpp._ggml").libggml
-    if ggml.ggml_backend_reg_count() == 0:  # built with GGML_BACKEND_DL: variants for several processors, the best is taken
+    if (
+        ggml.ggml_backend_reg_count() == 0
+    ):  # built with GGML_BACKEND_DL: variants for several processors, the best is taken
         with captured_log():  # else each process prints which
             ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))
     return module

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.metadata import PopMetadata
+from pypop_gguf.gguf_files.metadata import PopMetadata
 
 if TYPE_CHECKING:
     from pypop_gguf.llama import PopLlama
@@ -38,7 +38,9 @@ def resolve_boundary(llm: PopLlama, boundary: int | str) -> int:
     return boundary
 
 
-def choose_boundary(llm: PopLlama, *, pop: bool, asked: int | str | None, stored: PopMetadata | None) -> tuple[int, str]:
+def choose_boundary(
+    llm: PopLlama, *, pop: bool, asked: int | str | None, stored: PopMetadata | None
+) -> tuple[int, str]:
     """The boundary, L where prompts are not pruned, and where it comes from: ``PopStatus.source``."""
     model = llm._model.model
     n_layer, lossless = _library.n_layer(model), _library.lossless_boundary(model)
@@ -68,13 +70,19 @@ def choose_boundary(llm: PopLlama, *, pop: bool, asked: int | str | None, stored
 def choose_ends(llm: PopLlama, asked: dict[str, int | None], stored: PopMetadata | None) -> tuple[int, int, int]:
     """Head, tail and fewest tokens; head and tail are the context's from now on."""
     chosen = []
-    for name, default, low, high in (("head", 0, 0, _INT32_MAX), ("tail", 1, 1, llm.n_batch), ("min_tokens", 0, 0, _INT32_MAX)):
+    for name, default, low, high in (
+        ("head", 0, 0, _INT32_MAX),
+        ("tail", 1, 1, llm.n_batch),
+        ("min_tokens", 0, 0, _INT32_MAX),
+    ):
         value = asked[f"pop_{name}"]
         if value is None:
             of_file = getattr(stored, name, None)
             value = default if of_file is None else of_file
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise PopError(f"pop_{name} is {value!r}: give a whole number, {low} to {high}{' (n_batch)' if name == 'tail' else ''}")
+            raise PopError(
+                f"pop_{name} is {value!r}: give a whole number, {low} to {high}{' (n_batch)' if name == 'tail' else ''}"
+            )
         chosen.append(value)
     _library.set_ends(llm._ctx.ctx, *chosen[:2])
     return tuple(chosen)
@@ -88,7 +96,9 @@ def add_adapters(llm: PopLlama, asked, boundary: int) -> dict[int, str]:
         asked = [beside] if pruned and os.path.isfile(beside) else []
     elif isinstance(asked, bool):
         if asked:
-            raise PopError("pop_adapter=True names no file: give a path, or leave it out to take the one beside the model")
+            raise PopError(
+                "pop_adapter=True names no file: give a path, or leave it out to take the one beside the model"
+            )
         asked = []
     elif single:
         asked = [asked]
@@ -96,5 +106,7 @@ def add_adapters(llm: PopLlama, asked, boundary: int) -> dict[int, str]:
         files = {_library.add_adapter(llm._ctx.ctx, llm._model.model, path): os.fspath(path) for path in asked}
     if single and pruned and list(files) != [boundary]:
         [(found, path)] = files.items()
-        raise PopError(f"{path} was fitted for boundary {found}, this model is pruned at {boundary}: give both the same")
+        raise PopError(
+            f"{path} was fitted for boundary {found}, this model is pruned at {boundary}: give both the same"
+        )
     return files

@@ -36,7 +36,9 @@ class Calls(llama_cpp.Llama):
             PopError: The process is a child of the one that loaded the model; llama.cpp's threads are not in it, and would be waited for.
         """
         if os.getpid() != self._pid:
-            raise PopError("this model was loaded before a fork: load it in the child, or start children by spawn (multiprocessing's)")
+            raise PopError(
+                "this model was loaded before a fork: load it in the child, or start children by spawn (multiprocessing's)"
+            )
 
     def embed(self, *args, **kwargs):
         """``llama_cpp.Llama.embed``."""
@@ -111,7 +113,9 @@ class Calls(llama_cpp.Llama):
         if self._logits_all and not self._logits_everywhere:
             given = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments
             if given.get("echo") and given.get("logprobs") is not None:
-                raise ValueError("logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no logits")
+                raise ValueError(
+                    "logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no logits"
+                )
         ours = dict(pop=pop, boundary=boundary, progress=progress, cancel=cancel)
         return self._call(super().create_completion, args, kwargs, **ours)
 

@@ -1,4 +1,4 @@
-"""The command ``pop-gguf``. Each subcommand is a module in tools/ with ``add_arguments(parser)`` and ``run(arguments)``."""
+"""The command ``pop-gguf``. Each subcommand is a module of pypop_gguf/commands/ with ``add_arguments(parser)`` and ``run(arguments)``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from pypop_gguf import PopError, __version__
 
-# name -> (module of pypop_gguf.tools, one line of help)
+# name -> (module of pypop_gguf.commands, one line of help)
 COMMANDS = {
     "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
-    "inspect": ("inspect_gguf", "print a GGUF's POP metadata"),
+    "inspect": ("inspect", "print a GGUF's POP metadata"),
     "eval": ("eval", "measure what pruning costs the model's answers, on texts of your own"),
     "tune": ("tune", "choose the boundary by a budget of quality, measured on texts of your own"),
     "bench": ("bench", "measure time to first token with POP against stock llama.cpp"),
@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
-        if name in argv[:1]:  # only the command that runs is imported, so that inspect needs neither torch nor the engine
-            command = importlib.import_module(f"pypop_gguf.tools.{module}")
+        if (
+            name in argv[:1]
+        ):  # only the command that runs is imported, so that inspect needs neither torch nor the engine
+            command = importlib.import_module(f"pypop_gguf.commands.{module}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)

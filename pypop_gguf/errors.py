@@ -14,4 +14,7 @@ class PopError(ValueError):
 
 def one_line(text: str, allowed: str = "") -> str:
     """Texts of files and models are strangers': what a terminal would obey, or end a line at, becomes a backslash sequence."""
-    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) in _UNSHOWN and letter not in allowed else letter for letter in text)
+    return "".join(
+        repr(letter)[1:-1] if unicodedata.category(letter) in _UNSHOWN and letter not in allowed else letter
+        for letter in text
+    )

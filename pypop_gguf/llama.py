@@ -17,8 +17,8 @@ import numpy as np
 from pypop_gguf import _library, arguments, states
 from pypop_gguf.calls import Calls
 from pypop_gguf.errors import PopError
-from pypop_gguf.gguf_header import read_header
-from pypop_gguf.metadata import metadata_of
+from pypop_gguf.gguf_files.header import read_header
+from pypop_gguf.gguf_files.metadata import metadata_of
 from pypop_gguf.status import PopStatus, Timings
 
 llama_cpp = _library.load()
@@ -101,14 +101,18 @@ class PopLlama(Calls):
             files = arguments.add_adapters(self, pop_adapter, boundary)
             self._adapters = {at: states.file_digest(path) for at, path in files.items()}
             self._status = PopStatus(boundary < n_layer, boundary, n_layer, source, *chosen, tuple(files))
-        if self.draft_model is not None:  # the parent keeps scores for n_batch positions only; memory is taken as it is written
+        if (
+            self.draft_model is not None
+        ):  # the parent keeps scores for n_batch positions only; memory is taken as it is written
             self.scores = np.empty((len(self.input_ids), self._n_vocab), dtype=np.single)
         # Boundary that each cached position was computed with; n_layer = by the whole model.
         self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
 
     def _load(self, model_path: str, llama_kwargs: dict) -> None:
         if mtmd := getattr(llama_kwargs.get("chat_handler"), "_mtmd_cpp", None):
-            mtmd.mtmd_helper_log_set(llama_cpp._logger.llama_log_callback, None)  # else it is loud also where verbose is off
+            mtmd.mtmd_helper_log_set(
+                llama_cpp._logger.llama_log_callback, None
+            )  # else it is loud also where verbose is off
         if llama_kwargs.get("verbose", True):
             super().__init__(model_path, **llama_kwargs)
             return
@@ -145,7 +149,9 @@ class PopLlama(Calls):
                     return
                 if timings.generated_tokens == 0:
                     n_read, ended = self._prefill
-                    timings.reused_tokens = len(tokens) - n_read if reused_by_reader is None else min(reused_by_reader, len(tokens) - 1)
+                    timings.reused_tokens = (
+                        len(tokens) - n_read if reused_by_reader is None else min(reused_by_reader, len(tokens) - 1)
+                    )
                     timings.pruned_tokens = _library.n_pruned(self._ctx.ctx) - pruned_before
                     timings.prefill_ms = 1e3 * (ended - started)
                 timings.count_token(1e3 * (time.perf_counter() - started))
@@ -176,7 +182,12 @@ class PopLlama(Calls):
         self._eval(tokens, self._logits_everywhere or (self._logits_all and not self._reading_prompt))
 
     def score(
-        self, prompt: Sequence[int], continuation: Sequence[int], *, pop: bool | None = None, boundary: int | str | None = None
+        self,
+        prompt: Sequence[int],
+        continuation: Sequence[int],
+        *,
+        pop: bool | None = None,
+        boundary: int | str | None = None,
     ) -> np.ndarray:
         """Logits for each token of a continuation, by the whole model on the cache that a pruned prompt has left.
 
@@ -193,7 +204,9 @@ class PopLlama(Calls):
             PopError: The model cannot be pruned at that boundary.
         """
         if not prompt or not continuation or len(prompt) + len(continuation) > self.n_ctx():
-            raise ValueError(f"{len(prompt)} and {len(continuation)} tokens: give one each at least, and {self.n_ctx()} at most")
+            raise ValueError(
+                f"{len(prompt)} and {len(continuation)} tokens: give one each at least, and {self.n_ctx()} at most"
+            )
         requested = self._boundary_for(pop, boundary)
         self.reset()
         self._ctx.kv_cache_clear()

@@ -19,7 +19,7 @@ import numpy as np
 
 from pypop_gguf import _library
 from pypop_gguf.errors import PopError
-from pypop_gguf.gguf_header import GGUFHeader, read_header
+from pypop_gguf.gguf_files.header import GGUFHeader, read_header
 
 if TYPE_CHECKING:
     from pypop_gguf.llama import PopLlama
@@ -28,7 +28,14 @@ llama_cpp = _library.load()
 
 _SAMPLE_BYTES = 256
 # Context parameters that decide what the cache holds for a text, and those that decide whether a state fits.
-_CONTENT = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast")
+_CONTENT = (
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+)
 _CONTENT += ("yarn_beta_slow", "yarn_orig_ctx", "attention_type")
 _LAYOUT = ("n_ctx", "n_seq_max", "type_k", "type_v", "flash_attn_type", "swa_full", "kv_unified")
 
@@ -101,11 +108,15 @@ def load(llm: PopLlama, state) -> None:
     """
     n, name = state.n_tokens, os.path.basename(llm.model_path)
     if getattr(state, "pop_model", llm._digest) != llm._digest:
-        raise PopError(f"this state was not saved by {name} with the same LoRA, overrides and rope settings: load it where it was saved")
+        raise PopError(
+            f"this state was not saved by {name} with the same LoRA, overrides and rope settings: load it where it was saved"
+        )
     if state.scores.shape[1:] != (llm.n_vocab(),):
         raise PopError(f"this state is of a model with another vocabulary than {name}: load it where it was saved")
     if n > len(llm.input_ids):
-        raise PopError(f"this state holds {n} tokens, the context {len(llm.input_ids)}: open the model with n_ctx={n} or more")
+        raise PopError(
+            f"this state holds {n} tokens, the context {len(llm.input_ids)}: open the model with n_ctx={n} or more"
+        )
     data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
     with _library.captured_log() as errors:
         loaded = llama_cpp.llama_state_set_data(llm.ctx, data, len(data)) == len(data)
@@ -114,13 +125,17 @@ def load(llm: PopLlama, state) -> None:
         llm._ctx.kv_cache_clear()
         llm.reset()
         reason = errors[0].split(": ")[-1] if errors else "of another size"
-        raise PopError(f"this state does not fit {name} as it is open here ({reason}): load it with the model and options that saved it")
+        raise PopError(
+            f"this state does not fit {name} as it is open here ({reason}): load it with the model and options that saved it"
+        )
 
     llm._seed = state.seed
     llm.input_ids[:n] = state.input_ids[:n]
     llm._computed_with[:n] = getattr(state, "pop_computed_with", llm.pop.n_layer)
     for boundary in np.unique(llm._computed_with[:n]).tolist():
-        if boundary < llm.pop.n_layer and getattr(state, "pop_adapters", {}).get(boundary) != llm._adapters.get(boundary):
+        if boundary < llm.pop.n_layer and getattr(state, "pop_adapters", {}).get(boundary) != llm._adapters.get(
+            boundary
+        ):
             llm._computed_with[:n][llm._computed_with[:n] == boundary] = 0  # other projections filled the upper layers
     if llm._logits_everywhere and len(state.scores) == n:
         llm.scores[:n] = state.scores

@@ -100,6 +100,10 @@ class Cancelled(PopError):
     """
 
     def __init__(self, done: int, total: int, lost: bool = False) -> None:
-        kept = "what was read is lost: this model's memory cannot be taken back" if lost else "what was read stays in the cache"
+        kept = (
+            "what was read is lost: this model's memory cannot be taken back"
+            if lost
+            else "what was read stays in the cache"
+        )
         super().__init__(f"cancelled after {done} of {total} prompt tokens; {kept}")
         self.done, self.total, self.lost = done, total, lost

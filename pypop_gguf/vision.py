@@ -61,7 +61,9 @@ class Reader:
             self.total = int(self._mtmd_cpp.mtmd_helper_get_n_pos(chunks))
         return status
 
-    def mtmd_helper_eval_chunk_single(self, mtmd_ctx, ctx, chunk, n_past, seq_id, n_batch, logits_last, new_n_past) -> int:
+    def mtmd_helper_eval_chunk_single(
+        self, mtmd_ctx, ctx, chunk, n_past, seq_id, n_batch, logits_last, new_n_past
+    ) -> int:
         """Reads an image, or finds it in the cache. The record gets tokens that stand for it: its hash as a seed.
 
         Raises:
@@ -110,7 +112,16 @@ class Reader:
                 return status
             llm._go_on(start, self.total)
             status = mtmd.mtmd_helper_decode_image_chunk(
-                mtmd_ctx, ctx, chunk, mtmd.mtmd_get_output_embd(mtmd_ctx), start, seq_id, n_batch, new_n_past, go_on, None
+                mtmd_ctx,
+                ctx,
+                chunk,
+                mtmd.mtmd_get_output_embd(mtmd_ctx),
+                start,
+                seq_id,
+                n_batch,
+                new_n_past,
+                go_on,
+                None,
             )
             if stopped:
                 raise stopped[0]

@@ -12,13 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
+from tests.support import tiny_models
+from tests.support.paths import BUNDLED, STOCK
 
-import tiny_models  # noqa: E402
-
-BUNDLED = ROOT / "models" / "lab-llama-12l"
-STOCK = ROOT / "build" / "stock" / "package"
 WRITTEN = os.environ.get("POP_TEST_MODELS")
 
 
@@ -26,7 +22,10 @@ WRITTEN = os.environ.get("POP_TEST_MODELS")
 def reference_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
     """Tiny random models of several architectures, and the bundled model, by name."""
     if WRITTEN:
-        return {path.parent.name: tiny_models.ReferenceModel(path.parent.name, None, path) for path in Path(WRITTEN).glob("*/model.gguf")}
+        return {
+            path.parent.name: tiny_models.ReferenceModel(path.parent.name, None, path)
+            for path in Path(WRITTEN).glob("*/model.gguf")
+        }
     import torch
     import transformers
 

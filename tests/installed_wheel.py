@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import llama_cpp
-from server import serve
+from support.server import serve
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main

@@ -97,7 +97,9 @@ class Applied:
                 continue
             place = hunk.place(old, read, hunk.first - 1 + shift)
             if place is None:
-                self.reasons.append(f"{name}, hunk at line {hunk.first}: {hunk.difference(old, hunk.first - 1 + shift)}")
+                self.reasons.append(
+                    f"{name}, hunk at line {hunk.first}: {hunk.difference(old, hunk.first - 1 + shift)}"
+                )
                 continue
             shift = place + 1 - hunk.first
             self.moved += shift != 0
@@ -123,7 +125,17 @@ def fetch(version: str, directory: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     name = "llama-cpp-python" if version == "newest" else f"llama-cpp-python=={version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        ":all:",
+        "--no-build-isolation",
+    ]
     if subprocess.run([*command, "-d", str(directory), name]).returncode != 0:
         sys.exit(f"move_pin: pip has no source of {name}; give another version, or --source FILE")
     return next(directory.glob("*.tar.gz"))
@@ -150,13 +162,21 @@ def write(series: list[Applied], third_party: Path, sdist: Path, version: str) -
         (third_party / "patches" / patch.path.name).write_text("".join(patch.text))
     pin = third_party / "llama-cpp-python.txt"
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    pin.write_text(re.sub(r"llama-cpp-python==\S+ --hash=sha256:\S+", f"llama-cpp-python=={version} --hash=sha256:{digest}", pin.read_text()))
+    pin.write_text(
+        re.sub(
+            r"llama-cpp-python==\S+ --hash=sha256:\S+",
+            f"llama-cpp-python=={version} --hash=sha256:{digest}",
+            pin.read_text(),
+        )
+    )
 
 
 def build(series: list[Applied], copy: Path, sdist: Path, version: str) -> bool:
     """Builds a copy of this tree with the new pin and runs the architecture table; whether both went well."""
     shutil.rmtree(copy, ignore_errors=True)
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(lambda name: (ROOT / name).is_file(), files):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
@@ -170,13 +190,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="?", default="newest", help="of llama-cpp-python (default: the newest)")
     parser.add_argument("--source", type=Path, help="its sdist, or an unpacked tree, instead of asking pip")
-    parser.add_argument("--build", action="store_true", help="then build and run the architecture table in a copy of this tree")
+    parser.add_argument(
+        "--build", action="store_true", help="then build and run the architecture table in a copy of this tree"
+    )
     parser.add_argument("--write", action="store_true", help="then change the pin and the patches of this tree")
     arguments = parser.parse_args()
     if arguments.source and not arguments.source.exists():
         sys.exit(f"move_pin: {arguments.source} does not exist")
     if arguments.source and arguments.source.is_dir() and (arguments.build or arguments.write):
-        sys.exit("move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or --source with a .tar.gz")
+        sys.exit(
+            "move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or --source with a .tar.gz"
+        )
     base = ROOT / "build" / "pin"
     source = arguments.source or fetch(arguments.version, base / "sdist")
     tree = base / "tree"
@@ -200,7 +224,9 @@ def main() -> int:
         print(f"built; the architecture table is {base / 'copy' / 'docs' / 'architectures.md'}")
     if arguments.write:
         write(series, ROOT / "third_party", source, version)
-        print("wrote the pin and the patches; put llama.cpp's commit into llama-cpp-python.txt, README.md and the patches' Base, then `make test`")
+        print(
+            "wrote the pin and the patches; put llama.cpp's commit into llama-cpp-python.txt, README.md and the patches' Base, then `make test`"
+        )
     return 0
 
 

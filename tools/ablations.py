@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pypop_gguf.tools.calibration import Sample
+from pypop_gguf.importance.calibration import Sample
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def variants(n_layer: int, n_skipped: int, influence: np.ndarray) -> list[Varian
     ]
     # one deep layer kept, and one more skipped below the boundary in its place
     below = n_layer - n_skipped - 1
-    rows += [Variant(f"layer {kept} kept, {below} skipped instead", tuple(sorted({below, *deep} - {kept}))) for kept in deep[1:]]
+    rows += [
+        Variant(f"layer {kept} kept, {below} skipped instead", tuple(sorted({below, *deep} - {kept})))
+        for kept in deep[1:]
+    ]
     if n_skipped >= 4:
         kept = deep[-3], deep[-2]
         skipped = {below - 1, below, *deep} - set(kept)
@@ -86,7 +89,9 @@ def _skipping(layers: Sequence[nn.Module], skipped: Sequence[int]):
 
 
 @torch.no_grad()
-def continuation_log_probs(model: nn.Module, layers: Sequence[nn.Module], sample: Sample, variant: Variant) -> np.ndarray:
+def continuation_log_probs(
+    model: nn.Module, layers: Sequence[nn.Module], sample: Sample, variant: Variant
+) -> np.ndarray:
     """Log-probabilities of every token for each position of a continuation, F64 [n_continuation, n_vocab]."""
     n = sample.prompt_len
     ids = torch.tensor([sample.tokens])
@@ -145,7 +150,9 @@ def wanda(model: nn.Module, layers: Sequence[nn.Module], samples: Sequence[Sampl
     """A copy whose layers' matrices lack, in each row, the weights of least |weight| x norm of its input (arXiv 2306.11695)."""
     pruned = copy.deepcopy(model)
     own = dict(zip([id(module) for module in model.modules()], pruned.modules(), strict=True))
-    matrices = [(name, module) for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    matrices = [
+        (name, module) for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)
+    ]
     squares = {id(module): torch.zeros(module.in_features, dtype=torch.float64) for _, module in matrices}
 
     def watch(module, args):

@@ -1,6 +1,6 @@
 """What fitted projections cost: time to first token with an adapter over without, on one model, two contexts, taking turns.
 
-    python tools/bench_adapter.py MODEL.gguf --boundary 11 --rank 32 --prompt 512,2048 --runs 5
+    python -m tools.bench_adapter MODEL.gguf --boundary 11 --rank 32 --prompt 512,2048 --runs 5
 
 The adapter is random: its time does not depend on what is in it. Run from the source tree with nothing else on the machine.
 """
@@ -17,9 +17,9 @@ import numpy as np
 from gguf import GGUFWriter
 
 from pypop_gguf import _library
-from pypop_gguf.gguf_header import read_header
+from pypop_gguf.bench.plan import cores
+from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.llama import PopLlama
-from pypop_gguf.tools.bench_plan import cores
 
 
 def main() -> int:
@@ -35,7 +35,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         adapter = Path(directory) / "random.gguf"
         _write_random(adapter, arguments.model, arguments.boundary, arguments.rank)
-        print(f"{arguments.model.stem}, boundary {arguments.boundary}, rank {arguments.rank}, {adapter.stat().st_size / 1e6:.1f} MB, {arguments.threads} threads")
+        print(
+            f"{arguments.model.stem}, boundary {arguments.boundary}, rank {arguments.rank}, {adapter.stat().st_size / 1e6:.1f} MB, {arguments.threads} threads"
+        )
         for n_prompt in prompts:
             _measure(arguments, adapter, n_prompt)
     return 0
@@ -45,7 +47,7 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
     """Differences of every value projection above the boundary."""
     header = read_header(model)
     architecture = header.get_field("general.architecture").contents()
-    field = lambda name: int(header.get_field(f"{architecture}.{name}").contents())  # noqa: E731
+    field = lambda name: int(header.get_field(f"{architecture}.{name}").contents())
     n_in, n_head = field("embedding_length"), field("attention.head_count")
     n_out = field("attention.head_count_kv") * (n_in // n_head)
     chance = np.random.default_rng(0)
@@ -56,8 +58,12 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
     writer.add_uint32("pop.boundary", boundary)
     writer.add_string("pop.fingerprint", _library.fingerprint(model))
     for il in range(boundary + 1, field("block_count")):
-        writer.add_tensor(f"blk.{il}.attn_v.weight.lora_a", (chance.standard_normal((rank, n_in)) / 1e3).astype(np.float16))
-        writer.add_tensor(f"blk.{il}.attn_v.weight.lora_b", (chance.standard_normal((n_out, rank)) / 1e3).astype(np.float16))
+        writer.add_tensor(
+            f"blk.{il}.attn_v.weight.lora_a", (chance.standard_normal((rank, n_in)) / 1e3).astype(np.float16)
+        )
+        writer.add_tensor(
+            f"blk.{il}.attn_v.weight.lora_b", (chance.standard_normal((n_out, rank)) / 1e3).astype(np.float16)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -65,7 +71,9 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
 
 
 def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> None:
-    options = dict(n_ctx=n_prompt, n_batch=n_prompt, n_threads=arguments.threads, n_threads_batch=arguments.threads, verbose=False)
+    options = dict(
+        n_ctx=n_prompt, n_batch=n_prompt, n_threads=arguments.threads, n_threads_batch=arguments.threads, verbose=False
+    )
     llm = PopLlama(str(arguments.model), pop_boundary=arguments.boundary, pop_adapter=False, **options)
     llama_cpp = sys.modules["llama_cpp"]
     second = llama_cpp.llama_init_from_model(llm.model, llm.context_params)
@@ -84,12 +92,16 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
 
     times = {"without": [], "with": []}
     for run in range(arguments.runs + 1):
-        for name, context in (("without", llm.ctx), ("with", second)) if run % 2 else (("with", second), ("without", llm.ctx)):
+        for name, context in (
+            (("without", llm.ctx), ("with", second)) if run % 2 else (("with", second), ("without", llm.ctx))
+        ):
             took = seconds(context)
             if run:  # the first warms up
                 times[name].append(took)
     ratios = np.array(times["without"]) / np.array(times["with"])
-    flops = [_library.graph_flops(context, min(n_prompt, 512), 1, arguments.boundary, 0) for context in (llm.ctx, second)]
+    flops = [
+        _library.graph_flops(context, min(n_prompt, 512), 1, arguments.boundary, 0) for context in (llm.ctx, second)
+    ]
     print(
         f"{n_prompt:5} tokens: without {1e3 * np.median(times['without']):.0f} ms, with {1e3 * np.median(times['with']):.0f} ms, speed "
         f"{np.median(ratios):.3f} [{ratios.min():.3f}, {ratios.max():.3f}] of without in {arguments.runs} pairs; "

@@ -1,6 +1,6 @@
 """How long an abort in a long prefill takes: from the wish to stop until the model is free, PopLlama and pop-gguf serve.
 
-    python tools/bench_cancel.py MODEL.gguf --boundary 11 --prompt 2048 --ubatch 512,64 --aborts 50 --csv bench/cancel-NAME.csv
+    python -m tools.bench_cancel MODEL.gguf --boundary 11 --prompt 2048 --ubatch 512,64 --aborts 50 --csv bench/cancel-NAME.csv
 
 `python` sets the call's threading.Event from another thread, `server` hangs up and waits until /metrics counts no request. Moments are
 random, of the whole prefill. Afterwards the memory, and the answer to the next request against a fresh one's. The model is one of
@@ -28,14 +28,24 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import Cancelled, PopError, PopLlama
-from pypop_gguf.tools.bench_plan import cores
+from pypop_gguf.bench.plan import cores
 
 N_ANSWER = 8  # tokens, compared as such: a random model's are no text
 SEEDS = 2**31  # of prompts that are asked in the end; those of aborted calls are below
 COLUMNS = [
-    "date", "model", "boundary", "engine", "n_ubatch", "prompt_tokens", "threads", "abort", "asked_after_ms", "latency_ms",
-    "micro_batch_ms", "rss_mib",
-]  # fmt: skip
+    "date",
+    "model",
+    "boundary",
+    "engine",
+    "n_ubatch",
+    "prompt_tokens",
+    "threads",
+    "abort",
+    "asked_after_ms",
+    "latency_ms",
+    "micro_batch_ms",
+    "rss_mib",
+]
 
 
 def main() -> int:
@@ -43,7 +53,11 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--boundary", type=int, required=True)
     parser.add_argument("--prompt", type=int, default=2048, metavar="TOKENS")
-    parser.add_argument("--ubatch", default="512,64", help="tokens of a micro-batch, and of llama-server's batch; several by commas (default: 512,64)")
+    parser.add_argument(
+        "--ubatch",
+        default="512,64",
+        help="tokens of a micro-batch, and of llama-server's batch; several by commas (default: 512,64)",
+    )
     parser.add_argument("--aborts", type=int, default=50)
     parser.add_argument("--engines", default="python,server")
     parser.add_argument("--threads", type=int, default=cores())
@@ -59,7 +73,9 @@ def main() -> int:
 def _cases(arguments: argparse.Namespace) -> list[tuple[int, str]]:
     sizes, engines = arguments.ubatch.split(","), arguments.engines.split(",")
     if not all(size.isascii() and size.isdigit() and 1 <= int(size) < arguments.prompt for size in sizes):
-        raise PopError(f"--ubatch {arguments.ubatch}: give numbers from 1 to less than --prompt, or nothing can be aborted")
+        raise PopError(
+            f"--ubatch {arguments.ubatch}: give numbers from 1 to less than --prompt, or nothing can be aborted"
+        )
     if not set(engines) <= {"python", "server"}:
         raise PopError(f"--engines {arguments.engines}: give python, server or both")
     for name in ("aborts", "threads"):
@@ -96,14 +112,29 @@ def _measure(arguments: argparse.Namespace, engine: str, n_ubatch: int) -> bool:
             if latency is None:
                 continue  # it had ended
             values = [
-                time.strftime("%Y-%m-%d %H:%M:%S"), arguments.model.stem, arguments.boundary, engine, n_ubatch, arguments.prompt, arguments.threads,
-                len(rows), round(1e3 * moment, 1), round(1e3 * latency, 1), round(1e3 * micro_batch, 1), round(_rss_mib(model.pid), 1),
-            ]  # fmt: skip
+                time.strftime("%Y-%m-%d %H:%M:%S"),
+                arguments.model.stem,
+                arguments.boundary,
+                engine,
+                n_ubatch,
+                arguments.prompt,
+                arguments.threads,
+                len(rows),
+                round(1e3 * moment, 1),
+                round(1e3 * latency, 1),
+                round(1e3 * micro_batch, 1),
+                round(_rss_mib(model.pid), 1),
+            ]
             rows.append(dict(zip(COLUMNS, values)))
             if arguments.csv:
                 _append(arguments.csv, rows[-1])
             if sys.stderr.isatty():
-                print(f"\r\033[K{engine}, {n_ubatch} tokens: {len(rows)}/{arguments.aborts}", end="", file=sys.stderr, flush=True)
+                print(
+                    f"\r\033[K{engine}, {n_ubatch} tokens: {len(rows)}/{arguments.aborts}",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
         equal = model.answer(prompt(SEEDS + 1, arguments.prompt)) == fresh
         after = _rss_mib(model.pid)
     if sys.stderr.isatty():
@@ -194,17 +225,23 @@ class Server:
             return connection.getresponse().read().decode()
 
     def answer(self, text: str) -> list[int]:
-        body = dict(prompt=text, n_predict=N_ANSWER, temperature=0, cache_prompt=False, ignore_eos=True, return_tokens=True)
+        body = dict(
+            prompt=text, n_predict=N_ANSWER, temperature=0, cache_prompt=False, ignore_eos=True, return_tokens=True
+        )
         with contextlib.closing(self._send("POST", "/completion", body)) as connection:
             return json.loads(connection.getresponse().read())["tokens"]
 
     def _working(self) -> bool:
-        line = next(line for line in self.get("/metrics").splitlines() if line.startswith("llamacpp:requests_processing "))
+        line = next(
+            line for line in self.get("/metrics").splitlines() if line.startswith("llamacpp:requests_processing ")
+        )
         return float(line.split()[1]) > 0
 
     def abort(self, text: str, moment: float) -> float | None:
         """Seconds from hanging up until no request is counted, None where its answer had come before."""
-        connection = self._send("POST", "/completion", dict(prompt=text, n_predict=1, temperature=0, cache_prompt=False))
+        connection = self._send(
+            "POST", "/completion", dict(prompt=text, n_predict=1, temperature=0, cache_prompt=False)
+        )
         arrived = threading.Event()  # a thread waits for the answer, as a client does
 
         def wait() -> None:
@@ -231,9 +268,35 @@ def _server(arguments: argparse.Namespace, n_ubatch: int) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["-m", "pypop_gguf", "serve", arguments.model, "--boundary", arguments.boundary, "--port", port, "--threads", arguments.threads, "--parallel", 1]
-    command += ["--context", arguments.prompt + 32, "--server-options", "--no-warmup", "--cache-ram", 0, "--batch-size", n_ubatch, "--ubatch-size", n_ubatch]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        "-m",
+        "pypop_gguf",
+        "serve",
+        arguments.model,
+        "--boundary",
+        arguments.boundary,
+        "--port",
+        port,
+        "--threads",
+        arguments.threads,
+        "--parallel",
+        1,
+    ]
+    command += [
+        "--context",
+        arguments.prompt + 32,
+        "--server-options",
+        "--no-warmup",
+        "--cache-ram",
+        0,
+        "--batch-size",
+        n_ubatch,
+        "--ubatch-size",
+        n_ubatch,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     server = Server(port, process.pid)
     try:
         _until(lambda: '"ok"' in server.get("/health"), process)
@@ -247,7 +310,9 @@ def _until(ready: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise PopError(f"the server ended with {process.returncode}: run `pop-gguf serve` with the same model and boundary to see why")
+            raise PopError(
+                f"the server ended with {process.returncode}: run `pop-gguf serve` with the same model and boundary to see why"
+            )
         with contextlib.suppress(OSError):
             if ready():
                 return

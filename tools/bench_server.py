@@ -1,6 +1,6 @@
 """Eight clients at once against both servers a GGUF can have, with POP and without: throughput and time to first token.
 
-    python tools/bench_server.py MODEL.gguf --boundary 11 --prompt 512 --answer 32 --rounds 3 --csv bench/server-NAME.csv
+    python -m tools.bench_server MODEL.gguf --boundary 11 --prompt 512 --answer 32 --rounds 3 --csv bench/server-NAME.csv
 
 `native` is pop-gguf serve (llama-server, continuous batching), `python` llama-cpp-python's own server (one request at a time) with PopLlama
 in the place of Llama; it needs pip install fastapi uvicorn sse-starlette starlette-context pydantic-settings. The model is one
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf.tools.bench_plan import cores
+from pypop_gguf.bench.plan import cores
 
 PYTHON_SERVER = """
 import sys
@@ -40,9 +40,19 @@ from llama_cpp.server.__main__ import main
 main()
 """
 COLUMNS = [
-    "date", "engine", "pop", "round", "clients", "prompt_tokens", "answer_tokens", "threads", "wall_s", "tokens_per_s",
-    "ttft_median_ms", "ttft_worst_ms",
-]  # fmt: skip
+    "date",
+    "engine",
+    "pop",
+    "round",
+    "clients",
+    "prompt_tokens",
+    "answer_tokens",
+    "threads",
+    "wall_s",
+    "tokens_per_s",
+    "ttft_median_ms",
+    "ttft_worst_ms",
+]
 
 
 def main() -> int:
@@ -57,13 +67,17 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    layers = json.loads(subprocess.check_output([sys.executable, "-m", "pypop_gguf", "inspect", "--json", arguments.model]))["n_layer"]
+    layers = json.loads(
+        subprocess.check_output([sys.executable, "-m", "pypop_gguf", "inspect", "--json", arguments.model])
+    )["n_layer"]
     cases = list(itertools.product(arguments.engines.split(","), (True, False)))
     rows = []
     for number in range(arguments.rounds):
         for engine, pop in cases if number % 2 == 0 else reversed(cases):
             row = _measure(arguments, engine, pop, arguments.boundary if pop else layers)
-            rows.append({"date": time.strftime("%Y-%m-%d %H:%M:%S"), "engine": engine, "pop": pop, "round": number, **row})
+            rows.append(
+                {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "engine": engine, "pop": pop, "round": number, **row}
+            )
             print({name: rows[-1][name] for name in COLUMNS[1:4] + COLUMNS[8:]}, flush=True)
             if arguments.csv:
                 _append(arguments.csv, rows[-1])
@@ -99,9 +113,18 @@ def _prompt(seed: int, n_tokens: int) -> str:
 
 def _request(url: str, prompt: str, n_answer: int) -> float:
     """Seconds to the first token, once the whole answer is there."""
-    body = {"model": "random", "prompt": prompt, "max_tokens": n_answer, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+    body = {
+        "model": "random",
+        "prompt": prompt,
+        "max_tokens": n_answer,
+        "temperature": 0,
+        "stream": True,
+        "logit_bias": {"2": -100},
+    }
     body["repeat_penalty"] = 1  # llama-cpp-python's server would take 1.1
-    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     started, first = time.perf_counter(), None
     with urllib.request.urlopen(request, timeout=1200) as response:
         for line in response:
@@ -119,16 +142,61 @@ def _running(arguments: argparse.Namespace, engine: str, boundary: int) -> Itera
         port = probe.getsockname()[1]
     n_ctx = arguments.prompt + arguments.answer + 16
     if engine == "native":
-        command = ["-m", "pypop_gguf", "serve", arguments.model, "--boundary", boundary, "--port", port, "--threads", arguments.threads]
-        command += ["--parallel", arguments.clients, "--context", n_ctx * arguments.clients, "--server-options", "--no-cache-prompt", "--no-warmup"]
+        command = [
+            "-m",
+            "pypop_gguf",
+            "serve",
+            arguments.model,
+            "--boundary",
+            boundary,
+            "--port",
+            port,
+            "--threads",
+            arguments.threads,
+        ]
+        command += [
+            "--parallel",
+            arguments.clients,
+            "--context",
+            n_ctx * arguments.clients,
+            "--server-options",
+            "--no-cache-prompt",
+            "--no-warmup",
+        ]
     else:
         pruned = arguments.model.with_suffix(f".b{boundary}.gguf")  # that server knows no pop_boundary=
         if not pruned.exists():
-            subprocess.run([sys.executable, "-m", "pypop_gguf", "convert", arguments.model, "--boundary", str(boundary), "--outfile", pruned], check=True)
-        command = ["-c", PYTHON_SERVER, "--model", pruned, "--port", port, "--n_ctx", n_ctx, "--n_threads", arguments.threads]
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pypop_gguf",
+                    "convert",
+                    arguments.model,
+                    "--boundary",
+                    str(boundary),
+                    "--outfile",
+                    pruned,
+                ],
+                check=True,
+            )
+        command = [
+            "-c",
+            PYTHON_SERVER,
+            "--model",
+            pruned,
+            "--port",
+            port,
+            "--n_ctx",
+            n_ctx,
+            "--n_threads",
+            arguments.threads,
+        ]
         # by default that server asks for the logits of every prompt token, and nothing is pruned
         command += ["--n_threads_batch", arguments.threads, "--verbose", "false", "--logits_all", "false"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -155,8 +223,12 @@ def _append(path: Path, row: dict) -> None:
 def _summarize(rows: list[dict]) -> None:
     for engine, pop in dict.fromkeys((row["engine"], row["pop"]) for row in rows):
         chosen = [row for row in rows if (row["engine"], row["pop"]) == (engine, pop)]
-        spread = lambda name: f"{np.median([row[name] for row in chosen]):.1f} [{min(row[name] for row in chosen)}, {max(row[name] for row in chosen)}]"  # noqa: E731
-        print(f"{engine:7} {'POP' if pop else 'whole':6} {spread('tokens_per_s')} tokens/s, first token {spread('ttft_median_ms')} ms")
+        spread = lambda name: (
+            f"{np.median([row[name] for row in chosen]):.1f} [{min(row[name] for row in chosen)}, {max(row[name] for row in chosen)}]"
+        )
+        print(
+            f"{engine:7} {'POP' if pop else 'whole':6} {spread('tokens_per_s')} tokens/s, first token {spread('ttft_median_ms')} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -52,9 +52,13 @@ def main() -> int:
     print(f"\nPrompt    ...{PROMPT[-51:]}")
     print(f"With POP  {text.strip()}")
     print(f"Without   {full.strip()}")
-    print(f"\nBoundary             layer {llm.pop.boundary} of {llm.pop.n_layer} (prefill skips {llm.pop.n_layer - llm.pop.boundary})")
+    print(
+        f"\nBoundary             layer {llm.pop.boundary} of {llm.pop.n_layer} (prefill skips {llm.pop.n_layer - llm.pop.boundary})"
+    )
     print(f"Prompt               {n_prompt} tokens")
-    print(f"Time to first token  {with_pop:.1f} ms with POP, {without:.1f} ms without ({without / with_pop:.2f}x), median of {RUNS}")
+    print(
+        f"Time to first token  {with_pop:.1f} ms with POP, {without:.1f} ms without ({without / with_pop:.2f}x), median of {RUNS}"
+    )
     return 0
 
 

@@ -16,20 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import _library
+from pypop_gguf.bench.plan import cores
+from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.cli import main as pop_gguf
+from pypop_gguf.commands.eval import answers, exact_matches
+from pypop_gguf.fitting.adapter_file import write_adapter
+from pypop_gguf.fitting.distill import distill
+from pypop_gguf.fitting.fit import fit_values
+from pypop_gguf.importance.calibration import load_samples
+from pypop_gguf.importance.load_model import load_for_importance
+from pypop_gguf.importance.scores import compute_importance, find_decoder_layers
 from pypop_gguf.llama import PopLlama
-from pypop_gguf.tools import tasks
-from pypop_gguf.tools.ablations import Variant, block_influence, continuation_log_probs, variants, wanda
-from pypop_gguf.tools.bench_plan import cores
-from pypop_gguf.tools.boundary import choose_by_curve
-from pypop_gguf.tools.calibration import load_samples
-from pypop_gguf.tools.distill_kv import distill
-from pypop_gguf.tools.eval import answers, exact_matches
-from pypop_gguf.tools.fit_kv import fit_values
-from pypop_gguf.tools.importance import compute_importance, find_decoder_layers
-from pypop_gguf.tools.kv_adapter import write_adapter
-from pypop_gguf.tools.load_model import load_for_importance
-from pypop_gguf.tools.quality import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize
+from pypop_gguf.quality import tasks
+from pypop_gguf.quality.score import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize
+from tools.ablations import Variant, block_influence, continuation_log_probs, variants, wanda
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "lab-llama-12l"
@@ -66,7 +66,11 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
     n_layer = curves["f16"]["stories"][0].boundary
     exact = _exact_answers(files["q8_0"], arguments.data, (10, 9, 8, 7, 6, 5, 4))
     fits = _fits(MODEL, files["f16"], arguments.data, range(3, 11), scratch)
-    other_fits = _fits(arguments.other, arguments.other, arguments.data, range(1, 4), scratch, only=("stories",)) if arguments.other else None
+    other_fits = (
+        _fits(arguments.other, arguments.other, arguments.data, range(1, 4), scratch, only=("stories",))
+        if arguments.other
+        else None
+    )
     ends = {pair: _engine(files["q8_0"], arguments.data, (6, 8), *pair) for pair in ENDS}
     torch_rows, profiles = _torch(arguments.data)
     _plot_curves(curves, plots / "curves.png")
@@ -95,7 +99,10 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
         _exact_table(exact),
     ]
     if other:
-        parts += [f"The other model, `{arguments.other.stem}` (stories alone, which is what it can):", _one_curve(other["stories"])]
+        parts += [
+            f"The other model, `{arguments.other.stem}` (stories alone, which is what it can):",
+            _one_curve(other["stories"]),
+        ]
     parts += [
         "## Fitted projections",
         f"F16. `pop-gguf convert --fit-kv --rank {RANK} --calibration calibration.jsonl` ({N_CALIBRATION} texts, none of them measured on), "
@@ -124,12 +131,26 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
 
 
 def _engine(
-    path: Path, data: Path, boundaries: Iterable[int], head: int = 0, tail: int = 1, only=TASKS, adapters: Iterable[Path] = ()
+    path: Path,
+    data: Path,
+    boundaries: Iterable[int],
+    head: int = 0,
+    tail: int = 1,
+    only=TASKS,
+    adapters: Iterable[Path] = (),
 ) -> dict[str, list[Quality]]:
     llm = PopLlama(
-        str(path), pop_boundary=1, pop_head=head, pop_tail=tail, pop_adapter=list(adapters), n_ctx=CONTEXT, n_batch=CONTEXT,
-        n_threads=cores(), n_threads_batch=cores(), verbose=False,
-    )  # fmt: skip
+        str(path),
+        pop_boundary=1,
+        pop_head=head,
+        pop_tail=tail,
+        pop_adapter=list(adapters),
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        n_threads=cores(),
+        n_threads_batch=cores(),
+        verbose=False,
+    )
     result = {}
     for name in only:
         task = tasks.of_file(
@@ -159,8 +180,13 @@ def _fits(source: Path, engine_file: Path, data: Path, boundaries: Iterable[int]
         write_adapter(paths["distilled"], model, boundary, trained, fingerprint)
         for kind, path in paths.items():
             written[kind].append(path)
-        print(f"{source.stem}: fitted {boundary} in {times[boundary][0]:.0f} and {times[boundary][1]:.0f} s", file=sys.stderr)
-    qualities = {kind: _engine(engine_file, data, boundaries, only=only, adapters=paths) for kind, paths in written.items()}
+        print(
+            f"{source.stem}: fitted {boundary} in {times[boundary][0]:.0f} and {times[boundary][1]:.0f} s",
+            file=sys.stderr,
+        )
+    qualities = {
+        kind: _engine(engine_file, data, boundaries, only=only, adapters=paths) for kind, paths in written.items()
+    }
     sizes = {b: path.stat().st_size for b, path in zip(boundaries, written["distilled"], strict=True)}
     return {**qualities, "times": times, "sizes": sizes}
 
@@ -170,31 +196,57 @@ def _fits_table(plain: dict, fits: dict, names: Iterable[str]) -> str:
     for boundary, (fit_seconds, distill_seconds) in sorted(fits["times"].items(), reverse=True):
         cells = []
         for name in names:
-            found = [next(q.kl for q in qualities[name] if q.boundary == boundary) for qualities in (plain, fits["closed form"], fits["distilled"])]
+            found = [
+                next(q.kl for q in qualities[name] if q.boundary == boundary)
+                for qualities in (plain, fits["closed form"], fits["distilled"])
+            ]
             cells.append(" / ".join(f"{kl.value:.3f}" for kl in found) + f" [{found[2].low:.3f}, {found[2].high:.3f}]")
-        rows.append([boundary, *cells, f"{fits['sizes'][boundary] / 1e3:.0f} kB", f"{fit_seconds:.0f} s, {distill_seconds:.0f} s"])
+        rows.append(
+            [
+                boundary,
+                *cells,
+                f"{fits['sizes'][boundary] / 1e3:.0f} kB",
+                f"{fit_seconds:.0f} s, {distill_seconds:.0f} s",
+            ]
+        )
     return _table(["b", *(f"{name} [distilled]" for name in names), "size", "time"], rows)
 
 
 def _fit_reading(plain: dict, fits: dict, boundary: int) -> str:
     parts = []
     for name in TASKS:
-        kl = [next(q.kl.value for q in qualities[name] if q.boundary == boundary) for qualities in (plain, fits["closed form"], fits["distilled"])]
+        kl = [
+            next(q.kl.value for q in qualities[name] if q.boundary == boundary)
+            for qualities in (plain, fits["closed form"], fits["distilled"])
+        ]
         parts.append(f"{name} {1 - kl[1] / kl[0]:.0%} closed form, {1 - kl[2] / kl[0]:.0%} distilled")
     return "; ".join(parts)
 
 
 def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[str, dict[int, Mean]]:
     """Of each task's questions, answered by the engine: task -> boundary -> share that is right."""
-    llm = PopLlama(str(path), pop_boundary=1, n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=cores(), n_threads_batch=cores(), verbose=False)
+    llm = PopLlama(
+        str(path),
+        pop_boundary=1,
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        n_threads=cores(),
+        n_threads_batch=cores(),
+        verbose=False,
+    )
     tokenizer = Tokenizer(llm)
     common = dict(max_samples=N_SAMPLES, max_tokens=CONTEXT, seed=0, run_code=False)
     with tempfile.TemporaryDirectory() as directory:  # a prompt and a response, as eval reads GSM8K's own keys
         arithmetic = Path(directory) / "arithmetic.jsonl"
         records = [json.loads(line) for line in (data / "arithmetic.jsonl").read_text().splitlines()]
-        as_gsm8k = [{"question": r["prompt"][len("Question: ") : -len("\nAnswer:")], "answer": r["response"]} for r in records]
+        as_gsm8k = [
+            {"question": r["prompt"][len("Question: ") : -len("\nAnswer:")], "answer": r["response"]} for r in records
+        ]
         arithmetic.write_text("".join(json.dumps(record) + "\n" for record in as_gsm8k))
-        chosen = [tasks.of_file(tokenizer, data / "recall.jsonl", **common), tasks.of_file(tokenizer, arithmetic, **common)]
+        chosen = [
+            tasks.of_file(tokenizer, data / "recall.jsonl", **common),
+            tasks.of_file(tokenizer, arithmetic, **common),
+        ]
     chosen.append(tasks.recall(tokenizer, N_SAMPLES, 400, seed=0))
     result = {}
     for task in chosen:
@@ -213,7 +265,10 @@ def _torch(data: Path) -> tuple[dict, dict]:
     profiles = {"prefill": scores.prefill, "decode": scores.decode, "influence": influence}
     samples = {name: load_samples(tokenizer, data / f"{name}.jsonl", max_samples=N_SAMPLES)[0] for name in TASKS}
     whole = {
-        name: [continuation_log_probs(model, layers, sample, Variant("whole", tail=sample.prompt_len)) for sample in of_task]
+        name: [
+            continuation_log_probs(model, layers, sample, Variant("whole", tail=sample.prompt_len))
+            for sample in of_task
+        ]
         for name, of_task in samples.items()
     }
     exact = [_exact(log_p, sample) for log_p, sample in zip(whole["recall"], samples["recall"], strict=True)]
@@ -228,7 +283,11 @@ def _torch(data: Path) -> tuple[dict, dict]:
             for name, of_task in samples.items():
                 log_ps = [continuation_log_probs(changed, of_changed, sample, variant) for sample in of_task]
                 continuations = [list(sample.tokens[sample.prompt_len :]) for sample in of_task]
-                kls.append(bootstrap_mean(np.array([compare(*each).kl for each in zip(log_ps, whole[name], continuations, strict=True)])))
+                kls.append(
+                    bootstrap_mean(
+                        np.array([compare(*each).kl for each in zip(log_ps, whole[name], continuations, strict=True)])
+                    )
+                )
                 if name == "recall":
                     matches = [_exact(log_p, sample) for log_p, sample in zip(log_ps, of_task, strict=True)]
             rows.append((variant.name, kls, bootstrap_mean(np.array(matches))))
@@ -257,23 +316,28 @@ def _curve_table(curves: dict, n_layer: int) -> str:
     rows = []
     for i, quality in enumerate(curves["f16"]["stories"]):
         if quality.boundary != n_layer:
-            rows.append([quality.boundary, *(_cell(curves[outtype][name][i].kl) for name in TASKS for outtype in TYPES)])
+            rows.append(
+                [quality.boundary, *(_cell(curves[outtype][name][i].kl) for name in TASKS for outtype in TYPES)]
+            )
     return _table(["b", *(f"{name} {outtype.upper()}" for name in TASKS for outtype in TYPES)], rows)
 
 
 def _choices(curves: dict, n_layer: int) -> str:
     chosen = {
         outtype: [
-            choose_by_curve(n_layer, {q.boundary: (q.kl.value, q.loss_increase.value) for q in curves[outtype][name]}, max_kl=BUDGET).boundary
+            choose_by_curve(
+                n_layer, {q.boundary: (q.kl.value, q.loss_increase.value) for q in curves[outtype][name]}, max_kl=BUDGET
+            ).boundary
             for name in TASKS
         ]
         for outtype in TYPES
     }
     same = len({tuple(boundaries) for boundaries in chosen.values()}) == 1
     text = "; ".join(f"{outtype.upper()} {' / '.join(map(str, boundaries))}" for outtype, boundaries in chosen.items())
-    return (
-        f"Deepest boundary with KL of at most {BUDGET} ({' / '.join(TASKS)}): {text}. "
-        + ("Quantization does not change the answer." if same else "Quantization changes the answer where the curve crosses the budget.")
+    return f"Deepest boundary with KL of at most {BUDGET} ({' / '.join(TASKS)}): {text}. " + (
+        "Quantization does not change the answer."
+        if same
+        else "Quantization changes the answer where the curve crosses the budget."
     )
 
 
@@ -297,7 +361,10 @@ def _ends_table(ends: dict) -> str:
 
 
 def _ablation_table(share: str, rows: list) -> str:
-    return _table([f"{share} skipped", *TASKS, "recall, exact"], [[name, *map(_cell, kls), _percent(match)] for name, kls, match in rows])
+    return _table(
+        [f"{share} skipped", *TASKS, "recall, exact"],
+        [[name, *map(_cell, kls), _percent(match)] for name, kls, match in rows],
+    )
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -333,9 +400,13 @@ def _plot_curves(curves: dict, path: Path) -> None:
             x = [quality.boundary + 0.1 * (i - 1) for quality in points]
             y = [quality.kl.value for quality in points]
             spread = [[q.kl.value - q.kl.low for q in points], [q.kl.high - q.kl.value for q in points]]
-            axes.errorbar(x, y, yerr=spread, color=COLOURS[i], marker="o", markersize=3, capsize=2, label=outtype.upper())
+            axes.errorbar(
+                x, y, yerr=spread, color=COLOURS[i], marker="o", markersize=3, capsize=2, label=outtype.upper()
+            )
         axes.axhline(BUDGET, color="#666666", linestyle="--", linewidth=0.8)
-        axes.set(title=name, xlabel="boundary (layers kept)", ylabel="KL to the whole model" if name == TASKS[0] else "")
+        axes.set(
+            title=name, xlabel="boundary (layers kept)", ylabel="KL to the whole model" if name == TASKS[0] else ""
+        )
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Mixed traffic on the server for a while: `python tools/soak.py --minutes 60`. Needs the source tree.
+"""Mixed traffic on the server for a while: `python -m tools.soak --minutes 60`. Needs the source tree.
 
 Greedy answers, streams, cancelled, broken and bad requests, by several clients at once, on the loopback address. It fails where
 an answer differs from what PopLlama gives alone (F32 caches, no flash attention, so that batches of other shapes differ by
@@ -33,12 +33,43 @@ STUCK_S = 60
 N_WRITTEN = 16
 # Each in slots and with prompts of its own: a pruned request may go on from what a whole one has left, and then differs.
 KINDS = {True: (0, 1), False: (2, 3)}
-OPENINGS = {True: ("Once upon a time there was a", "Every morning the old"), False: ("Tim and his sister saw a", "In the garden lived a")}
-WORDS = "small big red blue happy sad dog cat bird fish tree ball kite house river stone friend cake hat boat".split()
+OPENINGS = {
+    True: ("Once upon a time there was a", "Every morning the old"),
+    False: ("Tim and his sister saw a", "In the garden lived a"),
+}
+WORDS = [
+    "small",
+    "big",
+    "red",
+    "blue",
+    "happy",
+    "sad",
+    "dog",
+    "cat",
+    "bird",
+    "fish",
+    "tree",
+    "ball",
+    "kite",
+    "house",
+    "river",
+    "stone",
+    "friend",
+    "cake",
+    "hat",
+    "boat",
+]
 BAD = [
-    b"", b"[]", b"{", b'{"prompt": {}}', b'{"prompt": [-1]}', b'{"prompt": "a", "n_predict": "x"}', b'{"prompt": "\xff"}',
-    b'{"prompt": "a", "grammar": "root ::= root"}', json.dumps({"prompt": "far too long " * 3000}).encode(),
-]  # fmt: skip
+    b"",
+    b"[]",
+    b"{",
+    b'{"prompt": {}}',
+    b'{"prompt": [-1]}',
+    b'{"prompt": "a", "n_predict": "x"}',
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "a", "grammar": "root ::= root"}',
+    json.dumps({"prompt": "far too long " * 3000}).encode(),
+]
 
 
 class Traffic:
@@ -67,7 +98,9 @@ class Traffic:
 
     def burst(self, n_clients: int) -> None:
         """The most that they can ask at once: what the server's allocator keeps of it is no growth."""
-        longest = [self.body(random.Random(0), pop, f"{OPENINGS[pop][0]} {' '.join(WORDS * 20)}", False) for pop in KINDS]
+        longest = [
+            self.body(random.Random(0), pop, f"{OPENINGS[pop][0]} {' '.join(WORDS * 20)}", False) for pop in KINDS
+        ]
 
         def send(body: bytes) -> None:
             connection, response = self.post("/completion", body)
@@ -80,7 +113,14 @@ class Traffic:
 
     def client(self, seed: int) -> None:
         chance = random.Random(seed)
-        actions = [(self.answer, 50), (self.hang_up, 15), (self.cancel, 10), (self.bad, 15), (self.no_http, 5), (self.look, 5)]
+        actions = [
+            (self.answer, 50),
+            (self.hang_up, 15),
+            (self.cancel, 10),
+            (self.bad, 15),
+            (self.no_http, 5),
+            (self.look, 5),
+        ]
         while not self.over.is_set():
             with self.lock:
                 self.left -= 1
@@ -108,7 +148,11 @@ class Traffic:
             raw = response.read().decode()
         if response.status != 200:
             return self.fault(f"status {response.status} for {prompt!r}: {raw[:200]}")
-        events = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: {")] if stream else [raw]
+        events = (
+            [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: {")]
+            if stream
+            else [raw]
+        )
         text = "".join(json.loads(event)["content"] for event in events)
         if text != expected:
             self.fault(f"pop {pop}, {prompt!r}: {text!r} instead of {expected!r}")
@@ -116,7 +160,9 @@ class Traffic:
     def hang_up(self, chance: random.Random) -> None:
         """In the middle of an answer."""
         pop = chance.random() < 0.5
-        connection, response = self.post("/completion", self.body(chance, pop, chance.choice(list(self.answers[pop])), True, n=400))
+        connection, response = self.post(
+            "/completion", self.body(chance, pop, chance.choice(list(self.answers[pop])), True, n=400)
+        )
         with contextlib.closing(connection):
             response.read(chance.randrange(1, 300))
             response.close()
@@ -137,7 +183,10 @@ class Traffic:
             self.fault(f"status {response.status} for a bad request")
 
     def no_http(self, chance: random.Random) -> None:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=STUCK_S) as client, contextlib.suppress(ConnectionError):
+        with (
+            socket.create_connection(("127.0.0.1", self.port), timeout=STUCK_S) as client,
+            contextlib.suppress(ConnectionError),
+        ):
             client.sendall(chance.randbytes(chance.randrange(1, 2000)))
             client.shutdown(socket.SHUT_WR)
             client.recv(1000)
@@ -149,7 +198,9 @@ class Traffic:
         """Whether nothing is computed or waits any more."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            counts = [line.split() for line in self.get("/metrics").splitlines() if line.startswith("llamacpp:requests_")]
+            counts = [
+                line.split() for line in self.get("/metrics").splitlines() if line.startswith("llamacpp:requests_")
+            ]
             if all(float(count) == 0 for _, count in counts):
                 return True
             time.sleep(0.1)
@@ -158,15 +209,21 @@ class Traffic:
 
 def reference(model: Path, n_prompts: int, seed: int) -> dict[bool, dict[str, str]]:
     """Greedy answers by whether the prompt is pruned, of prompts whose likeliest tokens are ahead by more than rounding."""
-    llm = PopLlama(str(model), n_ctx=512, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, flash_attn=False, verbose=False)
+    llm = PopLlama(
+        str(model), n_ctx=512, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, flash_attn=False, verbose=False
+    )
     chance, answers = random.Random(seed), {True: {}, False: {}}
     for pop, found in answers.items():
         while len(found) < n_prompts:
             prompt = f"{chance.choice(OPENINGS[pop])} {' '.join(chance.choices(WORDS, k=chance.randrange(1, 60)))}"
             llm.reset()
-            text = llm.create_completion(prompt, max_tokens=N_WRITTEN, temperature=0, repeat_penalty=1.0, pop=pop)["choices"][0]["text"]
+            text = llm.create_completion(prompt, max_tokens=N_WRITTEN, temperature=0, repeat_penalty=1.0, pop=pop)[
+                "choices"
+            ][0]["text"]
             tokens = llm.tokenize(prompt.encode())
-            written = llm.input_ids[len(tokens) : llm.n_tokens].tolist()  # without the last one, which a token of any id stands for
+            written = llm.input_ids[
+                len(tokens) : llm.n_tokens
+            ].tolist()  # without the last one, which a token of any id stands for
             best = np.sort(llm.score(tokens, [*written, 0], pop=pop), axis=1)
             if (best[:, -1] - best[:, -2]).min() > 0.01:
                 found[prompt] = text
@@ -180,7 +237,21 @@ def serving(model: Path, log: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pypop_gguf", "serve", model, "--port", port, "--threads", 1, "--context", 4096, "--parallel", 4]
+    command = [
+        sys.executable,
+        "-m",
+        "pypop_gguf",
+        "serve",
+        model,
+        "--port",
+        port,
+        "--threads",
+        1,
+        "--context",
+        4096,
+        "--parallel",
+        4,
+    ]
     command += ["--server-options", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
     command += ["--cache-ram", 16]
     with log.open("w") as file:
@@ -216,7 +287,11 @@ def soak(model: Path, log: Path, minutes: float, n_clients: int, n_requests: int
         began, sizes = time.monotonic(), []
         for client in clients:
             client.start()
-        while time.monotonic() - began < 60 * minutes and not traffic.over.is_set() and any(client.is_alive() for client in clients):
+        while (
+            time.monotonic() - began < 60 * minutes
+            and not traffic.over.is_set()
+            and any(client.is_alive() for client in clients)
+        ):
             time.sleep(0.5)
             if process.poll() is not None:
                 traffic.fault(f"the server ended with status {process.returncode}")
@@ -242,24 +317,36 @@ def soak(model: Path, log: Path, minutes: float, n_clients: int, n_requests: int
     growth = last / first - 1
     if growth > max_growth:
         traffic.fault(f"memory grew by {growth:.2%}")
-    print(f"{sum(traffic.done.values())} requests in {seconds / 60:.1f} minutes by {n_clients} clients: {dict(sorted(traffic.done.items()))}")
+    print(
+        f"{sum(traffic.done.values())} requests in {seconds / 60:.1f} minutes by {n_clients} clients: {dict(sorted(traffic.done.items()))}"
+    )
     print(f"memory {first / 1e6:.1f} MB after the warm-up, {last / 1e6:.1f} MB at the end: {growth:+.2%}")
     for fault in traffic.faults:
         print(f"FAULT {fault}")
     if traffic.faults:
         print(f"the server's last words: {log.read_text(errors='replace')[-4000:]}")
-    print("failed" if traffic.faults else f"passed: {traffic.done['answer']} greedy answers equal to their references, none stuck")
+    print(
+        "failed"
+        if traffic.faults
+        else f"passed: {traffic.done['answer']} greedy answers equal to their references, none stuck"
+    )
     return 1 if traffic.faults else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--requests", type=int, default=10_000_000, help="at most")
     parser.add_argument("--clients", type=int, default=8, help="at once, on four slots")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-growth", type=float, default=0.01, help="of the server's memory after the warm-up, as a share")
-    parser.add_argument("--model", type=Path, help="an F32 GGUF with a boundary (default: the bundled model, 8 of 12 layers)")
+    parser.add_argument(
+        "--max-growth", type=float, default=0.01, help="of the server's memory after the warm-up, as a share"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="an F32 GGUF with a boundary (default: the bundled model, 8 of 12 layers)"
+    )
     a = parser.parse_args()
     bundled = Path(__file__).resolve().parents[1] / "models" / "lab-llama-12l"
     with tempfile.TemporaryDirectory() as directory:

@@ -1,0 +1,283 @@
+"""``pop-gguf random-model``: a GGUF of a known model's geometry with random weights, for speed measurements.
+
+A model's speed depends on its shapes and types, not on what it has learned, so a benchmark needs no download. The text such
+a model writes means nothing. Weights come from a small pool of random blocks that every tensor reads from a place of its
+own: an 8B file is written at the disk's speed in little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFWriter, LlamaFileType
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.metadata import MAX_LAYERS
+from pypop_gguf.gguf_files.writer import check_free_space, replacing
+
+DESCRIPTION = """\
+Writes a GGUF with the geometry of a known model and random weights: good for measuring speed and memory, for nothing else.
+Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
+
+_WEIGHT_STD = 0.02  # keeps activations of every geometry here far from F16's limits
+_WRITE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a model, as its own configuration gives it."""
+
+    architecture: str
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    n_ctx_train: int
+    rope_base: float
+    tied: bool = False  # the output layer is the token embedding
+    rms_eps: float = 1e-5
+    sliding_window: int | None = None  # llama.cpp's own pattern for gemma3: every sixth layer sees everything
+    rope_scaling: float | None = None  # linear
+
+    @property
+    def head_norms(self) -> bool:
+        return self.architecture in ("qwen3", "gemma3")
+
+    @property
+    def post_norms(self) -> bool:
+        return self.architecture == "gemma3"
+
+
+GEOMETRIES = {
+    "llama-3.2-1b": Geometry("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, 500000.0, tied=True),
+    "llama-3.1-8b": Geometry("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0),
+    "qwen3-8b": Geometry("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960, 1000000.0, rms_eps=1e-6),
+    "gemma-3-12b": Geometry(
+        "gemma3",
+        48,
+        3840,
+        15360,
+        16,
+        8,
+        256,
+        262208,
+        131072,
+        1000000.0,
+        tied=True,
+        rms_eps=1e-6,
+        sliding_window=1024,
+        rope_scaling=8.0,
+    ),
+    "tiny": Geometry("llama", 8, 256, 512, 4, 2, 64, 512, 4096, 10000.0),
+}
+
+_FILE_TYPES = {
+    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
+    "q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0),
+    "f16": (LlamaFileType.MOSTLY_F16, Type.F16),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("geometry", choices=GEOMETRIES, help=", ".join(GEOMETRIES), metavar="GEOMETRY")
+    parser.add_argument("outfile", type=Path, metavar="OUT.gguf")
+    parser.add_argument("--outtype", choices=_FILE_TYPES, default="q4_k_m", help="(default: q4_k_m)")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers to write (default: the geometry's)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes one model.
+
+    Raises:
+        PopError: A number is out of range, or the file cannot be written.
+    """
+    geometry = GEOMETRIES[arguments.geometry]
+    if arguments.layers is not None:
+        geometry = replace(geometry, n_layer=arguments.layers)
+    if not 1 <= geometry.n_layer <= MAX_LAYERS:
+        raise PopError(f"--layers {geometry.n_layer} is out of range: give 1 to {MAX_LAYERS}")
+    if arguments.seed < 0:
+        raise PopError(f"--seed {arguments.seed} is out of range: give at least 0")
+    write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
+    size = arguments.outfile.stat().st_size
+    print(
+        f"{arguments.outfile}: {arguments.geometry}, {geometry.n_layer} layers, {arguments.outtype}, {size / 1e6:.1f} MB"
+    )
+    return 0
+
+
+def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed: int = 0) -> None:
+    """Writes a random model.
+
+    Args:
+        geometry: Its shape.
+        name: ``general.name``.
+        target: File to write; replaced as a whole.
+        outtype: q4_k_m, q8_0, q4_0 or f16, with llama.cpp's own mixture of tensor types.
+        seed: Of the weights.
+
+    Raises:
+        PopError: The file does not fit or cannot be written.
+    """
+    file_type, _ = _FILE_TYPES[outtype]
+    tensors = [
+        (tensor, shape, _tensor_type(tensor, len(shape), geometry, outtype)) for tensor, shape in _tensors(geometry)
+    ]
+    sizes = [_n_bytes(shape, kind) for _, shape, kind in tensors]
+    check_free_space(target.absolute().parent, sum(sizes))
+    pools = {kind: _pool(kind, np.random.default_rng([seed, kind])) for kind in {kind for *_, kind in tensors}}
+    places = np.random.default_rng(seed)
+
+    with replacing(target) as beside:
+        writer = GGUFWriter(beside, geometry.architecture)
+        _add_keys(writer, geometry, name, file_type)
+        for (tensor, shape, kind), n_bytes in zip(tensors, sizes, strict=True):
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        try:
+            # GGUFWriter.write_tensor_data() takes a whole tensor; the largest here have 2 GB
+            file = writer.fout[0]
+            for (_, _, kind), n_bytes in zip(tensors, sizes, strict=True):
+                writer.write_padding(file, file.tell())
+                _write_repeated(file.write, pools[kind], n_bytes, int(places.integers(len(pools[kind]))))
+            writer.write_padding(file, file.tell())
+        finally:
+            writer.close()
+
+
+def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in numpy's order: (rows, columns), the opposite of ggml's."""
+    g = geometry
+    n_q, n_kv = g.n_head * g.head_dim, g.n_head_kv * g.head_dim
+    yield "token_embd.weight", (g.n_vocab, g.n_embd)
+    for il in range(g.n_layer):
+        block = {
+            "attn_norm": (g.n_embd,),
+            "attn_q": (n_q, g.n_embd),
+            "attn_k": (n_kv, g.n_embd),
+            "attn_v": (n_kv, g.n_embd),
+            "attn_output": (g.n_embd, n_q),
+            "ffn_norm": (g.n_embd,),
+            "ffn_gate": (g.n_ff, g.n_embd),
+            "ffn_up": (g.n_ff, g.n_embd),
+            "ffn_down": (g.n_embd, g.n_ff),
+        }
+        if g.head_norms:
+            block |= {"attn_q_norm": (g.head_dim,), "attn_k_norm": (g.head_dim,)}
+        if g.post_norms:
+            block |= {"post_attention_norm": (g.n_embd,), "post_ffw_norm": (g.n_embd,)}
+        for tensor, shape in block.items():
+            yield f"blk.{il}.{tensor}.weight", shape
+    yield "output_norm.weight", (g.n_embd,)
+    if not g.tied:
+        yield "output.weight", (g.n_vocab, g.n_embd)
+
+
+def _tensor_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Type:
+    """The type that llama-quantize gives this tensor."""
+    if n_dims == 1:
+        return Type.F32
+    kind = _FILE_TYPES[outtype][1]
+    if kind in (Type.F16, Type.Q8_0):
+        return kind
+    if name == ("token_embd.weight" if geometry.tied else "output.weight"):
+        return Type.Q6_K
+    if outtype == "q4_k_m" and name.endswith(("attn_v.weight", "ffn_down.weight")):
+        il, n_layer = int(name.split(".")[1]), geometry.n_layer
+        if il < n_layer // 8 or il >= 7 * n_layer // 8 or (il - n_layer // 8) % 3 == 2:
+            return Type.Q6_K
+    return kind
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block_weights * block_bytes
+
+
+def _add_keys(writer: GGUFWriter, geometry: Geometry, name: str, file_type: LlamaFileType) -> None:
+    g = geometry
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(g.n_layer)
+    writer.add_context_length(g.n_ctx_train)
+    writer.add_embedding_length(g.n_embd)
+    writer.add_feed_forward_length(g.n_ff)
+    writer.add_head_count(g.n_head)
+    writer.add_head_count_kv(g.n_head_kv)
+    writer.add_key_length(g.head_dim)
+    writer.add_value_length(g.head_dim)
+    writer.add_rope_dimension_count(g.head_dim)
+    writer.add_rope_freq_base(g.rope_base)
+    writer.add_layer_norm_rms_eps(g.rms_eps)
+    writer.add_vocab_size(g.n_vocab)
+    _add_tokenizer(writer, g.n_vocab)
+    if g.sliding_window:
+        writer.add_sliding_window(g.sliding_window)
+    if g.rope_scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(g.rope_scaling)
+
+
+def _add_tokenizer(writer: GGUFWriter, n_vocab: int) -> None:
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    n_numbers = n_vocab - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *(f"\u2581{number}" for number in range(n_numbers))])
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * n_numbers])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def _write_repeated(write: Callable[[memoryview], int], pool: np.ndarray, n_bytes: int, first_block: int) -> None:
+    """Writes ``n_bytes`` of a pool, uint8 [blocks, bytes of a block], from one of its blocks on and around again."""
+    ring = memoryview(pool.reshape(-1))
+    start = first_block * pool.shape[1]
+    while n_bytes:
+        part = ring[start : start + min(n_bytes, _WRITE_BYTES)]
+        write(part)
+        n_bytes -= len(part)
+        start = (start + len(part)) % len(ring)
+
+
+def _pool(kind: Type, random: np.random.Generator) -> np.ndarray:
+    """Random blocks of a type, uint8 [blocks, bytes of a block]. Prime counts, so that no two rows of a tensor start alike."""
+    if kind == Type.F32:  # norms
+        return np.ones((1 << 14, 1), dtype="<f4").view(np.uint8)
+    if kind == Type.F16:
+        values = random.standard_normal((4194301, 1), dtype=np.float32) * _WEIGHT_STD
+        return values.astype("<f2").view(np.uint8)
+    blocks = random.integers(0, 256, (65521, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    # A block's F16 scale follows from the spread of its random quants, so that weights have _WEIGHT_STD.
+    if kind == Type.Q4_0:  # d, 32 quants of 4 bits less 8
+        blocks[:, 0:2] = _scale(4.61)
+    elif kind == Type.Q8_0:  # d, 32 signed bytes
+        blocks[:, 0:2] = _scale(73.9)
+    elif kind == Type.Q4_K:  # d, dmin, 8 scales and 8 minima of 6 bits, 256 quants of 4 bits: d s q - dmin m
+        blocks[:, 0:2] = _scale(257.0)
+        blocks[:, 2:4] = _scale(257.0 / 7.5)  # the middle quant is 7.5, so that the mean is 0
+    elif kind == Type.Q6_K:  # 256 quants of 6 bits less 32, 16 signed scales of 8 bits, d
+        blocks[:, 192:208] = random.integers(16, 64, (len(blocks), 16), dtype=np.uint8)
+        blocks[:, 208:210] = _scale(18.5 * 41.9)
+    return blocks
+
+
+def _scale(quants_std: float) -> np.ndarray:
+    return np.array([_WEIGHT_STD / quants_std], dtype="<f2").view(np.uint8)

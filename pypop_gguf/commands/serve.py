@@ -1,0 +1,141 @@
+"""``pop-gguf serve``: llama.cpp's own server, OpenAI-compatible, whose prompts are read by the layers below the boundary.
+
+The server is llama-server, built from the patched source; this command checks the model file, gives it defaults that
+suit pruning, and becomes that process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from pypop_gguf import _library
+from pypop_gguf.bench.plan import cores
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.metadata import read_metadata
+
+DESCRIPTION = """\
+Serves a model on an OpenAI-compatible HTTP address, many requests at once: /v1/chat/completions, /v1/completions,
+/v1/embeddings, /metrics (Prometheus), /health. The boundary comes from the file; a request with "pop": false is read by
+every layer. It is llama.cpp's llama-server: all that follows --server-options goes to it as it is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument(
+        "--boundary",
+        type=int,
+        metavar="N",
+        help="first layer that prompts skip; the number of layers: none (default: the file's)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8080, help="(default: 8080)")
+    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="requests at once; more wait (default: 4)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of all requests together, each has its share (default: as many as the model was trained for, if memory holds them)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector, for images")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must send, one a line")
+    parser.add_argument(
+        "--server-options",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="OPTION",
+        help="llama-server's own, up to the end of the line; --help lists them",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Becomes the server; returns only where it cannot.
+
+    Raises:
+        PopError: The model or another file cannot be read, or a number is out of range.
+    """
+    for name, low, high in (
+        ("port", 0, 65535),
+        ("parallel", 1, 256),
+        ("context", 1, None),
+        ("threads", 1, None),
+        ("boundary", 1, None),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and (value < low or (high is not None and value > high)):
+            raise PopError(
+                f"--{name} {value} is out of range: give {f'{low} to {high}' if high else f'at least {low}'}"
+            )
+    read_metadata(arguments.model)  # a bad file ends in one line here
+    for file in (arguments.mmproj, arguments.api_key_file):
+        if file is not None and not os.access(file, os.R_OK):
+            raise PopError(f"{file}: cannot be read; give another file, or make it readable")
+    command = [str(server_program()), *options(arguments)]
+    if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
+        print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
+    # glibc keeps a pool of memory for each thread, and there is one for each connection; and in time it puts larger pieces into
+    # them, which then cannot be given back: a server would grow for hours. These are its own thresholds, held where they begin.
+    for name, value in {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+    }.items():
+        os.environ.setdefault(name, value)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def server_program() -> Path:
+    """The llama-server that was built with the package.
+
+    Raises:
+        PopError: The package was built without it.
+    """
+    program = _library.vendor_dir() / "llama_cpp" / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    if not program.is_file():
+        raise PopError(f"{program} is missing: build the package without -DLLAMA_BUILD_SERVER=OFF")
+    return program
+
+
+def _asks_for_keys(arguments: argparse.Namespace) -> bool:
+    return arguments.api_key_file is not None or any(
+        option.startswith("--api-key") for option in arguments.server_options
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Of every address in a list, as llama-server takes it; sockets in the file system have the permissions of files."""
+    return all(
+        part in ("localhost", "::1") or part.startswith("127.") or part.endswith(".sock") for part in host.split(",")
+    )
+
+
+def options(arguments: argparse.Namespace) -> list[str]:
+    """Of llama-server, for what was asked."""
+    threads = arguments.threads or cores()
+    given = {
+        "--model": arguments.model,
+        "--pop-boundary": arguments.boundary,
+        "--host": arguments.host,
+        "--port": arguments.port,
+        "--parallel": arguments.parallel,
+        "--ctx-size": arguments.context,
+        "--threads": threads,
+        "--mmproj": arguments.mmproj,
+        "--api-key-file": arguments.api_key_file,
+        # a batch is what a cancelled request still computes, and what other requests' next tokens wait for
+        "--batch-size": 512,
+        # seconds that a client may take to send or take the next bytes
+        "--timeout": 60,
+        # pages that a browser on this machine has open may ask, those of others may not
+        "--cors-origins": "localhost",
+    }
+    pairs = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    return [*pairs, "--metrics", "--offline", "--no-ui", *arguments.server_options]

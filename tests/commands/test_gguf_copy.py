@@ -1,0 +1,158 @@
+"""A copy with pop.* keys: what it keeps byte for byte, and files that are out of the ordinary."""
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from pypop_gguf import PopError, PopLlama, cli
+from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
+from pypop_gguf.gguf_files.writer import check_free_space, copy_with_metadata
+from tests.support.gguf_files import (
+    ARRAY,
+    FLOAT32,
+    STRING,
+    UINT32,
+    insert_raw_key,
+    raw_keys,
+    raw_tensors,
+    write_keys,
+    write_model,
+)
+
+SCORES = np.array([5, 4, 3, 2, 1, 0], dtype=np.float32)
+METADATA = PopMetadata(
+    boundary=4, importance_prefill=SCORES, importance_decode=SCORES + 1, calibration_source="bundled"
+)
+
+
+def assert_kept(source_keys, source_tensors, target):
+    assert raw_keys(target) == source_keys
+    assert raw_tensors(target) == source_tensors
+    reader = gguf.GGUFReader(target)
+    assert reader.data_offset % reader.alignment == 0
+    assert [tensor.name for tensor in reader.tensors] == list(source_tensors)
+
+
+def test_copy_keeps_every_tensor_byte_and_every_other_key(bundled_gguf, tmp_path):
+    target = tmp_path / "copy.gguf"
+    before = bundled_gguf.read_bytes()
+    copy_with_metadata(bundled_gguf, target, PopMetadata(boundary=8))
+    assert_kept(raw_keys(bundled_gguf), raw_tensors(bundled_gguf), target)
+    assert list(raw_keys(target)) == list(raw_keys(bundled_gguf))  # in their order
+    assert gguf.GGUFReader(target).get_field("general.architecture").contents() == "llama"
+    assert bundled_gguf.read_bytes() == before
+    assert read_metadata(target).boundary == 8
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [("general.alignment", 64, UINT32)],
+        [("general.alignment", 8, UINT32)],
+        [("made.up", [0.5, -1.5], ARRAY, FLOAT32), ("general.tags", ["a", "", "ß" * 33], ARRAY, STRING)],
+    ],
+    ids=["alignment 64", "alignment 8", "arrays"],
+)
+def test_copy_keeps_alignment_and_arrays(tmp_path, keys):
+    source, target = write_model(tmp_path / "a.gguf", *keys), tmp_path / "b.gguf"
+    copy_with_metadata(source, target, METADATA)
+    assert_kept(raw_keys(source), raw_tensors(source), target)
+    assert PopLlama(str(target), n_ctx=32, verbose=False).pop.boundary == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (ARRAY, struct.pack("<IQ", STRING, 0)),
+        (ARRAY, struct.pack("<IQIQI", ARRAY, 1, UINT32, 1, 7)),
+        (gguf.GGUFValueType.FLOAT64, struct.pack("<d", 0.1)),
+        (gguf.GGUFValueType.UINT8, b"\x07"),
+    ],
+    ids=["empty array", "nested array", "float64", "uint8"],
+)
+def test_copy_keeps_keys_of_rare_types(tmp_path, kind, value):
+    source, target = write_model(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    insert_raw_key(source, "made.up", kind, value)
+    copy_with_metadata(source, target, METADATA)
+    assert_kept(raw_keys(source), raw_tensors(source), target)
+    assert raw_keys(target)["made.up"].endswith(struct.pack("<I", kind) + value)
+
+
+def test_copy_onto_itself_keeps_the_rest(tmp_path):
+    path = write_model(tmp_path / "a.gguf")
+    keys, tensors = raw_keys(path), raw_tensors(path)
+    copy_with_metadata(path, path, METADATA)
+    assert_kept(keys, tensors, path)
+    assert read_metadata(path).boundary == 4
+    assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_second_run_replaces_the_pop_keys(tmp_path):
+    path = write_model(tmp_path / "a.gguf", ("pop.colour", "red", STRING))
+    copy_with_metadata(path, path, METADATA)
+    copy_with_metadata(path, path, PopMetadata(boundary=2))
+    assert read_metadata(path) == PopMetadata(boundary=2)
+    assert "pop.colour" not in gguf.GGUFReader(path).fields
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    source = write_model(tmp_path / "a.gguf")
+    copy_with_metadata(source, tmp_path / "b.gguf", METADATA)
+    copy_with_metadata(tmp_path / "b.gguf", tmp_path / "c.gguf", METADATA)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+
+
+def test_big_endian_copy_stays_big_endian(tmp_path):
+    source, target = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    write_model(source, ("made.up", [1.5, 2.5], ARRAY, FLOAT32), endianess=gguf.GGUFEndian.BIG)
+    copy_with_metadata(source, target, METADATA)
+    assert_kept(raw_keys(source), raw_tensors(source), target)
+    assert target.read_bytes()[4:8] == struct.pack(">I", 3)
+    found = read_metadata(target)
+    assert (found.boundary, found.calibration_source) == (4, "bundled")
+    np.testing.assert_array_equal(found.importance_prefill, SCORES)
+
+
+def test_file_without_tensors_is_copied(tmp_path):
+    source, target = write_keys(tmp_path / "a.gguf", n_layer=6), tmp_path / "b.gguf"
+    copy_with_metadata(source, target, METADATA)
+    assert_kept(raw_keys(source), {}, target)
+    assert read_metadata(target).boundary == 4
+
+
+def test_split_model_gets_its_keys_in_the_first_shard_only(tmp_path):
+    write_model(tmp_path / "m", split_max_tensors=30)
+    shards = sorted(tmp_path.iterdir())
+    assert [shard.name for shard in shards] == [f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    other, keys, tensors = shards[1].read_bytes(), raw_keys(shards[0]), raw_tensors(shards[0])
+    assert cli.main(["convert", str(shards[0]), "--outfile", str(shards[0])]) == 0
+    assert_kept(keys, tensors, shards[0])
+    assert shards[1].read_bytes() == other
+    llm = PopLlama(str(shards[0]), n_ctx=32, verbose=False)
+    assert (llm.pop.boundary, llm.pop.source) == (4, "file")
+
+
+def test_split_model_quantizes_to_one_file(tmp_path):
+    write_model(tmp_path / "m", split_max_tensors=30)
+    target = tmp_path / "whole.gguf"
+    assert (
+        cli.main(["convert", str(tmp_path / "m-00001-of-00002.gguf"), "--outtype", "q8_0", "--outfile", str(target)])
+        == 0
+    )
+    assert PopLlama(str(target), n_ctx=32, verbose=False).pop.boundary == 4
+
+
+def test_split_model_refuses_a_name_that_llama_cpp_would_not_load(tmp_path, capfd):
+    write_model(tmp_path / "m", split_max_tensors=30)
+    before = sorted(tmp_path.iterdir())
+    assert cli.main(["convert", str(before[0])]) == 1
+    assert "is split: give --outfile" in capfd.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_space_is_checked_before_anything_is_written(tmp_path):
+    check_free_space(tmp_path, 1)
+    with pytest.raises(PopError, match=r"not enough space in .*: 1000000000\.00 GB needed, .* GB free"):
+        check_free_space(tmp_path, 10**18)

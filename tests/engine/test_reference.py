@@ -1,0 +1,98 @@
+"""The engine against POP in PyTorch: every boundary, prompts in one chunk and in many, exact and default caches."""
+
+import llama_cpp
+import numpy as np
+import pytest
+
+from pypop_gguf import PopLlama
+from tests.support import pop_reference
+
+pytestmark = pytest.mark.usefixtures("continuation")
+
+NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
+N_PROMPT, N_TOKENS = 70, 74
+F32 = 0  # ggml type
+ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)  # tiny models lose time on a second one
+
+
+def engine_logits(path, tokens, n_prompt, boundary, last_alone=False, **options) -> np.ndarray:
+    """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab].
+
+    ``last_alone`` gives the whole model the batches of a pruned prompt that is repeated: its last token in one of its own.
+    """
+    llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, **options)
+    parts = [tokens[: n_prompt - 1], tokens[n_prompt - 1 : n_prompt]] if last_alone else [tokens[:n_prompt]]
+    rows = []
+    for part in [*parts, *([token] for token in tokens[n_prompt:])]:
+        llm.eval(part)
+        rows.append(last_logits(llm))
+    llm.close()
+    return np.stack(rows[len(parts) - 1 :])
+
+
+def error_against_whole_model(pruned, path, tokens, n_layer, **options) -> float:
+    """Against the prompt in one piece, as it is continued, or with its last token alone, as it is repeated, whichever is
+    nearer: random models amplify even the rounding of another batch size, up to 1e-7."""
+    whole = (engine_logits(path, tokens, N_PROMPT, n_layer, last_alone=alone, **options) for alone in (False, True))
+    return min(pop_reference.squared_error(pruned, logits) for logits in whole)
+
+
+def last_logits(llm) -> np.ndarray:
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
+
+
+def boundaries(model):
+    return range(1, len(model.layers) + 1)
+
+
+@pytest.mark.parametrize("n_batch", [512, 16], ids=["one-chunk", "many-chunks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_boundary_equals_pytorch(reference_models, name, n_batch):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS)
+    full = pop_reference.logits(model.torch_model, model.layers, tokens, len(model.layers), N_PROMPT)
+    for boundary in boundaries(model):
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, boundary, N_PROMPT)
+        actual = engine_logits(
+            model.gguf, tokens, N_PROMPT, boundary, n_batch=n_batch, type_k=F32, type_v=F32, flash_attn=False
+        )
+        error = pop_reference.squared_error(actual, expected)
+        assert error <= 1e-6, f"boundary {boundary}"
+        if boundary < len(model.layers) - 1:  # the test can tell POP from the whole model
+            assert pop_reference.squared_error(full, expected) > 100 * error, f"boundary {boundary}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_caches_equal_pytorch(reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=1)
+    for boundary in boundaries(model):
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, boundary, N_PROMPT)
+        actual = engine_logits(model.gguf, tokens, N_PROMPT, boundary)
+        assert pop_reference.squared_error(actual, expected) <= 1e-5, f"boundary {boundary}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_boundary_at_last_layer_is_lossless(reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=2)
+    n_layer, exact = len(model.layers), dict(type_k=F32, type_v=F32)
+    pruned = engine_logits(model.gguf, tokens, N_PROMPT, n_layer - 1, **exact)
+    assert error_against_whole_model(pruned, model.gguf, tokens, n_layer, **exact) <= 1e-9
+
+
+@pytest.mark.parametrize(("name", "n_writing"), [("gemma3n", 20), ("gemma4", 6)])
+def test_lossless_boundary_of_shared_caches_is_low_exact_and_the_default(shared_cache_models, name, n_writing):
+    model = shared_cache_models[name]
+    tokens = model.tokens(N_TOKENS)
+    llm = PopLlama(str(model.gguf), n_ctx=256, verbose=False)
+    assert (llm.pop.boundary, llm.pop.source, llm.pop.enabled) == (n_writing - 1, "lossless", True)
+
+    exact = dict(type_k=F32, type_v=F32)
+    lossless, lower = (
+        error_against_whole_model(logits, model.gguf, tokens, llm.pop.n_layer, **exact)
+        for logits in (engine_logits(model.gguf, tokens, N_PROMPT, b, **exact) for b in ("lossless", n_writing - 2))
+    )
+    assert lossless <= 1e-9
+    assert lower > 1e-6

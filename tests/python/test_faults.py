@@ -1,0 +1,416 @@
+"""Faults of the machine: killed runs, disks that fill up or turn read-only, memory that runs out, files cut short, forks, libraries.
+
+A target is the old file or the whole new one, always; and what a killed run leaves is removed by the next.
+"""
+
+import contextlib
+import glob
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from pypop_gguf.gguf_files.writer import scratch
+from tests.commands.test_bad_input import error_line
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and mounts of Linux")
+TEXTS = "Once upon a time there was a small frog who could not jump, and all the other frogs laughed at him. " * 40
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pypop_gguf", *map(str, arguments)]
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs a piece of Python in a process of its own, which may die; llama.cpp does not start a debugger to say where."""
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def model(bundled_gguf, tmp_path_factory) -> Path:
+    """The bundled model with a boundary."""
+    path = tmp_path_factory.mktemp("faults") / "model.gguf"
+    assert (
+        subprocess.run(
+            command("convert", bundled_gguf, "--boundary", 8, "--outfile", path), capture_output=True
+        ).returncode
+        == 0
+    )
+    return path
+
+
+# kill -9
+
+
+def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
+    """Kills a run at any time, while it writes beside its target, or while it removes what the last one left; whether it came before the end."""
+    moment, left = random.Random(seed), set(os.listdir(directory))
+
+    def writes() -> bool:  # not Path.glob, which fails where a directory is removed meanwhile
+        return any(path.split("/")[0] not in left for path in glob.glob(".pop-gguf-*/*.gguf", root_dir=directory))
+
+    def removes() -> bool:
+        return not left <= set(os.listdir(directory))
+
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if seed % 3 == 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment.uniform(0, seconds))
+    else:
+        while process.poll() is None and not (writes() if seed % 3 == 1 else removes()):
+            time.sleep(0.0005)
+        time.sleep(moment.uniform(0, 0.03 if seed % 3 == 1 else 0.001))
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["copy", "quantize", "tune"])
+def test_killed_run_leaves_the_old_file_or_the_whole_new_one(bundled_gguf, model, tmp_path, what, kills):
+    (tmp_path / "texts.txt").write_text(TEXTS)
+    target, source = tmp_path / "out" / "target.gguf", model if what == "tune" else bundled_gguf
+    target.parent.mkdir()
+    to_target = {
+        "copy": ["convert", source, "--boundary", 7],
+        "quantize": ["convert", source, "--boundary", 7, "--outtype", "q8_0"],
+        "tune": [
+            "tune",
+            source,
+            "--text",
+            tmp_path / "texts.txt",
+            "--max-kl",
+            9,
+            "--boundary",
+            6,
+            "--samples",
+            2,
+            "--context",
+            64,
+            "--threads",
+            1,
+        ],
+    }[what]
+    run = command(*to_target, "--outfile", target)
+    began = time.monotonic()
+    assert subprocess.run(run, capture_output=True).returncode == 0
+    seconds, new = time.monotonic() - began, target.read_bytes()
+
+    old, killed = source.read_bytes(), 0
+    for seed in range(kills):
+        target.write_bytes(old)
+        killed += kill_at_random(run, target.parent, seconds, seed)
+        assert target.read_bytes() in (old, new)
+        assert (
+            len(list(target.parent.iterdir())) <= 3
+        )  # convert has two directories: it has removed what the last one left
+    assert killed > kills // 3
+    assert subprocess.run(run, capture_output=True).returncode == 0
+    assert [path.name for path in target.parent.iterdir()] == ["target.gguf"] and target.read_bytes() == new
+
+
+KILLED_AT_EACH_STEP = """
+import itertools, os, shutil, signal, sys
+from pathlib import Path
+from pypop_gguf.gguf_files.writer import scratch
+
+def killed_at(step, directory):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fcntl.flock"):
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if not child:
+        sys.addaudithook(hook)
+        with scratch(directory) as made:
+            (made / "own").touch()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+directory = Path(sys.argv[1])
+for step in itertools.count(1):
+    left = directory / ".pop-gguf-abcdefgh" / "further"
+    left.mkdir(parents=True)
+    for path in (left.parent / "a", left / "b", left.parent / "lock"):
+        path.touch()
+    killed = killed_at(step, directory)
+    assert len(os.listdir(directory)) <= 2, (step, os.listdir(directory))
+    with scratch(directory) as made:
+        assert list(directory.iterdir()) == [made], (step, os.listdir(directory))
+    assert not os.listdir(directory), (step, os.listdir(directory))
+    if not killed:
+        break
+print(step - 1, "kills")
+"""
+
+
+def test_run_killed_at_any_step_leaves_nothing_that_the_next_does_not_remove(tmp_path):
+    result = python(KILLED_AT_EACH_STEP, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) > 10
+
+
+def test_killed_eval_leaves_nothing(model, tmp_path):
+    (tmp_path / "texts.txt").write_text(TEXTS)
+    before, seen = model.read_bytes(), sorted(model.parent.iterdir())
+    run = command("eval", model, tmp_path / "texts.txt", "--samples", 2, "--context", 64, "--threads", 1)
+    for seed in range(0, 6, 2):
+        kill_at_random(run, tmp_path, 3, seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+    assert sorted(model.parent.iterdir()) == seen and model.read_bytes() == before
+
+
+def test_what_a_living_run_writes_is_not_removed_and_what_a_killed_one_left_is_named(tmp_path, capsys):
+    hold = "import sys, time; from pathlib import Path; from pypop_gguf.gguf_files.writer import scratch\n"
+    hold += "with scratch(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    [theirs] = tmp_path.iterdir()
+    with scratch(tmp_path) as mine:
+        assert theirs.exists() and mine.exists()
+        with scratch(tmp_path):
+            assert theirs.exists() and mine.exists()
+    assert list(tmp_path.iterdir()) == [theirs]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with scratch(tmp_path):
+        assert not theirs.exists()
+    assert capsys.readouterr().err == f"removed {theirs}, which a killed run left\n"
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 30 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("a small file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_disk_that_is_too_small_is_told_before_anything_is_written(bundled_gguf, small_disk):
+    (small_disk / "filler").write_bytes(bytes(20 << 20))
+    done = subprocess.run(
+        command("convert", bundled_gguf, "--boundary", 7, "--outfile", small_disk / "a.gguf"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "not enough space in" in error_line(done.stderr)
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_disk_that_fills_up_while_it_is_written_leaves_the_old_file(bundled_gguf, small_disk):
+    """By another program's files, after the first bytes."""
+    code = """
+import pathlib, sys
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.metadata import PopMetadata
+from pypop_gguf.gguf_files import writer as gguf_copy
+source, disk = map(pathlib.Path, sys.argv[1:])
+gguf_copy._CHUNK_BYTES = 1 << 20
+def fill(done, total):
+    if not (disk / "filler").exists():
+        try: (disk / "filler").write_bytes(bytes(30 << 20))
+        except OSError: pass
+try: gguf_copy.copy_with_metadata(source, disk / "target.gguf", PopMetadata(boundary=7), fill)
+except PopError as error: print(error)
+"""
+    (small_disk / "target.gguf").write_bytes(b"what stood here before")
+    done = python(code, bundled_gguf, small_disk)
+    assert done.stdout.strip() == f"cannot write {small_disk / 'target.gguf'}: No space left on device"
+    assert {path.name for path in small_disk.iterdir()} == {"target.gguf", "filler"}
+    assert (small_disk / "target.gguf").read_bytes() == b"what stood here before"
+
+
+def test_permission_that_is_lost_while_writing_leaves_the_old_file(bundled_gguf):
+    """As a user who is not root."""
+    code = """
+import os, pathlib, sys
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.metadata import PopMetadata
+from pypop_gguf.gguf_files.writer import copy_with_metadata
+directory = pathlib.Path(sys.argv[1])
+if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)
+def lose(done, total):
+    if done == total: directory.chmod(0o500)
+try: copy_with_metadata(directory / "source.gguf", directory / "target.gguf", PopMetadata(boundary=7), lose)
+except PopError as error: print(error)
+"""
+    with tempfile.TemporaryDirectory() as base:  # pytest's own directories are closed to others
+        directory = Path(base, "out")
+        directory.mkdir()
+        shutil.copy(bundled_gguf, directory / "source.gguf")
+        (directory / "target.gguf").write_bytes(b"what stood here before")
+        os.chmod(base, 0o755)
+        if os.geteuid() == 0:
+            os.chown(directory, 65534, 65534)
+        done = python(code, directory)
+        assert done.stdout.strip() == f"cannot write {directory / 'target.gguf'}: Permission denied", done.stderr
+        assert (directory / "target.gguf").read_bytes() == b"what stood here before"
+
+
+# Memory
+
+LIMITED = """
+import resource, sys
+from pypop_gguf import PopError, PopLlama
+def limit(megabytes):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
+one = dict(n_threads=1, n_threads_batch=1, verbose=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "n_ctx", "reason"),
+    [(300, 2**20, "insufficient memory"), (60, 2048, "insufficient memory"), (5, 256, "Cannot allocate memory")],
+)
+def test_context_that_does_not_fit_into_memory_is_an_error(model, megabytes, n_ctx, reason):
+    code = LIMITED + "import pypop_gguf.llama; limit(int(sys.argv[2]))\n"
+    code += "try: PopLlama(sys.argv[1], n_ctx=int(sys.argv[3]), n_batch=2048, n_ubatch=2048, **one)\nexcept PopError as error: print(error)"
+    done = python(code, model, megabytes, n_ctx)
+    assert (
+        done.returncode == 0 and reason in done.stdout and done.stdout.startswith((str(model), f"cannot read {model}"))
+    ), done
+
+
+def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
+    """ggml's CPU backend makes its work buffer with `new`, and nothing catches what that throws: no error can be given."""
+    code = (
+        LIMITED
+        + "llm = PopLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_ubatch=2048, **one); limit(int(sys.argv[2]))\n"
+    )
+    code += "llm.eval([5 + i % 1000 for i in range(2000)]); print(llm.n_tokens)"
+    assert python(code, model, 200).stdout == "2000\n"
+    done = python(code, model, 4)
+    assert done.returncode == -signal.SIGABRT and "std::bad_alloc" in done.stderr
+
+
+# Files cut short
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_file_cut_short_under_a_running_model(model, tmp_path, use_mmap):
+    """Where it is mapped the system kills the process, and nothing here can prevent that; read into memory it does not matter."""
+    copy = shutil.copy(model, tmp_path / "copy.gguf")
+    code = "import os, sys; from pypop_gguf import PopLlama\n"
+    code += (
+        f"llm = PopLlama(sys.argv[1], n_ctx=256, n_threads=1, n_threads_batch=1, use_mmap={use_mmap}, verbose=False)\n"
+    )
+    code += "os.truncate(sys.argv[1], 1_000_000); llm.eval(list(range(5, 100))); print(llm.n_tokens)"
+    done = python(code, copy)
+    if use_mmap:
+        assert done.returncode == -signal.SIGBUS
+    else:
+        assert (done.returncode, done.stdout) == (0, "95\n"), done.stderr
+
+
+def test_file_cut_short_before_it_is_loaded_is_refused_at_every_length(model, tmp_path):
+    from pypop_gguf import PopError, PopLlama
+
+    whole = model.read_bytes()
+    for length in [*random.Random(3).sample(range(len(whole)), 24), len(whole) - 1]:
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(PopError, match="damaged or cut short|not a GGUF file"):
+            PopLlama(str(tmp_path / "cut.gguf"), verbose=False)
+
+
+# The native library
+
+WITHOUT = """
+import shutil, sys
+from pathlib import Path
+from pypop_gguf import _library
+vendor = Path(shutil.copytree(_library.vendor_dir(), Path(sys.argv[1], "_vendor"), symlinks=True))
+_library.vendor_dir = lambda: vendor
+lib = vendor / "llama_cpp" / "lib"
+{fault}
+try: import pypop_gguf.llama
+except ImportError as error: print(error)
+"""
+FAULTS = {
+    "missing": ("(lib / 'libllama.so').unlink()", "build it again"),
+    "part missing": ("(lib / 'libggml-cpu.so').unlink()", "build it again"),
+    "damaged": ("(lib / 'libllama.so').write_bytes(b'not a library')", "build it again"),
+    "all missing": ("shutil.rmtree(lib)", "build it again"),
+}
+
+
+@pytest.mark.parametrize(("fault", "mend"), FAULTS.values(), ids=FAULTS)
+def test_library_that_cannot_be_loaded_is_an_import_error_that_names_the_mend(tmp_path, fault, mend):
+    done = python(WITHOUT.format(fault=fault), tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+    assert mend in done.stdout and str(tmp_path) in done.stdout
+
+
+def test_library_without_pop_is_refused(tmp_path, stock):
+    """An unpatched build in the carried one's place."""
+    from tests.support.paths import STOCK
+
+    fault = f"shutil.rmtree(lib); shutil.copytree({str(STOCK / 'llama_cpp' / 'lib')!r}, lib)"
+    done = python(WITHOUT.format(fault=fault), tmp_path)
+    assert done.returncode == 0 and "a build without POP" in done.stdout, done.stderr
+
+
+# Forks
+
+FORKED = """
+import os, signal, sys
+from pypop_gguf import PopError, PopLlama
+llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, n_threads_batch=2, verbose=False)
+llm.create_completion("Once", max_tokens=2)
+calls = [lambda: llm.create_completion("Once", max_tokens=2), lambda: llm.eval([5, 6]), lambda: llm.score([5], [6]),
+         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2), lambda: next(llm.generate([5, 6]))]
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    for call in calls:
+        try: call(); print("went on", flush=True)
+        except PopError as error: print(error, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print(len(llm.create_completion("Once", max_tokens=2)["choices"]))
+"""
+
+
+def test_model_that_was_loaded_before_a_fork_is_refused_in_the_child(model):
+    """Its threads do not come along: a computation would wait for them for ever."""
+    done = python(FORKED, model)
+    lines = done.stdout.splitlines()
+    assert (
+        len(lines) == 6 and lines[-1] == "1" and all("before a fork" in line and "spawn" in line for line in lines[:5])
+    ), done
+
+
+def test_model_is_loaded_in_a_child_of_a_fork(model):
+    code = """
+import os, sys
+from pypop_gguf import PopLlama
+pid = os.fork()
+if pid == 0:
+    llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, verbose=False)
+    print(llm.create_completion("Once", max_tokens=2)["usage"]["completion_tokens"], flush=True)
+    os._exit(0)
+print(os.waitpid(pid, 0)[1])
+"""
+    assert python(code, model).stdout == "2\n0\n"

@@ -1,0 +1,450 @@
+"""Vision models: the text model gets the pop.* keys, the projector becomes a second file, and the two load together.
+
+Tiny random models with the bundled model's tokenizer; llama.cpp's converter takes it for every family here.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pypop_gguf import Cancelled, PopError, PopLlama, cli
+from pypop_gguf.gguf_files.metadata import read_metadata
+from pypop_gguf.llama import llama_cpp
+from tests.support.paths import BUNDLED, ROOT
+from tests.support.pop_reference import squared_error
+from tests.support.server import serve
+from tools import architectures
+
+TEXT = dict(
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    initializer_range=0.1,
+)
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}\
+{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} She said:{% endif %}"""
+VISION = dict(hidden_size=32, intermediate_size=64, patch_size=14)
+
+
+def gemma3(directory: Path) -> None:
+    config = transformers.Gemma3Config(
+        text_config=dict(sliding_window=16, query_pre_attn_scalar=16, **TEXT),
+        vision_config=dict(num_hidden_layers=2, num_attention_heads=2, image_size=56, **VISION),
+        mm_tokens_per_image=4,
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(directory)
+    # published models have their tensors under the names that Transformers used before version 5
+    weights = load_file(directory / "model.safetensors")
+    old = {
+        re.sub(r"vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name): weights[name]
+        for name in weights
+    }
+    save_file(old, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def qwen3vl(directory: Path) -> None:
+    rope = dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(rope_scaling=rope, **TEXT),
+        vision_config=dict(
+            depth=2,
+            num_heads=2,
+            out_hidden_size=64,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            **VISION,
+        ),
+    )
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(directory)
+
+
+@pytest.fixture(scope="module", params=[gemma3, qwen3vl], ids=["gemma3", "qwen3vl"])
+def converted(request, tmp_path_factory) -> Path:
+    """The text GGUF; the projector stands beside it."""
+    directory = tmp_path_factory.mktemp(request.param.__name__)
+    source = directory / "model"
+    torch.manual_seed(0)
+    request.param(source)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, source / name)
+    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    preprocessor = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, image_seq_length=4)
+    (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    target = directory / "out" / "text.gguf"
+    target.parent.mkdir()
+    arguments = [
+        "--mmproj",
+        "--outtype",
+        "f32",
+        "--calibration-samples",
+        "2",
+        "--calibration-tokens",
+        "32",
+        "--outfile",
+        str(target),
+    ]
+    assert cli.main(["convert", str(source), *arguments]) == 0
+    return target
+
+
+def test_text_model_and_projector_are_all_that_is_written(converted):
+    assert sorted(path.name for path in converted.parent.iterdir()) == ["mmproj-text.gguf", "text.gguf"]
+    projector = gguf.GGUFReader(converted.with_name("mmproj-text.gguf"))
+    assert projector.get_field("general.type").contents() == "mmproj"
+    assert not any(key.startswith("pop.") for key in projector.fields)
+
+
+def test_text_model_has_boundary_and_importance_of_its_text_layers(converted):
+    metadata = read_metadata(converted)
+    assert metadata.boundary == 4
+    for scores in (metadata.importance_prefill, metadata.importance_decode):
+        assert scores.shape == (6,)
+
+
+def test_text_model_answers_pruned(converted):
+    llm = PopLlama(str(converted), n_ctx=128, verbose=False)
+    assert (llm.pop.boundary, llm.pop.source) == (4, "file")
+    llm.create_completion("The fox lived near the river", max_tokens=4, temperature=0)
+    assert llm.timings.pruned_tokens == llm.timings.prompt_tokens - 1
+
+
+def test_projector_loads_with_its_text_model(converted):
+    import llama_cpp.mtmd_cpp as mtmd
+
+    llm = PopLlama(str(converted), n_ctx=128, verbose=False)
+    parameters = mtmd.mtmd_context_params_default()
+    parameters.use_gpu = parameters.warmup = False
+    context = mtmd.mtmd_init_from_file(bytes(converted.with_name("mmproj-text.gguf")), llm.model, parameters)
+    assert context
+    assert mtmd.mtmd_support_vision(context)
+    mtmd.mtmd_free(context)
+
+
+def _url(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_url(colour) -> str:
+    return _url(Image.new("RGB", (56, 56), colour))
+
+
+def photo_url(seed: int) -> str:
+    """No two parts alike, wider than high."""
+    return _url(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (112, 168, 3), np.uint8)))
+
+
+class Spy:
+    """Stands before a handler's ``mtmd_cpp``: notes what is encoded, and what the text model then reads."""
+
+    def __init__(self, handler) -> None:
+        self._mtmd, handler._mtmd_cpp = handler._mtmd_cpp, self
+        self.encoded = 0  # images
+        self.read = []  # pieces of them: embeddings F32 [n, n_embd_inp], positions I32 [n_pos_per_embd, n]
+
+    def __getattr__(self, name: str):
+        return getattr(self._mtmd, name)
+
+    def mtmd_encode_chunk(self, context, chunk) -> int:
+        self.encoded += 1
+        return self._mtmd.mtmd_encode_chunk(context, chunk)
+
+    def mtmd_helper_decode_image_chunk(self, *arguments) -> int:
+        *before, callback, data = arguments
+
+        @self._mtmd.mtmd_helper_post_decode_callback
+        def note(batch, data) -> int:
+            piece = batch.contents
+            embeddings = np.ctypeslib.as_array(piece.embd, shape=(piece.n_tokens, piece.n_embd)).copy()
+            self.read.append((embeddings, np.ctypeslib.as_array(piece.pos, shape=(piece.n_pos, piece.n_tokens)).copy()))
+            return callback(batch, data)
+
+        return self._mtmd.mtmd_helper_decode_image_chunk(*before, note, data)
+
+
+def open_model(path, **options) -> tuple[PopLlama, Spy]:
+    handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(path.with_name("mmproj-text.gguf")), verbose=False)
+    options = dict(n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, **options)
+    return PopLlama(str(path), chat_handler=handler, **options), Spy(handler)
+
+
+def message(question: str, *urls: str) -> list:
+    parts = [{"type": "text", "text": "Look: "}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def ask(llm, url, question, **options):
+    done = llm.create_chat_completion(message(question, url), max_tokens=6, temperature=0, **options)
+    return done["choices"][0]["message"]["content"], done["timings"]
+
+
+def prompt_pieces(llm: PopLlama, spy: Spy, images_whole: bool) -> list[tuple]:
+    """What the text model has read, but for the last token: values, positions and whether by every layer, as ``image_worker.py`` has them."""
+    pieces, at, last = [], 0, llm.timings.prompt_tokens - 1
+    for values, pos in [*spy.read, (None, np.array([[last]]))]:
+        while at < pos[0, 0]:  # text, in pieces that were read alike
+            read = llm._computed_with[at : pos[0, 0]] == llm.pop.n_layer
+            n = int(np.flatnonzero(np.append(read != read[0], True))[0])
+            pieces.append((llm.input_ids[at : at + n].astype(np.int32), np.arange(at, at + n), bool(read[0])))
+            at += n
+        if values is not None:
+            pieces.append((values, pos, images_whole))
+            at = pos.max() + 1
+    return pieces
+
+
+def test_every_boundary_equals_what_stock_makes_of_images_and_text(converted, stock, tmp_path):
+    """Stock reads the same text and embeddings in a copy of the text model whose layers from the boundary on are the identity."""
+    gemma = "gemma3" in converted.parts[-3]  # in the text model its images see all of themselves, which is not pruned
+    follow, rows = [300, 1700, 29], []
+
+    def keep(_ids, scores):
+        rows.append(scores.copy())
+        chosen = np.full_like(scores, -np.inf)
+        chosen[[*follow, 0][len(rows) - 1]] = 0  # every boundary has the same tokens after the prompt
+        return chosen
+
+    images = message(" Which colour has the ball?", photo_url(0), photo_url(1))
+    actual, n_pruned = {}, {}
+    for boundary in (6, 5, 4, 3, 2, 1):
+        llm, spy = open_model(converted, pop_boundary=boundary, type_k=0, type_v=0, flash_attn=False, n_ubatch=16)
+        rows.clear()
+        processors = llama_cpp.LogitsProcessorList([keep])
+        llm.create_chat_completion(images, max_tokens=len(follow) + 1, temperature=0, logits_processor=processors)
+        actual[boundary], n_pruned[boundary] = np.stack(rows), llm.timings.pruned_tokens
+        pieces, last = prompt_pieces(llm, spy, images_whole=gemma), llm.input_ids[llm.timings.prompt_tokens - 1]
+        llm.close()
+    assert (
+        n_pruned[5] == n_pruned[1] == sum(len(values) for values, _, whole in pieces if not whole) > 40
+        and n_pruned[6] == 0
+    )
+    prompt = {
+        f"{name}{i}": part for i, piece in enumerate(pieces) for name, part in zip(("values", "pos", "whole"), piece)
+    }
+    prompt |= dict(n_pieces=len(pieces), first=pieces[-1][1].max() + 1, follow=[last, *follow])
+
+    for boundary in actual:
+        architectures.identity_copy(converted, boundary, tmp_path / f"{boundary}.gguf")
+    copies = [f"{boundary}={tmp_path / f'{boundary}.gguf'}" for boundary in actual]
+    worker = (ROOT / "tests" / "support" / "image_worker.py").read_text()
+    expected = {}
+    for causal in (not gemma, gemma):
+        np.savez(tmp_path / "prompt.npz", causal=causal, **prompt)
+        stock(worker, converted, tmp_path / "prompt.npz", tmp_path / "out.npz", *copies)
+        expected[causal] = dict(np.load(tmp_path / "out.npz"))
+    right, wrong = expected[not gemma], expected[gemma]
+    for boundary, logits in actual.items():
+        error = squared_error(logits, right[str(boundary)])
+        assert error <= 1e-7, f"boundary {boundary}"  # batches of other shapes, and ggml's GELU is a table in F16
+        assert squared_error(logits, wrong[str(boundary)]) > 1e-6  # the mask of the images matters
+        if boundary < 5:  # so does POP
+            assert squared_error(actual[6], right[str(boundary)]) > max(1e-5, 100 * error), f"boundary {boundary}"
+
+
+def test_second_question_about_an_image_reads_neither_it_nor_what_stands_before_it(converted):
+    red, blue = image_url((255, 0, 0)), image_url((0, 80, 255))
+
+    def open_lossless():
+        # the last boundary is lossless, so what was read for one question is exact for the next
+        return open_model(converted, pop_boundary=5)
+
+    def fresh(*arguments, **options):
+        llm, spy = open_lossless()
+        answer, _ = ask(llm, *arguments, **options)
+        assert spy.encoded == 1
+        llm.close()
+        return answer
+
+    llm, spy = open_lossless()
+    first, timings = ask(llm, red, " Which colour has the ball?")
+    assert spy.encoded == 1
+    assert timings["cache_n"] == 0 and timings["pruned_n"] > 10 and first == fresh(red, " Which colour has the ball?")
+    second, timings = ask(llm, red, " Where is the dog?")
+    image_and_begin = timings["cache_n"]
+    assert spy.encoded == len(spy.read) == 1  # neither encoded nor read again
+    assert image_and_begin >= 6 and second == fresh(red, " Where is the dog?")
+    other, timings = ask(llm, blue, " Where is the dog?")
+    assert spy.encoded == 2
+    assert 0 < timings["cache_n"] < image_and_begin and other == fresh(blue, " Where is the dog?")
+    deeper, timings = ask(llm, blue, " Where is the dog?", pop=False)
+    assert deeper == fresh(blue, " Where is the dog?", pop=False)
+    text = llm.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
+    alone, _ = open_lossless()
+    assert text == alone.create_completion("Once upon a time", max_tokens=4, temperature=0)["choices"][0]["text"]
+    alone.close()
+    shallow, timings = ask(llm, blue, " Where is the dog?", boundary=2)
+    assert timings["pruned_n"] > 10 and shallow == fresh(blue, " Where is the dog?", boundary=2)
+    encoded = spy.encoded
+    deeper, timings = ask(llm, blue, " Where is the dog?")
+    assert timings["cache_n"] <= 1 and deeper == fresh(
+        blue, " Where is the dog?"
+    )  # fewer layers had read all but the first token
+    assert spy.encoded == encoded + 1
+    llm.close()
+
+
+def test_call_with_an_image_is_cancelled_between_its_parts_and_leaves_the_model_usable(converted):
+    question = " Which colour has the ball?"
+    llm, spy = open_model(converted, pop_boundary=5, n_ubatch=16)
+    calls = []
+    whole, _ = ask(llm, photo_url(0), question, progress=lambda *at: calls.append(at))
+    total = llm.timings.prompt_tokens
+    assert calls == sorted(calls) and calls[-1] == (total, total) and {of for _, of in calls} == {total}
+    first_encoded = next(
+        i for i in range(1, len(calls)) if calls[i] == calls[i - 1]
+    )  # before the image, and once it is encoded
+    n_pieces = len(spy.read)
+    assert n_pieces == (1 if "gemma3" in converted.parts[-3] else 2) and len(calls) > first_encoded + n_pieces
+    for stop_at in range(len(calls)):
+        llm.reset()
+        seen, encoded = [], spy.encoded
+        with pytest.raises(Cancelled) as caught:
+            ask(llm, photo_url(0), question, progress=lambda *at: seen.append(at) or len(seen) <= stop_at)
+        assert seen == calls[: stop_at + 1] and spy.encoded - encoded == (stop_at >= first_encoded)
+        assert (caught.value.done, caught.value.total) == (llm.n_tokens, total)
+        assert (
+            caught.value.done
+            == calls[first_encoded if first_encoded < stop_at < first_encoded + n_pieces else stop_at][0]
+        )
+        again, timings = ask(llm, photo_url(0), question)
+        assert again == whole and timings["cache_n"] == min(caught.value.done, total - 1)
+    event = threading.Event()
+    with pytest.raises(Cancelled):
+        ask(llm, photo_url(1), question, cancel=event, progress=lambda done, _: done and event.set())
+    assert spy.encoded - encoded == 1  # the second image was not
+    assert ask(llm, photo_url(0), question)[0] == whole
+    llm.close()
+
+
+@pytest.mark.parametrize("converted", [gemma3], indirect=True, ids=["gemma3"])
+def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(converted):
+    """llama.cpp would end the process."""
+    llm, _ = open_model(converted, n_ubatch=2)
+    with pytest.raises(
+        PopError,
+        match=r"4 tokens that are read at once: open the model with n_batch and n_ubatch of 4 or more \(now 256 and 2\)",
+    ):
+        ask(llm, photo_url(0), " Which colour has the ball?")
+    assert llm.create_completion("Once upon a time", max_tokens=2)["choices"]
+    llm.close()
+
+
+@pytest.mark.parametrize("boundary", [5, 2])
+def test_server_answers_about_an_image_as_popllama_does(converted, tmp_path, boundary):
+    """Each from an empty cache. Boundary 5 is lossless; at 2 these random weights answer otherwise than whole."""
+    options = (
+        "--threads",
+        1,
+        "--context",
+        256,
+        "--parallel",
+        1,
+        "--boundary",
+        boundary,
+        "--mmproj",
+        converted.with_name("mmproj-text.gguf"),
+    )
+    raw = ("--server-options", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-mmproj-offload")
+    questions, found = [" Which colour has the ball?", " Where is the dog?"], {}
+    with serve(converted, tmp_path / "log.txt", *options, *raw) as server:
+        for question in questions:
+            for pop in (True, False):
+                body = dict(
+                    messages=message(question, photo_url(0)), max_tokens=6, temperature=0, cache_prompt=False, pop=pop
+                )
+                done = server.post("/v1/chat/completions", **body)
+                found[question, pop] = done["choices"][0]["message"]["content"], done["timings"]
+    llm, _ = open_model(converted, pop_boundary=boundary, type_k=0, type_v=0, flash_attn=False)
+    for (question, pop), (text, timings) in found.items():
+        llm.reset()
+        expected, ours = ask(llm, photo_url(0), question, pop=pop, repeat_penalty=1.0)
+        assert text.strip() == expected.strip() and timings["boundary"] == (boundary if pop else 6)
+        assert (timings["pruned_n"] > 10) == (ours["pruned_n"] > 10) == pop and timings["cache_n"] == 0
+    assert boundary == 5 or any(found[question, True][0] != found[question, False][0] for question in questions)
+    llm.close()
+
+
+IMAGE_TASK = """\
+task: look
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_image: !function look.images
+doc_to_target: answer
+process_results: !function look.results
+generation_kwargs: {{until: ["<|endoftext|>"], max_gen_toks: 6}}
+metric_list: [{{metric: same, aggregation: mean, higher_is_better: true}}]
+"""
+IMAGE_CODE = """\
+from PIL import Image
+def images(doc):
+    return [Image.new("RGB", (56, 56), tuple(colour)) for colour in doc["colours"]]
+def results(doc, answers):
+    return {"same": float(answers[0] == doc["answer"])}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("converted", [qwen3vl], indirect=True, ids=["qwen3vl"])
+def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, capsys):
+    """MMMU's format: <image> marks in the text, images beside it. Answers are the model's own, so the whole model scores 1."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    from pypop_gguf.quality import lm_eval as lm_eval_model
+
+    projector = converted.with_name("mmproj-text.gguf")
+    handler = llama_cpp.llama_chat_format.MTMDChatHandler(str(projector), verbose=False)
+    llm = PopLlama(
+        str(converted), n_ctx=256, n_batch=256, chat_handler=handler, n_threads=1, n_threads_batch=1, verbose=False
+    )
+    model, options = lm_eval_model.PopLM(llm, 6), {"until": ["<|endoftext|>"], "max_gen_toks": 6}
+    documents = []
+    for colour in ((255, 0, 0), (0, 80, 255)):
+        question = "Which colour has the <image> ball of Lily?"
+        answer = model._generate(question, options, {"visual": [Image.new("RGB", (56, 56), colour)]})
+        documents.append({"question": question, "colours": [colour], "answer": answer})
+    llm.close()
+    assert documents[0]["answer"] != documents[1]["answer"]  # what is in the image changes the answer
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "look.yaml").write_text(IMAGE_TASK.format(data=tmp_path / "data.jsonl"))
+    (tmp_path / "look.py").write_text(IMAGE_CODE)
+    command = [
+        "eval",
+        str(converted),
+        "--lm-eval",
+        "look",
+        "--task-dir",
+        str(tmp_path),
+        "--context",
+        "256",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    assert cli.main([*command, "--mmproj", str(projector), "--boundary", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)["lm_eval"]
+    assert found["6"]["look"]["same,none"] == 1.0 and found["1"]["look"]["same,none"] < 1.0
+    assert cli.main([*command, "--boundary", "1"]) == 1
+    assert "multimodal" in capsys.readouterr().err

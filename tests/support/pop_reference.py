@@ -1,0 +1,59 @@
+"""POP written a second time, in PyTorch on transformers: what the engine is compared with.
+
+Prefill runs every prompt token but those of head and tail with hooks that make each layer from the boundary on return its
+input; the layer still runs, so its keys and values of the boundary state reach the cache. Head and tail, and all tokens that
+follow, run through the whole model on that cache.
+"""
+
+import numpy as np
+import torch
+
+
+def logits(
+    model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1, added=None
+) -> np.ndarray:
+    """Logits of the last prompt token and of every token after it.
+
+    Args:
+        model: A causal language model of transformers, F32.
+        decoder_layers: Its decoder layers, in order.
+        tokens: Prompt and continuation, [T].
+        boundary: First skipped layer of the prefill; len(decoder_layers) skips none.
+        n_prompt: Tokens of the prompt, N.
+        head: First tokens of the prompt that run through the whole model.
+        tail: Last tokens of the prompt that do.
+        added: Module -> matrix [n_out, n_in] that the pruned pass adds to its weight.
+
+    Returns:
+        F32 [T - N + 1, n_vocab].
+    """
+
+    def skip(_layer, args, kwargs, output):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :head], use_cache=True).past_key_values if head else None
+        hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in decoder_layers[boundary:]]
+        hooks += [
+            module.register_forward_hook(lambda _module, args, output, matrix=matrix: output + args[0] @ matrix.T)
+            for module, matrix in (added or {}).items()
+        ]
+        try:
+            pruned = ids[:, head : n_prompt - tail]
+            cache = model(input_ids=pruned, past_key_values=cache, use_cache=True).past_key_values
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = []
+        for position in range(n_prompt - tail, len(tokens)):
+            out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            rows.append(out.logits[0, -1].float().numpy())
+    return np.stack(rows[tail - 1 :])
+
+
+def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Normalized squared error: |actual - expected|^2 / |expected|^2."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(((actual - expected) ** 2).sum() / (expected**2).sum())

@@ -1,0 +1,95 @@
+"""Writes the golden files with today's code: ``python -m tools.write_golden``. Those committed stay as they are: that is their use.
+
+For a later version of the keys, write files beside them under its number.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from pypop_gguf import _library
+from pypop_gguf.gguf_files.metadata import VERSION, Curve, PopMetadata
+from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
+from tests.support.paths import ROOT
+
+N_LAYER, N_EMBD, N_VOCAB, BOUNDARY = 3, 8, 16, 1
+# numbers that float32 holds exactly, so that JSON has the same
+METADATA = PopMetadata(
+    boundary=BOUNDARY,
+    head=1,
+    tail=2,
+    min_tokens=4,
+    importance_prefill=np.array([3.5, 0.25, 0], dtype=np.float32),
+    importance_decode=np.array([1, 2, 0.125], dtype=np.float32),
+    curve=Curve([2, 1], [0.0, 0.25], [0.0, -0.125], [1.25, 1.5], 40, "held-out.jsonl"),
+    calibration_source="märchen.txt",
+    calibration_samples=200,
+    calibration_tokens=2**32 - 1,
+    calibration_seed=7,
+    calibration_sha256="ab" * 32,
+)
+
+
+def write_model(path: Path) -> None:
+    writer, chance = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer.add_block_count(N_LAYER)
+    writer.add_context_length(64)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(N_EMBD)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(4)
+    writer.add_vocab_size(N_VOCAB)
+    writer.add_tokenizer_model("none")
+    shapes = {
+        "token_embd.weight": (N_VOCAB, N_EMBD),
+        "output_norm.weight": (N_EMBD,),
+        "output.weight": (N_VOCAB, N_EMBD),
+    }
+    for il in range(N_LAYER):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_gate"):
+            shapes[f"blk.{il}.{name}.weight"] = (N_EMBD, N_EMBD)
+        shapes |= {f"blk.{il}.{name}.weight": (N_EMBD,) for name in ("attn_norm", "ffn_norm")}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, chance.normal(size=shape).astype(np.float32))
+    close(writer)
+
+
+def write_adapter(path: Path, fingerprint: str) -> None:
+    writer, chance = gguf.GGUFWriter(path, "llama"), np.random.default_rng(1)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "pop")
+    writer.add_uint32("pop.adapter.version", 1)
+    writer.add_uint32("pop.boundary", BOUNDARY)
+    writer.add_string("pop.fingerprint", fingerprint)
+    for name in ("attn_k", "attn_v"):
+        weight = f"blk.{BOUNDARY + 1}.{name}.weight"
+        writer.add_tensor(f"{weight}.lora_a", chance.normal(size=(1, N_EMBD)).astype(np.float16))
+        writer.add_tensor(f"{weight}.lora_b", chance.normal(size=(N_EMBD, 1)).astype(np.float16))
+    close(writer)
+
+
+def close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main(directory: Path) -> None:
+    model = directory / f"pop-v{VERSION}.gguf"
+    write_model(model)
+    copy_with_metadata(model, model, METADATA)
+    fingerprint = _library.fingerprint(model)
+    write_adapter(adapter_path(model, BOUNDARY), fingerprint)
+    expected = {key: value for key, value, _kind in METADATA.key_values()}
+    model.with_suffix(".json").write_text(
+        json.dumps({"n_layer": N_LAYER, **expected, "fingerprint": fingerprint}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tests" / "golden")
