@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, figures are those of the raw runs, examples run, the command line's page is what --help says."""
+"""Checks README and docs: links have targets, figures match the raw runs, examples run, docs/cli.md matches --help."""
 
 import dataclasses
 import inspect
@@ -20,13 +20,15 @@ from tools import cli_docs
 PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/README.md")
 ]
-PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "reading.md")  # a part of quality.md
+# tools/quality_report.py copies reading.md into quality.md, where its links are checked.
+PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "reading.md")
 EXAMPLES = ["README.md", "docs/index.md", "docs/python.md", "docs/faq.md"]
-COLUMNS = [
-    ("llama-3.2-1b-q4_k_m", 1),
-    ("llama-3.2-1b-q8_0", 3),
-    ("llama-3.1-8b-q4_k_m", 5),
-]  # model, cell of its speed-up
+# The name that README and docs/speed.md give a model, and its name in the raw runs.
+MODELS = {
+    "1B, Q4_K_M": "llama-3.2-1b-q4_k_m",
+    "1B, Q8_0": "llama-3.2-1b-q8_0",
+    "8B, Q4_K_M": "llama-3.1-8b-q4_k_m",
+}
 
 
 def name_of(path: Path) -> str:
@@ -34,12 +36,12 @@ def name_of(path: Path) -> str:
 
 
 def prose(path: Path) -> str:
-    """The page without its code."""
+    """Return the page without its code."""
     return re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
 
 
 def anchors(path: Path) -> set[str]:
-    """Of a page's headings, as both GitHub and mkdocs name them."""
+    """Return the anchors of a page's headings, as both GitHub and mkdocs name them."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
@@ -61,37 +63,92 @@ def test_command_line_is_what_help_says():
     assert (ROOT / "docs" / "cli.md").read_text() == cli_docs.page(), "run `python -m tools.cli_docs docs/cli.md`"
 
 
-def test_first_screen_names_demo_and_test():
-    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:45])
-    assert re.search(r"^ +make demo\b", screen, re.MULTILINE) and re.search(r"^ +make test\b", screen, re.MULTILINE)
+def section(page: str, title: str) -> str:
+    """Return the text between a heading of the second level and the next one."""
+    text = (ROOT / page).read_text()
+    found = re.search(rf"^## {re.escape(title)}\n(.+?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"{page} has no section {title!r}"
+    return found[1]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_install_section_names_demo_and_test():
+    commands = section("README.md", "Install")
+    assert re.search(r"^ +make demo\b", commands, re.MULTILINE)
+    assert re.search(r"^ +make test\b", commands, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict:
-    """(model, prompt tokens, sequences): the case of the raw runs that tables show, the continued one where both were measured."""
+    """Map (model, prompt tokens, sequences) to the case of the raw runs that the tables show.
+
+    Where the last prompt token was measured with continuation and without, the tables show continuation.
+    """
     cases = {}
     for setting, found in summarize(read_csv(ROOT / "bench" / "epyc-zen4-2-cores.csv")).items():
-        for case in sorted(found, key=lambda case: case.way, reverse=True):  # continued over repeated
+        for case in sorted(found, key=lambda case: case.way, reverse=True):  # "repeated" first, "continued" replaces it
             cases[setting.model, case.n_prompt, case.n_parallel] = case
     return cases
 
 
-@pytest.mark.parametrize("page, n_rows", [("README.md", 5), ("docs/speed.md", 8)])
-def test_speed_ups_are_those_of_the_raw_runs(measured, page, n_rows):
-    rows = re.findall(r"^\| (\d+)(, eight at once)? \|(.+)\|$", (ROOT / page).read_text(), re.MULTILINE)
-    assert len(rows) == n_rows
-    for n_prompt, eight, rest in rows:
-        cells = ["", *(cell.strip() for cell in rest.split("|"))]
-        for model, at in COLUMNS:
-            case = measured.get((model, int(n_prompt), 8 if eight else 1))
-            ratio = case and case.speedup
-            if case is None:
-                expected = ["N/A", ""]
-            elif case.runs == 1:
-                expected = [f"{ratio.value:.2f} (one round)", f"{case.bound:.2f}"]
-            else:
-                expected = [f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", f"{case.bound:.2f}"]
-            assert cells[at : at + 2] == expected, (n_prompt, model)
+def find_case(measured: dict, model: str, prompt: str):
+    n_prompt, _, eight = prompt.partition(", ")
+    assert eight in ("", "eight at once")
+    return measured.get((MODELS[model], int(n_prompt), 8 if eight else 1))
+
+
+def speedup_and_limit(case) -> list[str]:
+    if case is None:
+        return ["N/A", ""]
+    ratio = case.speedup
+    interval = "(one round)" if case.runs == 1 else f"[{ratio.low:.2f}, {ratio.high:.2f}]"
+    return [f"{ratio.value:.2f} {interval}", f"{case.bound:.2f}"]
+
+
+def test_readme_speeds_match_the_raw_runs(measured):
+    rows = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / "README.md").read_text(), re.MULTILINE)]
+    rows = [row for row in rows if row[0] in MODELS]
+    assert rows
+    for model, prompt, *shown in rows:
+        case = find_case(measured, model, prompt)
+        digits = 1 if case.baseline_ms >= 40_000 else 2
+        seconds = [f"{ms / 1e3:.{digits}f} s" for ms in (case.baseline_ms, case.pop_ms)]
+        assert shown == seconds + speedup_and_limit(case), (model, prompt)
+
+
+def test_speed_page_matches_the_raw_runs(measured):
+    text = (ROOT / "docs" / "speed.md").read_text()
+    header = re.search(r"^\| Prompt tokens \|.+\|$", text, re.MULTILINE)
+    models = cells(header[0])[1::2]
+    rows = [cells(row) for row in re.findall(r"^\| \d.+\|$", text, re.MULTILINE)]
+    assert models and rows
+    for prompt, *shown in rows:
+        expected = [cell for model in models for cell in speedup_and_limit(find_case(measured, model, prompt))]
+        assert shown == expected, prompt
+
+
+def test_speed_page_has_every_case_of_the_raw_runs(measured):
+    text = (ROOT / "docs" / "speed.md").read_text()
+    for _, n_prompt, n_parallel in measured:
+        prompt = f"{n_prompt}, eight at once" if n_parallel == 8 else str(n_prompt)
+        assert re.search(rf"^\| {prompt} \|", text, re.MULTILINE), prompt
+
+
+def test_readme_costs_match_the_quality_page():
+    page = (ROOT / "docs" / "quality.md").read_text()
+    rows = [cells(row) for row in re.findall(r"^\|.+\|$", page, re.MULTILINE)]
+    header = next(row for row in rows if "stories Q8_0" in row)
+    columns = [header.index(f"{text} Q8_0") for text in ("stories", "arithmetic", "recall")]
+    exact = next(row for row in rows if row[:2] == ["b", "recall"])
+    shown = re.findall(r"^\| (\d+) of 12 \| (.+) \|$", section("README.md", "What it costs"), re.MULTILINE)
+    assert shown
+    for skipped, values in shown:
+        kl = next(row for row in rows if row[0] == str(12 - int(skipped)) and len(row) == len(header))
+        recalled = next(row for row in rows[rows.index(exact) :] if row[0] == str(12 - int(skipped)))
+        assert cells(values) == [kl[at].split()[0] for at in columns] + [recalled[1].split()[0]], skipped
 
 
 def test_reading_beside_writing_is_of_the_raw_runs(measured):
@@ -105,9 +162,8 @@ def test_python_page_names_every_argument_and_field():
     from pypop_gguf import PopLlama
 
     text = (ROOT / "docs" / "python.md").read_text()
-    names = {field.name for kind in (PopStatus, Timings) for field in dataclasses.fields(kind)} | set(
-        Timings().as_dict()
-    )
+    names = {field.name for kind in (PopStatus, Timings) for field in dataclasses.fields(kind)}
+    names |= set(Timings().as_dict())
     for method in (PopLlama.__init__, PopLlama.create_completion, PopLlama.create_chat_completion, PopLlama.score):
         parameters = inspect.signature(method).parameters.values()
         names |= {
@@ -121,7 +177,7 @@ def test_python_page_names_every_argument_and_field():
 
 @pytest.fixture(scope="module")
 def model_directory(bundled_gguf, tmp_path_factory) -> Path:
-    """A directory with the model.gguf of the examples."""
+    """Return a directory with the model.gguf of the examples."""
     directory = tmp_path_factory.mktemp("examples")
     arguments = ["convert", bundled_gguf, "--boundary", "8", "--no-importance", "--outfile", directory / "model.gguf"]
     assert main([*map(str, arguments)]) == 0
@@ -139,14 +195,14 @@ def test_examples_run(model_directory, page):
 
 
 def test_site_builds_and_reads_offline(tmp_path):
-    pytest.importorskip("material", reason='mkdocs-material is not installed: pip install ".[docs]"')
+    pytest.importorskip("material", reason="mkdocs-material is not installed: run `make docs` once")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > 15
-    for page in pages:  # links may lead away; what a page loads may not
+    assert {path.with_suffix(".html").name for path in (ROOT / "docs").glob("*.md")} <= {page.name for page in pages}
+    for page in pages:  # links may lead elsewhere, but a page may load nothing from there
         loaded = re.findall(
             r"<(?:script|img|iframe)\b[^>]*\bsrc=\"?([^\s\">]+)|<link\b[^>]*\bhref=\"?([^\s\">]+)", page.read_text()
         )
