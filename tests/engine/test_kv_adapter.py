@@ -10,9 +10,9 @@ import torch
 
 from pypop_gguf import PopError, PopLlama, _library
 from pypop_gguf.cli import main
-from pypop_gguf.fitting import adapter_file as kv_adapter
 from pypop_gguf.fitting import distill as distill_kv
 from pypop_gguf.fitting import fit as fit_kv
+from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
 from pypop_gguf.importance.calibration import Sample
