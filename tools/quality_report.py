@@ -24,8 +24,9 @@ from pypop_gguf.fitting.distill import distill
 from pypop_gguf.fitting.fit import fit_values
 from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.importance.calibration import load_samples
+from pypop_gguf.importance.decoder import find_decoder_layers
 from pypop_gguf.importance.load_model import load_for_importance
-from pypop_gguf.importance.scores import compute_importance, find_decoder_layers
+from pypop_gguf.importance.scores import compute_importance
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality import tasks
 from pypop_gguf.quality.score import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize

@@ -13,7 +13,7 @@ from torch import nn
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting.fit import Difference, find_projections, pruned
 from pypop_gguf.importance.calibration import Sample
-from pypop_gguf.importance.scores import find_decoder_layers
+from pypop_gguf.importance.decoder import find_decoder_layers
 
 _BATCH = 4  # texts a step
 _RATE = 1e-3

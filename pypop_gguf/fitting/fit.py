@@ -16,7 +16,7 @@ from torch import nn
 
 from pypop_gguf.errors import PopError
 from pypop_gguf.importance.calibration import Sample
-from pypop_gguf.importance.scores import find_decoder_layers
+from pypop_gguf.importance.decoder import find_decoder_layers
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal of X'X
 _HELD_OUT = 10  # every tenth text chooses lambda
