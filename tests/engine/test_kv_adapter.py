@@ -313,6 +313,21 @@ def test_distillation_lowers_the_divergence(models):
     assert {d.projection.kind for d in trained} == {"key", "value"} and not any(d.a.requires_grad for d in trained)
 
 
+def test_projections_that_the_model_does_not_use_are_left_out(models):
+    model = models["llama"]
+    samples = samples_of(model, 10)
+    unused = torch.nn.ModuleDict({name: torch.nn.Linear(64, 8) for name in ("k_proj", "v_proj")})
+    model.layers[-1].register_module("unused", unused)
+    try:
+        projections = fit.find_projections(model.torch_model, B)
+        start = fit.fit_values(model.torch_model, samples, B, rank=2)
+        trained = distill.distill(model.torch_model, samples, B, start, steps=2, rank=2)
+    finally:
+        del model.layers[-1].unused
+    assert sum(".unused." in projection.name for projection in projections) == 2
+    assert trained and not any(".unused." in difference.projection.name for difference in [*start, *trained])
+
+
 def test_convert_writes_both_files_and_quantized_ones_take_the_adapter(tmp_path, capsys):
     source = ROOT / "models" / "lab-llama-12l"
     common = ["--boundary", "6", "--no-importance", "--calibration-samples", "20", "--calibration-tokens", "128"]
