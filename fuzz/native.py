@@ -19,13 +19,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from fuzz import harness
 from fuzz.gguf_cases import File, Key, Kind, mutated, number, string, valid
 from fuzz.harness import Failure
 from pypop_gguf import PopError, _library
+from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import read_metadata
 from tests.support.gguf_files import N_EMBD, write_model
@@ -98,20 +98,11 @@ def base_of(path: Path) -> File:
 def write_adapter(path: Path, fingerprint: str, rank: int = 2) -> Path:
     """As ``pop-gguf convert --fit-kv`` writes it, for boundary 2 of the model."""
     chance = np.random.default_rng(3)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "pop")
-    writer.add_uint32("pop.adapter.version", 1)
-    writer.add_uint32("pop.boundary", 2)
-    writer.add_string("pop.fingerprint", fingerprint)
-    writer.add_float32("adapter.lora.alpha", float(rank))
-    for name in ("attn_k", "attn_v"):
-        writer.add_tensor(f"blk.3.{name}.weight.lora_a", chance.normal(size=(rank, N_EMBD)).astype(np.float32))
-        writer.add_tensor(f"blk.3.{name}.weight.lora_b", chance.normal(size=(N_EMBD, rank)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    pairs = {
+        f"blk.3.{name}.weight": (chance.normal(size=(rank, N_EMBD)), chance.normal(size=(N_EMBD, rank)))
+        for name in ("attn_k", "attn_v")
+    }
+    write_pairs(path, pairs, architecture="llama", boundary=2, fingerprint=fingerprint)
     return path
 
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
 
 from pypop_gguf import _library
 from pypop_gguf.bench.plan import cores
+from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.llama import PopLlama
 
@@ -51,23 +51,15 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
     n_in, n_head = field("embedding_length"), field("attention.head_count")
     n_out = field("attention.head_count_kv") * (n_in // n_head)
     chance = np.random.default_rng(0)
-    writer = GGUFWriter(target, architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "pop")
-    writer.add_uint32("pop.adapter.version", 1)
-    writer.add_uint32("pop.boundary", boundary)
-    writer.add_string("pop.fingerprint", _library.fingerprint(model))
-    for il in range(boundary + 1, field("block_count")):
-        writer.add_tensor(
-            f"blk.{il}.attn_v.weight.lora_a", (chance.standard_normal((rank, n_in)) / 1e3).astype(np.float16)
+    pairs = {
+        f"blk.{il}.attn_v.weight": (
+            chance.standard_normal((rank, n_in)) / 1e3,
+            chance.standard_normal((n_out, rank)) / 1e3,
         )
-        writer.add_tensor(
-            f"blk.{il}.attn_v.weight.lora_b", (chance.standard_normal((n_out, rank)) / 1e3).astype(np.float16)
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        for il in range(boundary + 1, field("block_count"))
+    }
+    fingerprint = _library.fingerprint(model)
+    write_pairs(target, pairs, architecture=architecture, boundary=boundary, fingerprint=fingerprint)
 
 
 def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> None:

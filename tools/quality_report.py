@@ -20,12 +20,13 @@ from pypop_gguf.bench.plan import cores
 from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.cli import main as pop_gguf
 from pypop_gguf.commands.eval import answers, exact_matches
-from pypop_gguf.fitting.adapter_file import write_adapter
 from pypop_gguf.fitting.distill import distill
 from pypop_gguf.fitting.fit import fit_values
+from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.importance.calibration import load_samples
+from pypop_gguf.importance.decoder import find_decoder_layers
 from pypop_gguf.importance.load_model import load_for_importance
-from pypop_gguf.importance.scores import compute_importance, find_decoder_layers
+from pypop_gguf.importance.scores import compute_importance
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality import tasks
 from pypop_gguf.quality.score import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from pypop_gguf import _library
+from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.metadata import VERSION, Curve, PopMetadata
 from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
 from tests.support.paths import ROOT
@@ -59,17 +60,12 @@ def write_model(path: Path) -> None:
 
 
 def write_adapter(path: Path, fingerprint: str) -> None:
-    writer, chance = gguf.GGUFWriter(path, "llama"), np.random.default_rng(1)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "pop")
-    writer.add_uint32("pop.adapter.version", 1)
-    writer.add_uint32("pop.boundary", BOUNDARY)
-    writer.add_string("pop.fingerprint", fingerprint)
-    for name in ("attn_k", "attn_v"):
-        weight = f"blk.{BOUNDARY + 1}.{name}.weight"
-        writer.add_tensor(f"{weight}.lora_a", chance.normal(size=(1, N_EMBD)).astype(np.float16))
-        writer.add_tensor(f"{weight}.lora_b", chance.normal(size=(N_EMBD, 1)).astype(np.float16))
-    close(writer)
+    chance = np.random.default_rng(1)
+    pairs = {
+        f"blk.{BOUNDARY + 1}.{name}.weight": (chance.normal(size=(1, N_EMBD)), chance.normal(size=(N_EMBD, 1)))
+        for name in ("attn_k", "attn_v")
+    }
+    write_pairs(path, pairs, architecture="llama", boundary=BOUNDARY, fingerprint=fingerprint)
 
 
 def close(writer: gguf.GGUFWriter) -> None:

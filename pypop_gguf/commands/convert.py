@@ -304,9 +304,9 @@ def _importance(
 def _fit(arguments: argparse.Namespace, calibration: _Calibration, boundary: int, plain: Path, target: Path) -> list:
     """Fits the projections above the boundary and writes them; returns the differences."""
     model, samples, _ = calibration.load()
-    from pypop_gguf.fitting.adapter_file import write_adapter
     from pypop_gguf.fitting.distill import distill
     from pypop_gguf.fitting.fit import find_projections, fit_values, memory_bytes
+    from pypop_gguf.fitting.hf_to_adapter import write_adapter
 
     needed = memory_bytes(find_projections(model, boundary))
     print(f"fitting needs {needed / 1e9:.2f} GB beside the model", file=sys.stderr)

@@ -1,94 +1,60 @@
-"""Writes fitted projections as a small GGUF of their own: the LoRA tensor layout, an ``adapter.type`` that only this engine takes.
+"""Write an adapter file: fitted K/V projections for one model and one boundary, in a small GGUF of their own.
 
-llama.cpp's own LoRA converter does what its model converter does to the same weights (the order of rotary rows, for one).
+This module owns the keys, the tensor layout and the version of the file on the Python side. docs/metadata.md defines
+them and csrc/pop-adapter.cpp reads them. The tensors are laid out as llama.cpp lays out a LoRA, but the value of
+``adapter.type`` is one that only this engine takes, so no other engine applies the file to every pass by mistake.
+Needs no torch.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from gguf import GGUFReader, GGUFWriter
-from safetensors.torch import save_file
-from torch import nn
+import numpy as np
+from gguf import GGUFWriter
 
-from pypop_gguf._library import vendor_dir
-from pypop_gguf.errors import PopError
-from pypop_gguf.fitting.fit import Difference
 from pypop_gguf.gguf_files.writer import replacing
 
-ADAPTER_TYPE, VERSION = "pop", 1  # csrc/pop-adapter.cpp reads the same
+ADAPTER_TYPE = "pop"
+VERSION = 1
+A_SUFFIX = ".lora_a"
+B_SUFFIX = ".lora_b"
 
 
-def write_adapter(
-    target: Path, model: nn.Module, boundary: int, differences: Sequence[Difference], fingerprint: str
+def write_pairs(
+    target: Path,
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    architecture: str,
+    boundary: int,
+    fingerprint: str,
 ) -> None:
-    """Writes the file, in 16 bits a number.
+    """Write low-rank differences to an adapter file, each number as float16.
 
     Args:
-        target: GGUF to write, replaced as a whole.
-        model: The Transformers model, for its configuration.
-        boundary: That the differences were fitted for.
-        fingerprint: Of the model, from ``_library.fingerprint``.
+        target: The GGUF file to write. An existing file is replaced as a whole, or left as it is if writing fails.
+        pairs: For each GGUF weight, such as ``blk.7.attn_v.weight``, the two matrices whose product ``B A`` a pruned
+            pass adds to the weight: A of shape [rank, n_in] and B of shape [n_out, rank]. The engine takes only
+            weights of layers above the boundary.
+        architecture: The model's ``general.architecture``.
+        boundary: The boundary that the differences were fitted for, 1..L.
+        fingerprint: The model's fingerprint, 16 hexadecimal digits, from ``_library.fingerprint``.
 
     Raises:
-        PopError: llama.cpp's converter cannot map the weights, or the file cannot be written.
+        PopError: The file cannot be written.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        model.config.save_pretrained(directory)
-        config = Path(directory, "config.json")
-        # a model that was read from a GGUF lacks the name that the converter chooses by, and says how it was stored
-        keys = {"architectures": [type(model).__name__], **json.loads(config.read_text())}
-        config.write_text(json.dumps({key: value for key, value in keys.items() if key != "quantization_config"}))
-        halves: dict[str, tuple[list, list]] = {}  # a fused weight has one difference for keys and one for values
-        for difference in differences:
-            # balanced, so that 16 bits hold both
-            balance = (difference.b.norm(dim=0) / difference.a.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
-            a, b = halves.setdefault(difference.projection.name, ([], []))
-            a.append((difference.a * balance[:, None]).detach().cpu())
-            b.append((difference.b / balance).detach().cpu())
-        tensors = {}
-        for name, (a, b) in halves.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat(a).contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat(b, dim=1).contiguous()
-        save_file(tensors, f"{directory}/adapter_model.safetensors")
-        Path(directory, "adapter_config.json").write_text(json.dumps({"lora_alpha": 0}))
-        plain = Path(directory, "adapter.gguf")
-        script = vendor_dir() / "llama.cpp" / "convert_lora_to_gguf.py"
-        command = [
-            sys.executable,
-            str(script),
-            directory,
-            "--base",
-            directory,
-            "--outtype",
-            "f32",
-            "--outfile",
-            str(plain),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PopError(f"llama.cpp's LoRA converter cannot write the fitted projections: {last}")
-        with replacing(target) as beside:
-            _relabel(GGUFReader(plain), beside, boundary, fingerprint)
-
-
-def _relabel(reader: GGUFReader, target: Path, boundary: int, fingerprint: str) -> None:
-    writer = GGUFWriter(target, reader.get_field("general.architecture").contents())
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", ADAPTER_TYPE)
-    writer.add_uint32("pop.adapter.version", VERSION)
-    writer.add_uint32("pop.boundary", boundary)
-    writer.add_string("pop.fingerprint", fingerprint)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data.astype("float16"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with replacing(target) as beside:
+        writer = GGUFWriter(beside, architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", ADAPTER_TYPE)
+        writer.add_uint32("pop.adapter.version", VERSION)
+        writer.add_uint32("pop.boundary", boundary)
+        writer.add_string("pop.fingerprint", fingerprint)
+        for weight, (a, b) in pairs.items():
+            writer.add_tensor(weight + A_SUFFIX, np.asarray(a, dtype=np.float16))
+            writer.add_tensor(weight + B_SUFFIX, np.asarray(b, dtype=np.float16))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

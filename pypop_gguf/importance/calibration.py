@@ -1,7 +1,8 @@
-"""Texts to calibrate or to measure on: read, choose, tokenize, split into prompt and output.
+"""Make samples of texts, to calibrate or to measure on: choose texts, tokenize them, split each into prompt and output.
 
-``convert`` estimates layer importance on them (``pypop_gguf.importance.scores``), ``eval`` and ``tune`` measure quality. Needs a
-tokenizer but not torch. The bundled texts, ``data/calibration.jsonl``, were written for this package and share its license.
+``convert`` estimates layer importance on the samples (``pypop_gguf.importance.scores``); ``eval`` and ``tune`` measure
+quality on them. This needs a tokenizer but not torch. The bundled texts, ``data/calibration.jsonl``, were written for
+this package and share its license.
 """
 
 from __future__ import annotations
@@ -9,35 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.importance.records import ADVICE, Record, UnusableRecordError, describe_skipped, read_records
 
 BUNDLED_PATH = Path(__file__).with_name("data") / "calibration.jsonl"
 
-_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PROMPT_SHARE = 0.6  # of a plain text's tokens; an overlong pair is cut to the same shares
-_MIN_TEXT_TOKENS = 8  # a shorter text has nothing to prefill
-_MIN_PROMPT_TOKENS = 2  # the last prompt token is a decode step, so one token alone would leave prefill empty
-_CHARACTERS_PER_TOKEN = 4  # sizes the pieces of a long text before it is tokenized; too large only wastes text
-_GIVE = 'give a plain text file, or JSON Lines with "text", "prompt" and "response", or "messages"'
-# keys of a JSON line -> how its prompt is written, and what stands before the response
-_PAIRS = {
-    ("prompt", "response"): ("{}", ""),
-    ("question", "answer"): ("Question: {}\nAnswer:", " "),  # GSM8K
-    ("prompt", "canonical_solution"): ("{}", ""),  # HumanEval
-}
+_PROMPT_SHARE = 0.6  # The prompt's share of a plain text's tokens. A pair that is too long is cut to the same shares.
+_MIN_TEXT_TOKENS = 8  # A shorter text would leave next to nothing for prefill.
+_MIN_PROMPT_TOKENS = 2  # The last prompt token is a decode step, so a prompt of one token has no prefill.
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request.
+    """One request: a prompt and the output after it.
 
     Attributes:
-        tokens: Token ids of the prompt and the output after it, [T].
-        prompt_len: N, the number of prompt tokens; ``1 <= N < T``.
+        tokens: Token ids of the prompt and of the output, [T].
+        prompt_len: The number of prompt tokens N, ``1 <= N < T``.
 
     Raises:
         PopError: ``prompt_len`` leaves no prompt or no output.
@@ -56,15 +49,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class CalibrationInfo:
-    """What the samples were made of, for the record.
+    """A record of what the samples were made of.
 
     Attributes:
-        source: File name, or ``"bundled"``.
-        n_samples: Number of samples.
-        n_tokens: Tokens of all samples together, prompts and outputs.
-        seed: Seed of the choice among the file's texts.
-        sha256: Hex digest of the chosen texts as read, before any tokenizer: equal for two models calibrated on the
-            same texts.
+        source: The name of the file, or ``"bundled"``.
+        n_samples: The number of samples.
+        n_tokens: The number of tokens of all samples together, prompts and outputs.
+        seed: The seed of the choice among the file's texts.
+        sha256: Hex digest of the chosen texts as read, before any tokenizer. It is equal for two models that were
+            calibrated on the same texts.
         skipped: One note for each text that could not be used, with its line number.
     """
 
@@ -76,55 +69,36 @@ class CalibrationInfo:
     skipped: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Record:
-    """A text as it stands in the file.
-
-    Attributes:
-        line: Its first line, 1-based.
-        content: A text, a (prompt, response) pair or a list of messages.
-        item: The JSON object it was read from; empty for plain text.
-    """
-
-    line: int
-    content: Any
-    item: dict = field(default_factory=dict)
-
-
-class _Unusable(Exception):
-    """A single record cannot be used; the message says why."""
-
-
 def load_samples(
     tokenizer: Any, path: str | Path | None = None, *, max_samples: int = 200, max_tokens: int = 512, seed: int = 0
 ) -> tuple[list[Sample], CalibrationInfo]:
-    """Read samples.
+    """Read samples from a file.
 
-    A plain text file is taken as blocks separated by blank lines, joined and cut to pieces of about ``max_tokens``.
-    A ``.jsonl``, ``.ndjson`` or ``.json`` file has one JSON object a line with one of
+    A plain text file is read as blocks separated by blank lines, which are joined and cut to pieces of about
+    ``max_tokens``. A ``.jsonl``, ``.ndjson`` or ``.json`` file has one JSON object on each line, with one of
 
     - ``"text"``: the first 60% of its tokens are the prompt, as for plain text;
-    - ``"prompt"`` and ``"response"``: joined as they are, with a newline where neither has white space; so are
-      ``"question"`` and ``"answer"`` (GSM8K), written as ``Question:`` and ``Answer:``, and ``"prompt"`` and
-      ``"canonical_solution"`` (HumanEval);
-    - ``"messages"``: a chat, written with the tokenizer's chat template, or as ``role: content`` lines where it has
-      none; everything before the last assistant message is the prompt.
+    - ``"prompt"`` and ``"response"``: joined as they are, with a newline where neither has white space.
+      ``"question"`` and ``"answer"`` (GSM8K), written as ``Question:`` and ``Answer:``, are read in the same way, and
+      so are ``"prompt"`` and ``"canonical_solution"`` (HumanEval);
+    - ``"messages"``: a chat, written with the tokenizer's chat template, or as ``role: content`` lines if it has
+      none. Everything before the last assistant message is the prompt.
 
-    A pair that is too long loses the begin of its prompt and the end of its output.
+    A pair that is too long loses the beginning of its prompt and the end of its output.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        path: File to read, UTF-8; default: the texts that come with the package.
-        max_samples: Use at most so many; more are thinned out by a seeded choice. Default 200, the paper's number
-            (arXiv 2602.03295).
-        max_tokens: Longest sample in tokens; a smaller limit of the tokenizer wins.
-        seed: Seed of the choice.
+        path: The file to read, in UTF-8. The default are the texts that come with the package.
+        max_samples: The largest number of samples; from more texts a seeded choice is taken. The default, 200, is the
+            paper's number (arXiv 2602.03295).
+        max_tokens: The length of the longest sample, in tokens. The tokenizer's own limit is kept if it is smaller.
+        seed: The seed of the choice.
 
     Returns:
-        The samples, in the order of the file, and what they are.
+        The samples in the order of the file, and a record of what they were made of.
 
     Raises:
-        PopError: The file cannot be read, has no usable text, or a limit is out of range.
+        PopError: The file cannot be read or has no usable text, or a limit is out of range.
     """
     if max_samples < 1:
         raise PopError(f"max_samples is {max_samples}; give at least 1")
@@ -147,25 +121,8 @@ def load_samples(
         n_tokens=sum(len(sample.tokens) for sample in samples),
         seed=seed,
         sha256=digest.hexdigest(),
-        skipped=notes(skipped),
+        skipped=describe_skipped(skipped),
     )
-
-
-def read_records(file: Path, max_tokens: int) -> tuple[list[Record], dict[int, str]]:
-    """The texts of a file, and the reasons against the lines that are none, by line number.
-
-    Raises:
-        PopError: The file cannot be read or is no UTF-8 text.
-    """
-    text = _read_text(file)
-    if file.suffix.lower() in _JSONL_SUFFIXES:
-        return _parse_json_lines(text)
-    return _parse_plain_text(text, max_tokens * _CHARACTERS_PER_TOKEN), {}
-
-
-def notes(skipped: dict[int, str]) -> tuple[str, ...]:
-    """Each reason with its line number."""
-    return tuple(f"line {line}: {skipped[line]}" for line in sorted(skipped))
 
 
 def choose_samples(
@@ -178,12 +135,25 @@ def choose_samples(
     max_tokens: int,
     seed: int,
 ) -> list[tuple[Record, Sample]]:
-    """At most ``max_samples`` records that can be used, in the file's order, tokenized; adds to ``skipped`` those that cannot.
+    """Choose at most ``max_samples`` usable records and tokenize them.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or one that can be called as such.
+        file: The file that the records come from, named in the error.
+        records: The records of the file, from ``read_records``.
+        skipped: The reason why each skipped line is skipped, by line number. The records that turn out to be unusable
+            are added.
+        max_samples: The largest number of records to choose, at least 1.
+        max_tokens: The length of the longest sample, in tokens.
+        seed: The seed of the choice if there are more records.
+
+    Returns:
+        Each chosen record and its sample, in the order of the file.
 
     Raises:
-        PopError: None can be used.
+        PopError: No record can be used.
     """
-    # Only chosen texts are tokenized: a calibration file may be far larger than what is needed of it.
+    # Only chosen texts are tokenized, because a calibration file may be far larger than what is needed of it.
     order = list(range(len(records)))
     if len(records) > max_samples:
         random.Random(seed).shuffle(order)
@@ -193,117 +163,24 @@ def choose_samples(
             break
         try:
             chosen[i] = _make_sample(tokenizer, records[i].content, max_tokens)
-        except _Unusable as reason:
+        except UnusableRecordError as reason:
             skipped[records[i].line] = str(reason)
     if not chosen:
         first = f" (line {min(skipped)}: {skipped[min(skipped)]})" if skipped else ""
-        raise PopError(f"{file} has no usable text{first}; {_GIVE}")
+        raise PopError(f"{file} has no usable text{first}; {ADVICE}")
     return [(records[i], chosen[i]) for i in sorted(chosen)]
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PopError(f"{file} is not UTF-8 text; {_GIVE}") from error
-    except OSError as error:
-        raise PopError(f"cannot read {file}: {error.strerror}; {_GIVE}") from error
-
-
-def _parse_plain_text(text: str, piece_characters: int) -> list[Record]:
-    """Join blocks up to ``piece_characters`` and cut longer ones, each record named by its first line."""
-    blocks: list[tuple[int, str]] = []  # line number, block
-    lines: list[str] = []
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
-        if line.strip():
-            lines.append(line.rstrip())
-        elif lines:
-            blocks.append((number - len(lines), "\n".join(lines)))
-            lines = []
-
-    records: list[Record] = []
-    for number, block in blocks:
-        last = records[-1].content if records else None
-        if last is not None and len(last) + 2 + len(block) <= piece_characters:
-            records[-1] = Record(records[-1].line, f"{last}\n\n{block}")
-            continue
-        while len(block) > piece_characters:
-            cut = block.rfind(" ", piece_characters // 2, piece_characters)
-            cut = piece_characters if cut < 0 else cut
-            records.append(Record(number, block[:cut]))
-            block = block[cut:].lstrip()
-        if block:
-            records.append(Record(number, block))
-    return records
-
-
-def _parse_json_lines(text: str) -> tuple[list[Record], dict[int, str]]:
-    """Records of the well-formed lines, and the reasons against the others by line number."""
-    records: list[Record] = []
-    skipped: dict[int, str] = {}
-    # Not splitlines(): JSON strings may hold other line separators of Unicode unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            if "\\ud" in line.lower():
-                json.dumps(item, ensure_ascii=False).encode()
-            records.append(Record(number, _record_content(item), item))
-        except json.JSONDecodeError as error:
-            skipped[number] = f"not JSON: {error.msg}"
-        except UnicodeEncodeError:
-            skipped[number] = "half of a surrogate pair, which is no text"
-        except (ValueError, RecursionError):
-            skipped[number] = "not JSON that can be read: a number too long, or nested too deeply"
-        except _Unusable as reason:
-            skipped[number] = str(reason)
-    return records, skipped
-
-
-def _record_content(item: Any) -> str | tuple[str, str] | list[dict[str, str]]:
-    if not isinstance(item, dict):
-        raise _Unusable("not a JSON object")
-    if "messages" in item:
-        return _chat_messages(item["messages"])
-    given = [keys for keys in _PAIRS if keys[0] in item and keys[1] in item]
-    given += [
-        keys for keys in _PAIRS if keys[0] in item or (keys[1] in item and "text" not in item)
-    ]  # one of them is missing
-    keys = given[0] if given else ("text",)
-    for key in keys:
-        if not isinstance(item.get(key), str) or not item[key].strip():
-            raise _Unusable(f'no "{key}" text')
-    if keys == ("text",):
-        return item["text"]
-    form, before = _PAIRS[keys]
-    return form.format(item[keys[0]]), before + item[keys[1]]
-
-
-def _chat_messages(messages: Any) -> list[dict[str, str]]:
-    """The chat up to its last assistant message, contents as plain strings."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _Unusable('"messages" is not a list of objects')
-    chat = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if isinstance(content, list):  # parts, as multimodal data writes them; only the text is of use
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise _Unusable('a message without "role" or "content"')
-        chat.append({"role": role, "content": content})
-    while chat and chat[-1]["role"] != "assistant":
-        chat.pop()
-    if len(chat) < 2 or not chat[-1]["content"].strip():
-        raise _Unusable("no assistant message with text after another message")
-    return chat
-
-
 def _make_sample(tokenizer: Any, content: Any, max_tokens: int) -> Sample:
+    """Tokenize the content of a record and split it into prompt and output.
+
+    Raises:
+        UnusableRecordError: The text, the prompt or the output is too short, or the chat template refuses the chat.
+    """
     if isinstance(content, str):
         tokens = _encode(tokenizer, content)[:max_tokens]
         if len(tokens) < _MIN_TEXT_TOKENS:
-            raise _Unusable(f"{len(tokens)} tokens, fewer than {_MIN_TEXT_TOKENS}")
+            raise UnusableRecordError(f"{len(tokens)} tokens, fewer than {_MIN_TEXT_TOKENS}")
         return Sample(tuple(tokens), int(len(tokens) * _PROMPT_SHARE))
 
     if isinstance(content, tuple):
@@ -315,8 +192,9 @@ def _make_sample(tokenizer: Any, content: Any, max_tokens: int) -> Sample:
     else:
         prompt, full, special_tokens = _format_chat(tokenizer, content)
 
-    # Encoded as one text, since a tokenizer may merge or mark pieces otherwise at the start of a text. What the
-    # prompt alone has in common with it is the prompt; a closing special token drops out the same way.
+    # Prompt and output are encoded as one text, because a tokenizer may merge pieces where they meet or mark the start
+    # of a text. The prompt's tokens are those that this text and the prompt alone begin with. A special token that
+    # closes the prompt alone drops out in this way too.
     tokens = _encode(tokenizer, full, special_tokens)
     prompt_len = 0
     for one, other in zip(tokens, _encode(tokenizer, prompt, special_tokens)):
@@ -324,25 +202,32 @@ def _make_sample(tokenizer: Any, content: Any, max_tokens: int) -> Sample:
             break
         prompt_len += 1
     if not _MIN_PROMPT_TOKENS <= prompt_len < len(tokens):
-        raise _Unusable("too short a prompt or response")
-    return _fit(tokens, prompt_len, max_tokens, getattr(tokenizer, "bos_token_id", None))
+        raise UnusableRecordError("too short a prompt or response")
+    return _cut_pair(tokens, prompt_len, max_tokens, getattr(tokenizer, "bos_token_id", None))
 
 
 def _format_chat(tokenizer: Any, chat: list[dict[str, str]]) -> tuple[str, str, bool]:
-    """Prompt, prompt with answer, and whether special tokens are still to be added."""
+    """Return the prompt, the prompt with the answer, and whether the tokenizer still has to add special tokens.
+
+    Raises:
+        UnusableRecordError: The tokenizer's chat template refuses the chat.
+    """
     if getattr(tokenizer, "chat_template", None):
         try:
             prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
             return prompt, tokenizer.apply_chat_template(chat, tokenize=False), False
-        except Exception as error:  # whatever a template raises, e.g. for a role it does not know
-            raise _Unusable(f"the chat template refuses it: {error}".replace("\n", " ")) from error
+        except Exception as error:  # A template may raise anything, for a role that it does not know for example.
+            raise UnusableRecordError(f"the chat template refuses it: {error}".replace("\n", " ")) from error
     lines = [f"{message['role']}: {message['content']}" for message in chat[:-1]]
     prompt = "\n".join([*lines, f"{chat[-1]['role']}:"])
     return prompt, f"{prompt} {chat[-1]['content']}", True
 
 
-def _fit(tokens: list[int], prompt_len: int, max_tokens: int, bos_token_id: int | None) -> Sample:
-    """Cut to ``max_tokens``: the output keeps its begin, the prompt its end, behind the token that starts a text."""
+def _cut_pair(tokens: list[int], prompt_len: int, max_tokens: int, bos_token_id: int | None) -> Sample:
+    """Cut a pair to ``max_tokens``.
+
+    The output keeps its beginning. The prompt keeps its end, and in front of it the token that starts a text.
+    """
     prompt, output = tokens[:prompt_len], tokens[prompt_len:]
     output_share = max_tokens - int(max_tokens * _PROMPT_SHARE)
     output = output[: max(max_tokens - len(prompt), output_share)]
@@ -353,4 +238,5 @@ def _fit(tokens: list[int], prompt_len: int, max_tokens: int, bos_token_id: int 
 
 
 def _encode(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Return the token ids of a text."""
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

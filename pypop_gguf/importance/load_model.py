@@ -1,7 +1,7 @@
-"""Load a model and its tokenizer for the layer importance.
+"""Load a model and its tokenizer from what users have: a Hugging Face directory, a hub id or a GGUF file.
 
-Takes what users have: a Hugging Face directory, a hub id or a GGUF file. Everything that can go wrong on the way is a
-``PopError``. Called by the importance step of the converter.
+The converter calls this before it estimates layer importance or fits projections. Whatever goes wrong ends in a
+``PopError``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pypop_gguf.errors import PopError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -28,23 +28,23 @@ def load_for_importance(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model, also one nested in a vision-language model, ready for ``compute_importance``.
 
     Args:
-        path_or_hub_id: Directory with config.json, safetensors weights and tokenizer; a hub id; or a GGUF file of
+        path_or_hub_id: A directory with config.json, safetensors weights and a tokenizer; a hub id; or a GGUF file of
             an architecture that Transformers can read.
-        device: ``"auto"`` takes CUDA, then MPS, then the CPU.
-        dtype: Type of the weights. ``"auto"`` is the checkpoint's own, but float32 on the CPU, which is slow at the
-            others.
-        trust_remote_code: Run Python code that comes with the model.
+        device: The device to load to. ``"auto"`` takes CUDA, else MPS, else the CPU.
+        dtype: The type of the weights. ``"auto"`` is the checkpoint's own type, except on the CPU, where it is float32
+            because the CPU is slow at the other types.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Returns:
         The model, in evaluation mode and without gradients for its weights, and its tokenizer.
 
     Raises:
-        PopError: Nothing there, no such device, not a causal language model, weights missing or not safetensors, or
-            too little memory.
+        PopError: There is no model, its weights are incomplete or not safetensors, it is no causal language model, the
+            device is not available, the GPU has too little memory, or torch or transformers is not installed.
     """
     if device not in _DEVICES:
         raise PopError(f"device is {device!r}; use one of {', '.join(_DEVICES)}")
@@ -65,12 +65,12 @@ def load_for_importance(
 
     with _errors_as_pop_error(name, bool(gguf)):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        auto_class = _auto_class(name, config)
+        auto_class = _choose_auto_class(name, config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        # GGUF files are dequantized by Transformers itself and have no safetensors to insist on.
+        # Transformers dequantizes a GGUF file itself, so there are no safetensors to insist on.
         weights = {} if gguf else {"use_safetensors": True}
         model, report = auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **weights, **options)
-    if report["missing_keys"]:  # Transformers fills them with random numbers
+    if report["missing_keys"]:  # Transformers fills missing weights with random numbers.
         raise PopError(
             f"{name} lacks {len(report['missing_keys'])} weights of {type(model).__name__}, "
             f"e.g. {min(report['missing_keys'])}; give a complete causal language model"
@@ -84,6 +84,11 @@ def load_for_importance(
 
 
 def _resolve_device(device: str) -> torch.device:
+    """Return the torch device of this name, or the best available one for ``"auto"``.
+
+    Raises:
+        PopError: The device is not available.
+    """
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -95,7 +100,11 @@ def _resolve_device(device: str) -> torch.device:
 
 
 def _resolve_source(path_or_hub_id: str | Path) -> tuple[str, dict[str, str]]:
-    """Where ``from_pretrained`` looks, and its ``gguf_file`` option if it is one."""
+    """Return the path or hub id to give to ``from_pretrained``, and its ``gguf_file`` option for a GGUF file.
+
+    Raises:
+        PopError: The path does not exist or holds no model.
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -105,7 +114,7 @@ def _resolve_source(path_or_hub_id: str | Path) -> tuple[str, dict[str, str]]:
         if path.suffix.lower() != ".gguf":
             raise PopError(f"{path} is not a .gguf file; give a model directory, a hub id or a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
-    # A hub id is "name" or "owner/name"; anything else can only be meant as a path.
+    # A hub id is "name" or "owner/name". Anything else can only be meant as a path.
     parts = str(path_or_hub_id).split("/")
     is_hub_id = isinstance(path_or_hub_id, str) and len(parts) <= 2 and all(parts) and "\\" not in path_or_hub_id
     if not is_hub_id or parts[0] in (".", "..", "~") or path.suffix.lower() == ".gguf":
@@ -115,7 +124,7 @@ def _resolve_source(path_or_hub_id: str | Path) -> tuple[str, dict[str, str]]:
 
 @contextmanager
 def _errors_as_pop_error(name: str, is_gguf: bool) -> Iterator[None]:
-    """Turn whatever loading raises into a PopError of one line; Transformers raises nearly every type there is."""
+    """Turn any error of loading into a PopError of one line; Transformers raises errors of nearly every type."""
     try:
         yield
     except PopError:
@@ -132,7 +141,12 @@ def _errors_as_pop_error(name: str, is_gguf: bool) -> Iterator[None]:
         raise PopError(f"{reason}; {advice}") from error
 
 
-def _auto_class(name: str, config: Any) -> Any:
+def _choose_auto_class(name: str, config: Any) -> Any:
+    """Return the class of Transformers that loads a model of this configuration.
+
+    Raises:
+        PopError: The configuration is not that of a causal language model.
+    """
     import transformers
 
     if getattr(config, "is_encoder_decoder", False):
@@ -146,8 +160,12 @@ def _auto_class(name: str, config: Any) -> Any:
     raise PopError(f"{name} ({config.model_type}) is not a causal language model; give one that generates text")
 
 
-def _check_causal(name: str, model: nn.Module) -> None:
-    """Some encoders load as causal models too: see whether the last token changes what the ones before it predict."""
+def _check_causal(name: str, model: PreTrainedModel) -> None:
+    """Check that the last token does not change what earlier ones predict, because some encoders load as causal models.
+
+    Raises:
+        PopError: The last token changes the predictions, so the model is not causal.
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -156,7 +174,8 @@ def _check_causal(name: str, model: nn.Module) -> None:
             model(input_ids=torch.tensor([[0, 1, 2, last]], device=device), use_cache=False).logits[0, :3].float()
             for last in (0, 1)
         )
-    # Float rounding may depend on the whole batch, e.g. where experts are grouped; a causal leak is far larger.
+    # Rounding may depend on the other tokens, where tokens are grouped by expert for example. The change that an
+    # encoder makes is far larger.
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * first.abs().max()
     if (first - second).abs().max() > tolerance:
         raise PopError(f"{name} reads its prompt in both directions; give a causal language model, not an encoder")

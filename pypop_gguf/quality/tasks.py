@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pypop_gguf.importance.calibration import Record, Sample, choose_samples, notes, read_records
+from pypop_gguf.importance.calibration import Sample, choose_samples
+from pypop_gguf.importance.records import Record, describe_skipped, read_records
 from pypop_gguf.quality import code_runner
 from pypop_gguf.quality.score import Tokenizer
 
@@ -121,7 +122,7 @@ def of_file(tokenizer: Tokenizer, path: Path, *, max_samples: int, max_tokens: i
             for record, _ in chosen
         )
 
-    common = dict(name=path.stem, samples=samples, skipped=notes(skipped))
+    common = dict(name=path.stem, samples=samples, skipped=describe_skipped(skipped))
     if are_pairs_with("question", "answer"):
         questions = [_question(record, _same_number(record.item["answer"])) for record, _ in chosen]
         return Task(**common, questions=questions, max_tokens=320, stop=("Question:",))

@@ -1,6 +1,6 @@
-"""Calibration files: every format, what is cut and what is kept, and every way a file can be bad.
+"""Calibration files: every format, what is cut and what is kept, and every way in which a file can be bad.
 
-The tokenizer stands in one character for one token, so that lengths and boundaries can be read off.
+The tokenizer of these tests makes one token of each character, so lengths and ends of prompts can be read off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOS, EOS = 1, 2
 
 
 class CharacterTokenizer:
-    """One token a character, with BOS in front and, as some tokenizers do, EOS behind."""
+    """A tokenizer with one token for each character, BOS in front and, as in some tokenizers, EOS behind."""
 
     bos_token_id = BOS
     model_max_length = 1000
@@ -61,7 +61,7 @@ def write(tmp_path):
 
 
 def test_plain_text_splits_at_sixty_percent(write):
-    path = write("text.txt", ["abcdefghijklmnopqrs"])  # 20 tokens with BOS
+    path = write("text.txt", ["abcdefghijklmnopqrs"])  # These are 20 tokens with BOS.
     samples, info = load_samples(CharacterTokenizer(), path)
     assert [parts(sample) for sample in samples] == [("abcdefghijk", "lmnopqrs")]
     assert samples[0].tokens[0] == BOS and samples[0].prompt_len == 12
@@ -70,9 +70,9 @@ def test_plain_text_splits_at_sixty_percent(write):
 
 def test_short_blocks_are_joined_and_long_ones_cut(write):
     path = write("text.txt", ["one two", "three", "", "  ", "four five", "", "word " * 30])
-    samples, _ = load_samples(CharacterTokenizer(), path, max_tokens=10)  # pieces of 40 characters
+    samples, _ = load_samples(CharacterTokenizer(), path, max_tokens=10)  # Pieces have up to 40 characters.
     texts = ["".join(parts(sample)) for sample in samples]
-    assert texts[0] == "one two\nt"  # joined with the next block behind it, then cut to the limit
+    assert texts[0] == "one two\nt"  # The block was joined with the next one, then cut to the limit.
     assert texts[1:] == ["word word"] * 4
     assert all(len(sample.tokens) == 10 for sample in samples)
 
@@ -113,7 +113,7 @@ def test_chat_uses_the_template_and_ends_at_the_last_assistant_message(write):
     ]
     samples, _ = load_samples(CharacterTokenizer(chat_template="yes"), write("a.jsonl", [{"messages": messages}]))
     assert parts(samples[0]) == ("<user>Hello</><assistant>Hi</><user>Who?</><assistant>", "Me</>")
-    assert samples[0].tokens[0] != BOS  # the template brings its own
+    assert samples[0].tokens[0] != BOS  # The template brings its own special tokens.
 
 
 def test_closing_token_of_a_tokenizer_does_not_end_the_prompt(write):
@@ -125,9 +125,9 @@ def test_closing_token_of_a_tokenizer_does_not_end_the_prompt(write):
 @pytest.mark.parametrize(
     ("n_prompt", "n_response", "expected"),
     [
-        (50, 4, (15, 4)),  # BOS and the newline count as prompt; the output is short, so the prompt gets the rest
-        (4, 50, (5, 14)),  # and the other way round
-        (50, 50, (11, 8)),  # both long: the shares of a plain text
+        (50, 4, (15, 4)),  # The output is short, so the prompt gets the rest. BOS and the newline count as prompt.
+        (4, 50, (5, 14)),  # The prompt is short, so the output gets the rest.
+        (50, 50, (11, 8)),  # Both are long and get the shares that a plain text has.
     ],
     ids=["long prompt", "long response", "both long"],
 )

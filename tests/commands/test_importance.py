@@ -1,10 +1,11 @@
-"""Layer importance: the scores against independent finite differences, the gates in each architecture, loading.
+"""Layer importance: scores against independent finite differences, gates in each architecture, loading of models.
 
-Models are tiny and random, made from configs here; only the last of the importance tests uses the bundled model.
+The models are tiny and random and are made from configurations here. Only tests that load a model use the bundled one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 import transformers
 
 from pypop_gguf.errors import PopError
-from pypop_gguf.importance import scores as importance
 from pypop_gguf.importance.calibration import Sample, load_samples
+from pypop_gguf.importance.decoder import find_decoder_layers
+from pypop_gguf.importance.gates import apply_gates, find_gating
 from pypop_gguf.importance.load_model import load_for_importance
-from pypop_gguf.importance.scores import compute_importance, find_decoder_layers
+from pypop_gguf.importance.scores import _draw_labels, compute_importance
 from tests.support.paths import BUNDLED
 
 N_VOCAB = 8
@@ -41,7 +43,8 @@ SHARED = {
 WITHOUT_HEAD_DIM = {key: value for key, value in SHARED.items() if key != "head_dim"}
 GPT2 = {"vocab_size": N_VOCAB, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
 GEMMA3 = {**SHARED, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
-# Modules that end the branches, and the weights which scale exactly what those modules add.
+# For each architecture: its configuration, the modules that end the branches of a layer, and the weights that scale
+# exactly what those modules add.
 ARCHITECTURES = {
     "Llama": (SHARED, ["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
     "Qwen3": (SHARED, ["self_attn", "mlp"], ["self_attn.o_proj", "mlp.down_proj"]),
@@ -78,7 +81,7 @@ BLOOM = {"vocab_size": N_VOCAB, "hidden_size": 16, "n_layer": 3, "n_head": 2, "i
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Threads cost more than they give at these sizes."""
+    """Run torch on one thread, which is fastest for models of this size."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,21 +93,21 @@ def make_model(architecture: str, **options):
     torch.manual_seed(7)
     config = getattr(transformers, f"{architecture}Config")(**{**settings, **options})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():  # ones would hide whether a norm's weight takes part
+    for name, parameter in model.named_parameters():  # Norm weights of 1 would hide whether they take part.
         if "norm" in name and name.endswith("weight"):
             parameter.add_(torch.rand_like(parameter) - 0.5)
     return model
 
 
 def slope(loss, step: float = 1e-2) -> float:
-    """d loss / d factor at 1, by a five-point rule: its wide step keeps float32's noise small."""
+    """Estimate d loss / d factor at 1 by a five-point rule, whose wide step keeps the noise of float32 small."""
     near, far = loss(1 + step) - loss(1 - step), loss(1 + 2 * step) - loss(1 - 2 * step)
     return (8 * near - far) / (12 * step)
 
 
 def drawn_labels(logits, seed: int):
-    """The labels that ``compute_importance`` draws for its first sample."""
-    return importance._sample_labels(logits.float(), torch.Generator().manual_seed(seed))
+    """Draw the labels that ``compute_importance`` draws for its first sample."""
+    return _draw_labels(logits.float(), torch.Generator().manual_seed(seed))
 
 
 def loss_of(logits, labels) -> float:
@@ -112,7 +115,10 @@ def loss_of(logits, labels) -> float:
 
 
 def reference_llama(model, tokens, prompt_len: int, gates):
-    """Logits of the output positions, float64, from a Llama written out with explicit gates [2, n_layer]."""
+    """Compute the logits of the output positions, float64 [n_output, n_vocab], by a Llama that is written out here.
+
+    The gates are explicit factors, [2, n_layer] with rows prefill and decode.
+    """
     weights = {name: value.double() for name, value in model.state_dict().items()}
     n_tokens, n_embd, head_dim = len(tokens), 16, 8
 
@@ -147,7 +153,7 @@ def reference_llama(model, tokens, prompt_len: int, gates):
 
 
 def reference_derivatives(function, n_layer: int, step: float = 1e-5):
-    """Central differences of ``function(gates)`` by each of the gates [2, n_layer], stacked in front."""
+    """Return central differences of ``function(gates)`` by each gate, [2, n_layer, *shape of the result]."""
     rows = []
     for stage in range(2):
         for il in range(n_layer):
@@ -172,7 +178,7 @@ def test_scores_equal_squared_finite_differences_for_the_drawn_labels():
 
 def test_mean_over_many_draws_is_the_exact_fisher_information():
     model = make_model("Llama")
-    sample = Sample((3, 5, 1, 4, 7), prompt_len=3)  # two output tokens: 64 label sequences
+    sample = Sample((3, 5, 1, 4, 7), prompt_len=3)  # It has two output tokens and so 64 sequences of labels.
 
     def log_probabilities(gates):
         return reference_llama(model, sample.tokens, 3, gates).log_softmax(-1)
@@ -188,7 +194,7 @@ def test_mean_over_many_draws_is_the_exact_fisher_information():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gates_scale_what_the_branches_add(architecture):
-    """With a prompt of one token the decode gate covers every position, as scaling the last weights does."""
+    """Compare with scaled weights, which act at every position as the decode gate does after a prompt of one token."""
     model = make_model(architecture)
     sample = Sample(SAMPLE.tokens, prompt_len=1)
     scores = compute_importance(model, [sample], seed=1)
@@ -200,12 +206,11 @@ def test_gates_scale_what_the_branches_add(architecture):
             try:
                 target = layer.get_submodule(path)
             except AttributeError:
-                try:
+                # The path names a parameter, or a module that only other layers of this model have.
+                with contextlib.suppress(AttributeError):
                     layer.get_parameter(path).mul_(factor)
-                except AttributeError:
-                    pass  # the other kind of mixer
                 continue
-            if "Gemma3" in type(target).__name__:  # multiplies by 1 + weight
+            if "Gemma3" in type(target).__name__:  # This norm multiplies by 1 + weight.
                 target.weight.copy_(factor * (1 + target.weight) - 1)
             else:
                 for parameter in target.parameters():
@@ -213,7 +218,7 @@ def test_gates_scale_what_the_branches_add(architecture):
         return scaled(input_ids=torch.tensor([sample.tokens[:-1]]), use_cache=False).logits[0]
 
     labels = drawn_labels(logits(0, 1.0), seed=1)
-    expected = [slope(lambda factor: loss_of(logits(il, factor), labels)) for il in range(3)]
+    expected = [slope(lambda factor, il=il: loss_of(logits(il, factor), labels)) for il in range(3)]
     assert scores.gating == "branches"
     np.testing.assert_allclose(np.sqrt(scores.decode), np.abs(expected), rtol=1e-2, atol=2e-3)
     assert not scores.prefill.any()
@@ -223,7 +228,7 @@ def test_gates_scale_what_the_branches_add(architecture):
 def test_gate_zero_makes_every_layer_the_identity(architecture):
     model = make_model(architecture)
     layers = find_decoder_layers(model)
-    gating = importance._find_gating(model, layers, SAMPLE.tokens)
+    gating = find_gating(model, layers, SAMPLE.tokens)
     inputs = []
     handles = [
         layer.register_forward_pre_hook(
@@ -231,7 +236,7 @@ def test_gate_zero_makes_every_layer_the_identity(architecture):
         )
         for layer in layers
     ]
-    with importance._gated(gating, torch.zeros(3, len(SAMPLE.tokens))):
+    with apply_gates(gating, torch.zeros(3, len(SAMPLE.tokens))):
         model(input_ids=torch.tensor([SAMPLE.tokens]), use_cache=False)
     for handle in handles:
         handle.remove()
@@ -248,7 +253,7 @@ def test_gate_zero_makes_every_layer_the_identity(architecture):
 
 
 def test_layers_without_visible_branches_are_gated_whole():
-    model = make_model("Bloom")  # adds the residual inside its branches
+    model = make_model("Bloom")  # It adds the residual stream inside its branches.
     sample = Sample(SAMPLE.tokens, prompt_len=1)
     scores = compute_importance(model, [sample])
 
@@ -266,7 +271,7 @@ def test_layers_without_visible_branches_are_gated_whole():
         return gated(input_ids=torch.tensor([sample.tokens[:-1]]), use_cache=False).logits[0]
 
     labels = drawn_labels(logits(0, 1.0), seed=0)
-    expected = [slope(lambda gate: loss_of(logits(il, gate), labels)) for il in range(3)]
+    expected = [slope(lambda gate, il=il: loss_of(logits(il, gate), labels)) for il in range(3)]
     assert scores.gating == "layers"
     np.testing.assert_allclose(np.sqrt(scores.decode), np.abs(expected), rtol=1e-2, atol=2e-3)
 
@@ -293,7 +298,7 @@ def test_same_seed_gives_same_scores_and_another_seed_others():
 
 def test_labels_follow_the_models_probabilities():
     logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(4000, 4)
-    counts = torch.bincount(importance._sample_labels(logits, torch.Generator().manual_seed(0)), minlength=4)
+    counts = torch.bincount(_draw_labels(logits, torch.Generator().manual_seed(0)), minlength=4)
     torch.testing.assert_close(counts / 4000, logits[0].softmax(-1), atol=0.03, rtol=0)
 
 
@@ -311,7 +316,6 @@ def test_result_counts_and_progress_are_complete():
     scores = compute_importance(model, [SAMPLE] * 3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert (scores.n_samples, scores.n_tokens, scores.prefill.shape) == (3, 21, (3,))
-    assert scores.peak_memory_bytes is None or scores.peak_memory_bytes > 0
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -344,7 +348,7 @@ def make_vision_model(architecture: str):
 
 @pytest.mark.parametrize("architecture", ["Gemma3", "Qwen3VL"])
 def test_vision_model_is_scored_by_its_text_layers(architecture):
-    model = make_vision_model(architecture)  # as many vision layers as text layers
+    model = make_vision_model(architecture)  # It has as many vision layers as text layers.
     assert find_decoder_layers(model) == list(model.model.language_model.layers)
     scores = compute_importance(model, [SAMPLE])
     assert scores.gating == "branches" and scores.prefill[-1] == 0 and (scores.decode > 0).all()
@@ -368,7 +372,7 @@ def test_unusable_input_is_named():
 
 
 def test_deep_layers_of_the_bundled_model_matter_more_for_decode_than_for_prefill():
-    """The asymmetry that POP rests on."""
+    """POP rests on this asymmetry."""
     model, tokenizer = load_for_importance(BUNDLED)
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     samples, _ = load_samples(tokenizer, max_samples=16, max_tokens=256)
@@ -408,7 +412,7 @@ def test_models_that_read_in_both_directions_are_refused(tmp_path):
 
 def test_incomplete_or_unsafe_weights_are_refused(tmp_path):
     headless = transformers.LlamaModel(transformers.LlamaConfig(**SHARED))
-    with pytest.raises(PopError, match="lacks 1 weights .*lm_head.weight"):
+    with pytest.raises(PopError, match=r"lacks 1 weights .*lm_head\.weight"):
         load_for_importance(save_with_tokenizer(headless, tmp_path / "headless"))
     pickled = save_with_tokenizer(make_model("Llama"), tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
@@ -449,7 +453,7 @@ def test_gguf_of_unknown_architecture_points_to_no_importance(tmp_path):
 
 
 def write_llama_gguf(path: Path, model) -> None:
-    """A Llama of SHARED sizes with a vocabulary of single letters."""
+    """Write a Llama model of the sizes in SHARED, with a vocabulary of single letters."""
     writer = gguf.GGUFWriter(path, arch="llama")
     writer.add_block_count(3)
     writer.add_context_length(64)
@@ -470,7 +474,7 @@ def write_llama_gguf(path: Path, model) -> None:
     writer.add_unk_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, value in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:  # GGUF pairs neighbours for RoPE
+        if "q_proj" in name or "k_proj" in name:  # RoPE pairs neighbouring rows in GGUF, distant ones in Transformers.
             value = value.view(-1, 2, 4, 16).transpose(1, 2).reshape(value.shape)
         writer.add_tensor(names.get_name(name, (".weight",)), value.numpy())
     writer.write_header_to_file()
@@ -480,7 +484,7 @@ def write_llama_gguf(path: Path, model) -> None:
 
 
 def test_gguf_gives_the_scores_of_its_source(tmp_path):
-    pytest.importorskip("accelerate")  # Transformers wants it for GGUF files
+    pytest.importorskip("accelerate")  # Transformers needs it to read GGUF files.
     source = make_model("Llama")
     write_llama_gguf(tmp_path / "tiny.gguf", source)
     model, tokenizer = load_for_importance(tmp_path / "tiny.gguf")

@@ -1,4 +1,4 @@
-"""Fitted projections: what the engine makes of an adapter against PyTorch, whose graphs it touches, what is refused."""
+"""Fitted projections: the engine with an adapter against PyTorch, the graphs it changes, and the files it refuses."""
 
 import shutil
 
@@ -10,9 +10,8 @@ import torch
 
 from pypop_gguf import PopError, PopLlama, _library
 from pypop_gguf.cli import main
-from pypop_gguf.fitting import adapter_file as kv_adapter
-from pypop_gguf.fitting import distill as distill_kv
-from pypop_gguf.fitting import fit as fit_kv
+from pypop_gguf.fitting import distill, fit
+from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
 from pypop_gguf.importance.calibration import Sample
@@ -24,7 +23,7 @@ from tests.support.server import serve
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "phi3"]
 N_PROMPT, N_TOKENS, B = 70, 74, 2
 EXACT = dict(n_ctx=256, type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False)
-_written: dict = {}  # content of an adapter's file and what PyTorch adds, by model and boundary
+_written: dict = {}  # for each model and boundary: the bytes of an adapter's file, and what PyTorch adds to weights
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +31,35 @@ def models(reference_models, tmp_path_factory):
     return {**reference_models, **tiny_models.write(tmp_path_factory.mktemp("fused"), tiny_models.fused_configs())}
 
 
-def random_differences(model, boundary: int, rank: int = 3) -> list[fit_kv.Difference]:
-    """Large ones, of keys and values, exact in 16 bits."""
+def make_differences(model, boundary: int, rank: int = 3) -> list[fit.Difference]:
+    """Make large random differences of keys and values, of numbers that float16 holds exactly."""
     generator = torch.Generator().manual_seed(boundary)
     result = []
-    for projection in fit_kv.find_projections(model.torch_model, boundary):
+    for projection in fit.find_projections(model.torch_model, boundary):
         n_out, n_in = projection.module.weight.shape
         a = torch.randint(-8, 9, (rank, n_in), generator=generator) / 32
         b = torch.zeros(n_out, rank)
         b[projection.rows] = (
             torch.randint(-8, 9, (projection.rows.stop - projection.rows.start, rank), generator=generator) / 32
         )
-        result.append(fit_kv.Difference(projection, a, b))
+        result.append(fit.Difference(projection, a, b))
     return result
 
 
 def write(model, target, boundary: int) -> dict:
-    """The adapter's file; returns what PyTorch adds to each weight: what the file holds, in 16 bits."""
+    """Write an adapter of random differences; return what PyTorch has to add to each module's weight to do the same."""
     key = model.gguf, boundary
-    if key not in _written:  # it takes seconds
-        differences = random_differences(model, boundary)
-        kv_adapter.write_adapter(target, model.torch_model, boundary, differences, _library.fingerprint(model.gguf))
-        _written[key] = target.read_bytes(), in_16_bits(differences)
+    if key not in _written:  # Writing takes seconds, so each file is kept.
+        differences = make_differences(model, boundary)
+        write_adapter(target, model.torch_model, boundary, differences, _library.fingerprint(model.gguf))
+        _written[key] = target.read_bytes(), round_as_written(differences)
     content, added = _written[key]
     target.write_bytes(content)
     return added
 
 
-def in_16_bits(differences: list[fit_kv.Difference]) -> dict:
+def round_as_written(differences: list[fit.Difference]) -> dict:
+    """Return the product of each difference's matrices as the file holds them: balanced, then rounded to float16."""
     added = {}
     for d in differences:
         balance = (d.b.norm(dim=0) / d.a.norm(dim=1)).sqrt()
@@ -81,7 +81,7 @@ def test_pruned_passes_equal_pytorch_and_whole_ones_are_untouched(models, name, 
         error = pop_reference.squared_error(score(llm, tokens), expected)
         assert error <= 1e-6
         assert pop_reference.squared_error(plain, expected) > 100 * error
-        other = score(llm, tokens, boundary=2)  # fitted for another boundary: not used there
+        other = score(llm, tokens, boundary=2)  # The adapter is for another boundary and is not used here.
         whole = score(llm, tokens, pop=False)
         llm.close()
         bare = PopLlama(str(model.gguf), pop_boundary=boundary, **EXACT)
@@ -105,7 +105,8 @@ def test_whole_model_is_stocks_bit_for_bit_with_an_adapter_loaded(models, stock,
     llm.close()
     code = """
 import json, sys, llama_cpp
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False)
+options = dict(type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, **options)
 llm.eval(json.loads(sys.argv[2]))
 print(json.dumps([llama_cpp.llama_get_logits_ith(llm.ctx, -1)[i] for i in range(llm.n_vocab())]))
 """
@@ -113,7 +114,7 @@ print(json.dumps([llama_cpp.llama_get_logits_ith(llm.ctx, -1)[i] for i in range(
 
 
 def test_adapter_and_the_users_lora_together(models, tmp_path):
-    """A LoRA of the same weights holds in every pass, the adapter in pruned ones only."""
+    """A LoRA of the same weights acts in every pass, the adapter only in pruned ones."""
     model = models["llama"]
     added = write(model, tmp_path / "fit.gguf", B)
     lora = relabelled(tmp_path / "fit.gguf", tmp_path / "lora.gguf", "lora")
@@ -186,7 +187,7 @@ def test_found_beside_its_model_and_left_out_on_request(models, tmp_path):
         llm = PopLlama(str(target), pop_boundary=B, **options, **EXACT)
         assert llm.pop.adapters == adapters
         llm.close()
-    llm = PopLlama(str(target), pop_boundary=B + 1, **EXACT)  # there is none for this boundary
+    llm = PopLlama(str(target), pop_boundary=B + 1, **EXACT)  # There is no adapter for this boundary.
     assert llm.pop.adapters == ()
     llm.close()
 
@@ -248,11 +249,9 @@ def test_wrong_model_boundary_version_or_kind_is_refused_in_one_line(models, tmp
     assert "its version is missing" in refusal(model.gguf, adapter=relabelled(path, tmp_path / "bare.gguf", "pop"))
     (tmp_path / "damaged.gguf").write_bytes(path.read_bytes()[:-100])
     assert "not within the file bounds" in refusal(model.gguf, adapter=tmp_path / "damaged.gguf")
-    kv_adapter.write_adapter(path, model.torch_model, B, random_differences(model, B), "0" * 16)
+    write_adapter(path, model.torch_model, B, make_differences(model, B), "0" * 16)
     assert "it was fitted for another model" in refusal(model.gguf)
-    kv_adapter.write_adapter(
-        path, model.torch_model, B + 1, random_differences(model, B), _library.fingerprint(model.gguf)
-    )
+    write_adapter(path, model.torch_model, B + 1, make_differences(model, B), _library.fingerprint(model.gguf))
     assert "is no weight of a layer above its boundary 3" in refusal(model.gguf, B + 1)
     with pytest.raises(PopError, match="names no file"):
         PopLlama(str(model.gguf), pop_boundary=B, pop_adapter=True, **EXACT)
@@ -276,13 +275,13 @@ def samples_of(model, count=20) -> list[Sample]:
 def test_closed_form_is_ridge_regression_towards_the_weights(models):
     model = models["qwen3"]
     samples = samples_of(model)
-    (first, *_), n_layer = fit_kv.fit_values(model.torch_model, samples, B, rank=999), len(model.layers)
+    (first, *_), n_layer = fit.fit_values(model.torch_model, samples, B, rank=999), len(model.layers)
     projection = first.projection
     assert projection.name == f"model.layers.{B + 1}.self_attn.v_proj" and n_layer == 6
     x, y = [], []
     for i, sample in enumerate(samples):
         if i % 10 == 9:
-            continue  # held out
+            continue  # This text is held out of the fit.
         with torch.no_grad():
             states = model.torch_model(torch.tensor([sample.tokens]), output_hidden_states=True).hidden_states
             norm = model.layers[B + 1].input_layernorm
@@ -293,25 +292,40 @@ def test_closed_form_is_ridge_regression_towards_the_weights(models):
     stacked_x = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1])])
     expected = (torch.linalg.lstsq(stacked_x, torch.cat([y, ridge.sqrt() * w.T])).solution.T - w).detach()
     assert torch.allclose(first.b.double() @ first.a.double(), expected, atol=1e-4 * float(expected.abs().max()))
-    assert first.lam in fit_kv.LAMBDAS and first.error_after <= first.error_before
+    assert first.lam in fit.LAMBDAS and first.error_after <= first.error_before
 
 
 def test_distillation_lowers_the_divergence(models):
     model = models["llama"]
     samples = samples_of(model, 12)
-    start = fit_kv.fit_values(model.torch_model, samples, B, rank=8)
+    start = fit.fit_values(model.torch_model, samples, B, rank=8)
 
     def divergence(differences):
         with torch.no_grad():
             return sum(
-                float(distill_kv._divergence(model.torch_model, model.layers, sample, B, differences))
+                float(distill._compute_divergence(model.torch_model, model.layers, sample, B, differences))
                 for sample in samples
             )
 
     before = divergence(start)
-    trained = distill_kv.distill(model.torch_model, samples, B, start, steps=30, rank=8)
+    trained = distill.distill(model.torch_model, samples, B, start, steps=30, rank=8)
     assert divergence(trained) < 0.9 * before
     assert {d.projection.kind for d in trained} == {"key", "value"} and not any(d.a.requires_grad for d in trained)
+
+
+def test_projections_that_the_model_does_not_use_are_left_out(models):
+    model = models["llama"]
+    samples = samples_of(model, 10)
+    unused = torch.nn.ModuleDict({name: torch.nn.Linear(64, 8) for name in ("k_proj", "v_proj")})
+    model.layers[-1].register_module("unused", unused)
+    try:
+        projections = fit.find_projections(model.torch_model, B)
+        start = fit.fit_values(model.torch_model, samples, B, rank=2)
+        trained = distill.distill(model.torch_model, samples, B, start, steps=2, rank=2)
+    finally:
+        del model.layers[-1].unused
+    assert sum(".unused." in projection.name for projection in projections) == 2
+    assert trained and not any(".unused." in difference.projection.name for difference in [*start, *trained])
 
 
 def test_convert_writes_both_files_and_quantized_ones_take_the_adapter(tmp_path, capsys):
@@ -368,9 +382,9 @@ def test_convert_writes_both_files_and_quantized_ones_take_the_adapter(tmp_path,
 def test_fitting_refuses_what_it_cannot_do(models, capsys, tmp_path):
     model = models["llama"]
     with pytest.raises(PopError, match="9 texts are too few"):
-        fit_kv.fit_values(model.torch_model, samples_of(model, 9), B, rank=4)
+        fit.fit_values(model.torch_model, samples_of(model, 9), B, rank=4)
     with pytest.raises(PopError, match="no key and value projections to fit above layer 5"):
-        fit_kv.find_projections(model.torch_model, 5)
+        fit.find_projections(model.torch_model, 5)
     for options, message in (
         (["--distill-steps", "5"], "give --fit-kv too"),
         (["--fit-kv", "--rank", "0"], "--rank 0 is out of range"),

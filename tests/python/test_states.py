@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pypop_gguf import PopError, PopLlama, _library, states
-from pypop_gguf.fitting import adapter_file as kv_adapter
 from pypop_gguf.fitting import fit as fit_kv
+from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
