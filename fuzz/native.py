@@ -27,7 +27,7 @@ from harness import Failure
 
 from gguf_files import N_EMBD, write_model  # isort: skip  (a helper of the tests, found by harness)
 
-from pypop_gguf import PopError, _library
+from pypop_gguf import PopError, library
 from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import read_metadata
 
@@ -183,7 +183,7 @@ def main() -> int:
     with harness.directory() as directory:
         good = write_model(directory / "good.gguf", n_layer=N_LAYER)
         base = base_of(good)
-        adapter = base_of(write_adapter(directory / "adapter.gguf", _library.fingerprint(good)))
+        adapter = base_of(write_adapter(directory / "adapter.gguf", library.fingerprint(good)))
         worker, path = Worker(good), directory / "case.gguf"
 
         def one(chance: random.Random) -> str:

@@ -47,7 +47,7 @@ def write_models(directory: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import tiny_models
 
-    from pypop_gguf import _library
+    from pypop_gguf import library
 
     if (directory / "bundled.gguf").exists():
         return
@@ -56,7 +56,7 @@ def write_models(directory: Path) -> None:
     shutil.copytree(bundled, directory / "bundled", dirs_exist_ok=True)
     tiny_models.to_gguf([directory / "bundled"])
     tiny_models.write_served(directory / "served.gguf")
-    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    script = library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     convert = [sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
     subprocess.run(convert, check=True, capture_output=True)
 

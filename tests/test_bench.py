@@ -14,7 +14,7 @@ import gguf
 import pytest
 from conftest import ROOT, STOCK
 
-from pypop_gguf import PopError, PopLlama, _library
+from pypop_gguf import PopError, PopLlama, library
 from pypop_gguf.cli import main
 from pypop_gguf.tools import bench_report, bench_runs, quantize, random_model
 
@@ -249,7 +249,7 @@ def test_missing_files_are_refused_in_one_line(capsys):
 
 
 def test_patched_library_is_no_stock(tiny, capsys):
-    options = ["--stock", _library.vendor_dir(), "--prompt", "32", "--parallel", "1"]
+    options = ["--stock", library.vendor_dir(), "--prompt", "32", "--parallel", "1"]
     assert "its llama.cpp has POP" in refused(capsys, tiny["q8_0"], *options).splitlines()[-1]
 
 

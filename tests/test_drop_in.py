@@ -17,7 +17,7 @@ from gguf_files import STRING, insert_raw_key
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_batches import write_lora
 
-from pypop_gguf import PopLlama, _library
+from pypop_gguf import PopLlama, native
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 3
 MESSAGES = [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": PROMPT}]
@@ -206,10 +206,10 @@ def test_chat_with_tools_and_schemas(llm, plain, name, boundary):
         one.chat_format = "chatml-function-calling" if "tools" in CHATS[name] else "chatml"
         return one.create_chat_completion(PAINT_IT, max_tokens=64, temperature=0, **CHATS[name], **more)
 
-    before = _library.n_pruned(llm._ctx.ctx)
+    before = native.n_pruned(llm._ctx.ctx)
     try:
         (choice,) = ask(llm, boundary=boundary)["choices"]
-        assert _library.n_pruned(llm._ctx.ctx) - before > 15
+        assert native.n_pruned(llm._ctx.ctx) - before > 15
         if boundary == LOSSLESS:
             (expected,) = ask(plain)["choices"]
             for message in (choice["message"], expected["message"]):  # ids are drawn anew

@@ -14,7 +14,7 @@ from engine import Engine, llama_cpp
 from gguf_files import raw_keys, raw_tensors
 from pop_reference import squared_error
 
-from pypop_gguf import Cancelled, PopLlama, _library
+from pypop_gguf import Cancelled, PopLlama, native
 from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import PopMetadata, read_metadata
 from pypop_gguf.tools.gguf_copy import copy_with_metadata
@@ -67,7 +67,7 @@ def test_any_cut_into_calls_and_micro_batches_gives_the_same(reference_models, n
     results = []
     for at in ([0, length], data.draw(cuts(length), "cuts")):
         with Engine(model.gguf, boundary, n_ubatch=data.draw(st.sampled_from([1, 4, 7, 16, 64]), "n_ubatch")) as engine:
-            _library.set_ends(engine.context, head, 1)
+            native.set_ends(engine.context, n_head=head, n_tail=1)
             results.append(read_in_parts(engine, tokens, at, asks))
             assert engine.n_pruned == length - len(asks | set(range(min(head, length))))
     assert results[0].keys() == results[1].keys() == asks

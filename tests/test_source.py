@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SDIST = ROOT / "build" / "sdist" / "llama-cpp-python.tar.gz"
-MARK = "llama_pop_rewrite_graph(params, *llm->res);"  # a call site of patch 0002
+MARK = "pop_rewrite_graph(params, *llm->res);"  # a call site of patch 0002
 
 
 def fetch(target: Path, *arguments: object) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pypop_gguf import PopError, PopLlama, _library, states
+from pypop_gguf import PopError, PopLlama, library, states
 from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import PopMetadata
 from pypop_gguf.tools import fit_kv, kv_adapter
@@ -258,7 +258,7 @@ def write_adapter(model, target, seed: int):
         b = torch.zeros(n_out, 2)
         b[projection.rows] = torch.randn(len(b[projection.rows]), 2, generator=generator)
         differences.append(fit_kv.Difference(projection, torch.randn(2, n_in, generator=generator), b))
-    kv_adapter.write_adapter(target, model.torch_model, 2, differences, _library.fingerprint(model.gguf))
+    kv_adapter.write_adapter(target, model.torch_model, 2, differences, library.fingerprint(model.gguf))
     return target
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pypop_gguf import _library
+from pypop_gguf import library
 
 pytest.importorskip("mypy", reason="mypy is not installed: pip install mypy")
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def mypy(tmp_path_factory):
     venv.create(base / "venv", with_pip=False)
     packages = next((base / "venv").glob("lib/python*/site-packages"))
     shutil.copytree(ROOT / "pypop_gguf", packages / "pypop_gguf", ignore=shutil.ignore_patterns("__pycache__", "_vendor"))
-    (packages / "pypop_gguf" / "_vendor").symlink_to(_library.vendor_dir())
+    (packages / "pypop_gguf" / "_vendor").symlink_to(library.vendor_dir())
     shutil.copy(ROOT / "third_party" / "pypop_gguf.pth", packages)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 

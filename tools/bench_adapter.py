@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-from pypop_gguf import _library
+from pypop_gguf import library, native
 from pypop_gguf.gguf_header import read_header
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.tools.bench_plan import cores
@@ -54,7 +54,7 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
     writer.add_string("adapter.type", "pop")
     writer.add_uint32("pop.adapter.version", 1)
     writer.add_uint32("pop.boundary", boundary)
-    writer.add_string("pop.fingerprint", _library.fingerprint(model))
+    writer.add_string("pop.fingerprint", library.fingerprint(model))
     for il in range(boundary + 1, field("block_count")):
         writer.add_tensor(f"blk.{il}.attn_v.weight.lora_a", (chance.standard_normal((rank, n_in)) / 1e3).astype(np.float16))
         writer.add_tensor(f"blk.{il}.attn_v.weight.lora_b", (chance.standard_normal((n_out, rank)) / 1e3).astype(np.float16))
@@ -69,9 +69,9 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
     llm = PopLlama(str(arguments.model), pop_boundary=arguments.boundary, pop_adapter=False, **options)
     llama_cpp = sys.modules["llama_cpp"]
     second = llama_cpp.llama_init_from_model(llm.model, llm.context_params)
-    _library.set_boundary(second, arguments.boundary)
-    with _library.captured_log():
-        _library.add_adapter(second, llm.model, adapter)
+    native.set_boundary(second, arguments.boundary)
+    with library.captured_log():
+        native.load_adapter(second, llm.model, adapter)
     tokens = (llama_cpp.llama_token * n_prompt)(*(token % llm.n_vocab() for token in range(n_prompt)))
     batch = llama_cpp.llama_batch_get_one(tokens, n_prompt)
 
@@ -89,7 +89,8 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
             if run:  # the first warms up
                 times[name].append(took)
     ratios = np.array(times["without"]) / np.array(times["with"])
-    flops = [_library.graph_flops(context, min(n_prompt, 512), 1, arguments.boundary, 0) for context in (llm.ctx, second)]
+    sizes = dict(boundary=arguments.boundary, n_tokens=min(n_prompt, 512), n_seqs=1, n_outputs=0)
+    flops = [native.graph_flops(context, **sizes) for context in (llm.ctx, second)]
     print(
         f"{n_prompt:5} tokens: without {1e3 * np.median(times['without']):.0f} ms, with {1e3 * np.median(times['with']):.0f} ms, speed "
         f"{np.median(ratios):.3f} [{ratios.min():.3f}, {ratios.max():.3f}] of without in {arguments.runs} pairs; "

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_header import read_header
 from pypop_gguf.metadata import PopMetadata, read_metadata
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         plain = source if is_gguf else directory / "model.gguf"
         if not is_gguf:
             _convert(arguments, source, plain, target.parent)
-        support = _library.describe_model(plain)
+        support = library.describe_model(plain)
         if support.refusal:
             raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
         if arguments.mmproj:
@@ -179,7 +179,7 @@ def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path
         raise PopError(f"no projector, leave out --mmproj: {error}") from error
 
 
-def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, importance) -> BoundaryChoice:
+def _choose(arguments: argparse.Namespace, support: library.ModelSupport, importance) -> BoundaryChoice:
     return choose_boundary(
         support.n_layer,
         support.lossless_boundary,
@@ -220,7 +220,7 @@ class _Calibration:
 
 
 def _importance(
-    arguments: argparse.Namespace, calibration: _Calibration, source: Path, is_gguf: bool, support: _library.ModelSupport
+    arguments: argparse.Namespace, calibration: _Calibration, source: Path, is_gguf: bool, support: library.ModelSupport
 ) -> PopMetadata:
     stored = _stored(source) if is_gguf else PopMetadata()
     wanted = arguments.max_importance_loss is not None and stored.importance_prefill is None
@@ -261,7 +261,7 @@ def _fit(arguments: argparse.Namespace, calibration: _Calibration, boundary: int
             model, samples, boundary, fits, steps=arguments.distill_steps, rank=arguments.rank, seed=arguments.seed,
             progress=_progress("distill", "steps"),
         )  # fmt: skip
-    write_adapter(target, model, boundary, trained, _library.fingerprint(plain))
+    write_adapter(target, model, boundary, trained, library.fingerprint(plain))
     return fits
 
 
@@ -301,7 +301,7 @@ def _show(text: str, last: bool) -> None:
 
 
 def _summary(
-    arguments: argparse.Namespace, target: Path, support: _library.ModelSupport, choice: BoundaryChoice, seconds: float
+    arguments: argparse.Namespace, target: Path, support: library.ModelSupport, choice: BoundaryChoice, seconds: float
 ) -> None:
     skipped = support.n_layer - choice.boundary
     share = "unknown (no importance)" if choice.skipped_share is None else f"{choice.skipped_share:.1%}"

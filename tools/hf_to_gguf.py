@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pypop_gguf._library import vendor_dir
+from pypop_gguf.library import vendor_dir
 from pypop_gguf.errors import PopError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -17,7 +17,7 @@ from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import save_file
 from torch import nn
 
-from pypop_gguf._library import vendor_dir
+from pypop_gguf.library import vendor_dir
 from pypop_gguf.errors import PopError
 from pypop_gguf.tools.fit_kv import Difference
 from pypop_gguf.tools.gguf_copy import replacing
@@ -32,7 +32,7 @@ def write_adapter(target: Path, model: nn.Module, boundary: int, differences: Se
         target: GGUF to write, replaced as a whole.
         model: The Transformers model, for its configuration.
         boundary: That the differences were fitted for.
-        fingerprint: Of the model, from ``_library.fingerprint``.
+        fingerprint: Of the model, from ``library.fingerprint``.
 
     Raises:
         PopError: llama.cpp's converter cannot map the weights, or the file cannot be written.
