@@ -163,7 +163,7 @@ LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
 
 // Returns the floating-point operations of the matrix products and attentions in the graph of one micro-batch.
 // Attention counts all n_ctx positions, so size the context to the prompt.
-//   boundary   1..L; the graph is pruned there if n_outputs is 0 and the architecture allows it
+//   boundary   1..L; the graph is pruned there if n_outputs is 0, and the architecture and the context allow it
 //   n_tokens   tokens of the micro-batch over all sequences, n_seqs to llama_n_ubatch()
 //   n_seqs     its sequences, 1 to llama_n_seq_max()
 //   n_outputs  tokens that ask for logits, 0 to n_tokens; if there is one, the graph is that of the whole model

@@ -11,8 +11,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-// These contexts read something of every token from every layer, or run other layers than the model's main ones.
-static bool needs_whole_model(const llama_cparams & cparams) {
+bool pop_needs_whole_model(const llama_cparams & cparams) {
     const auto & inp = cparams.embeddings_layer_inp;
     return cparams.embeddings || cparams.embeddings_nextn || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT ||
            std::find(inp.begin(), inp.end(), true) != inp.end();
@@ -30,7 +29,7 @@ llama_adapter_lora * pop_context::adapter_for(pop_part part, uint32_t b) const {
 
 void pop_context::begin_batch(const llama_cparams & cparams, pop_batch & batch) const {
     // a non-causal batch has to stay in one piece
-    batch.prunes    = boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
+    batch.prunes    = boundary != 0 && cparams.causal_attn && !pop_needs_whole_model(cparams);
     batch.continues = batch.prunes && continues();
     if (!batch.prunes) {
         return;
@@ -44,7 +43,7 @@ pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
                                                llm_graph_type        gtype,
                                                const llama_ubatch &  ubatch) const {
     pop_graph_params res;
-    if (boundary == 0 || !ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || needs_whole_model(cparams)) {
+    if (boundary == 0 || !ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || pop_needs_whole_model(cparams)) {
         return res;
     }
     const auto & label = ubatch.data->pop;
@@ -144,7 +143,7 @@ llm_graph_result * llama_context::pop_build_graph(const pop_graph_params & what,
 // Builds the graphs that prefill would build at this boundary. A context that runs the whole model prunes nothing, so
 // any boundary is fine there.
 bool llama_context::pop_try_boundary(uint32_t boundary) {
-    if (needs_whole_model(cparams)) {
+    if (pop_needs_whole_model(cparams)) {
         return true;
     }
     const uint32_t n_seqs   = cparams.n_seq_max;
@@ -198,7 +197,7 @@ bool llama_context::pop_add_adapter(llama_adapter_lora * adapter) {
     pop.adapters[b]    = adapter;
     sched_need_reserve = true;
     try {
-        if (needs_whole_model(cparams) || pop_try_boundary(b)) {
+        if (pop_needs_whole_model(cparams) || pop_try_boundary(b)) {
             return true;
         }
     } catch (...) {

@@ -14,6 +14,9 @@
 #include <map>
 #include <set>
 
+// Whether a context reads something of every token from every layer, or runs other layers than the model's main ones.
+bool pop_needs_whole_model(const llama_cparams & cparams);
+
 // What the C API sets; llama-pop.h explains each.
 struct pop_settings {
     uint32_t boundary     = 0; // 0 = off

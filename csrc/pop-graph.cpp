@@ -305,11 +305,11 @@ struct rewrite {
         ggml_graph_clear(gf);
 
         // set_inputs() writes to every input, also to those that nothing reads any more, so all have to be allocated
-        for_each_tensor([&](ggml_tensor * t) {
+        for (ggml_tensor * t = ggml_get_first_tensor(res.get_ctx()); t; t = ggml_get_next_tensor(res.get_ctx(), t)) {
             if (t->flags & GGML_TENSOR_FLAG_INPUT) {
                 ggml_build_forward_expand(gf, t);
             }
-        });
+        }
         for (ggml_tensor * node : nodes) {
             if (kept.count(node)) {
                 ggml_build_forward_expand(gf, node);
@@ -338,28 +338,19 @@ struct rewrite {
         res.t_candidates.clear();
     }
 
-    // llama_context reads every tensor that set_outputs() marks. One that is not in the graph any more is an output
+    // llama_context reads every tensor that set_outputs() marks. A node that it marks and that does not remain is an output
     // that a newer llama.cpp has added and drop_outputs() does not know.
     void check_outputs() {
-        tensor_set before;
-        for_each_tensor([&](ggml_tensor * t) {
-            if (t->flags & GGML_TENSOR_FLAG_OUTPUT) {
-                before.insert(t);
+        tensor_set marked_before; // some builders mark nodes themselves
+        for (const ggml_tensor * node : nodes) {
+            if (node->flags & GGML_TENSOR_FLAG_OUTPUT) {
+                marked_before.insert(node);
             }
-        });
+        }
         res.set_outputs(params);
-
-        ggml_cgraph * gf = res.get_gf();
-        const tensor_set in_graph(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
-        for_each_tensor([&](ggml_tensor * t) {
-            const bool marked = (t->flags & GGML_TENSOR_FLAG_OUTPUT) && !before.count(t);
-            GGML_ASSERT((!marked || in_graph.count(t)) && "an output of the model is not in the rewritten graph");
-        });
-    }
-
-    template <typename function> void for_each_tensor(function work) const {
-        for (ggml_tensor * t = ggml_get_first_tensor(res.get_ctx()); t; t = ggml_get_next_tensor(res.get_ctx(), t)) {
-            work(t);
+        for (const ggml_tensor * node : nodes) {
+            const bool marked = (node->flags & GGML_TENSOR_FLAG_OUTPUT) && !marked_before.count(node);
+            GGML_ASSERT((!marked || kept.count(node)) && "an output of the model is not in the rewritten graph");
         }
     }
 };

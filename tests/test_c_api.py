@@ -257,6 +257,13 @@ def test_size_of_a_graph_out_of_range_is_refused(opened, sizes, reason):
     assert native.graph_flops(engine.context, **{**fine, "boundary": N_LAYER}) > pruned
 
 
+def test_graph_of_a_context_that_runs_whole_is_the_whole_one(opened):
+    sizes = dict(n_tokens=8, n_seqs=1, n_outputs=0)
+    engine = opened(embeddings=True)
+    pruned, whole = (native.graph_flops(engine.context, boundary=boundary, **sizes) for boundary in (3, N_LAYER))
+    assert pruned == whole
+
+
 def test_context_without_a_cache_is_refused(tmp_path):
     with Engine(write_model(tmp_path / "a.gguf", architecture="bert")) as engine:
         assert not engine.memory
