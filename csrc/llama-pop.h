@@ -54,8 +54,8 @@ struct llama_pop_request {
 
 // What llama_pop_open() has chosen.
 struct llama_pop_choice {
-    int32_t boundary;    // 1..L, L where nothing is pruned
-    int32_t source;      // an enum llama_pop_source
+    int32_t boundary; // 1..L, L where nothing is pruned
+    int32_t source;   // an enum llama_pop_source
     int32_t n_head;
     int32_t n_tail;
     int32_t min_tokens;  // the context does not know where a prompt begins, so the caller applies this
@@ -70,7 +70,7 @@ struct llama_pop_choice {
 //   choice      receives the result; it is not written where the function fails
 // Returns false if a value is out of range, the file's keys or its adapter are unusable, or the model cannot be pruned
 // there.
-LLAMA_API bool llama_pop_open(struct llama_context * ctx,
+LLAMA_API bool llama_pop_open(struct llama_context *    ctx,
                               struct llama_pop_request  request,
                               const char *              path_model,
                               struct llama_pop_choice * choice);
@@ -168,11 +168,8 @@ LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
 //   n_seqs     its sequences, 1 to llama_n_seq_max()
 //   n_outputs  tokens that ask for logits, 0 to n_tokens; if there is one, the graph is that of the whole model
 // Returns NaN if an argument is out of range, or the context has no cache or cannot build this graph.
-LLAMA_API double llama_pop_graph_flops(struct llama_context * ctx,
-                                       int32_t                boundary,
-                                       int32_t                n_tokens,
-                                       int32_t                n_seqs,
-                                       int32_t                n_outputs);
+LLAMA_API double llama_pop_graph_flops(
+    struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
 
 // Returns one line about the last call on this thread that failed, empty if none did. The next failure overwrites it.
 LLAMA_API const char * llama_pop_last_error(void);

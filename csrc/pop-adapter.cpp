@@ -34,7 +34,7 @@ uint64_t pop_fingerprint(const llama_model & model) {
         }
     }
 
-    uint64_t h = 0xcbf29ce484222325ull;
+    uint64_t          h     = 0xcbf29ce484222325ull;
     const std::string shape = model.arch_name() + std::to_string(pop_n_layer(model));
     hash(h, shape.data(), shape.size());
     std::vector<uint8_t> data;
@@ -80,7 +80,7 @@ static std::string mismatch(const llama_model & model, const llama_adapter_lora 
     if (value(adapter, "pop.fingerprint") != expected) {
         return "it was fitted for another model";
     }
-    const uint32_t b = pop_adapter_boundary(adapter);
+    const uint32_t    b   = pop_adapter_boundary(adapter);
     const std::string why = pop_refusal(model, b);
     if (!why.empty()) {
         return why;
@@ -101,7 +101,7 @@ llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, st
         return nullptr;
     }
 
-    auto adapter = std::make_unique<llama_adapter_lora>(&model);
+    auto adapter  = std::make_unique<llama_adapter_lora>(&model);
     adapter->type = POP_ADAPTER_TYPE;
     try {
         llama_adapter_lora_init_impl(model, file.get(), *adapter);

@@ -84,7 +84,8 @@ static bool set_boundary(llama_context * ctx, int32_t boundary) {
         return false;
     }
     if (ctx->pop.tried.count(boundary) == 0 && !ctx->pop_try_boundary(boundary)) {
-        return refuse("layer " + std::to_string(boundary) + " of this architecture cannot be a boundary: more than the "
+        return refuse("layer " + std::to_string(boundary) +
+                      " of this architecture cannot be a boundary: more than the "
                       "residual stream passes between its layers");
     }
     ctx->pop.boundary = boundary;
@@ -114,8 +115,8 @@ static bool add_adapter(llama_context * ctx, llama_adapter_lora * adapter) {
     if (pop_adapter_boundary(*adapter) == 0 || adapter->model != llama_get_model(ctx)) {
         return refuse("this is no adapter that llama_pop_adapter_init() made for this context's model");
     }
-    return has_memory(ctx) && (ctx->pop_add_adapter(adapter) ||
-                               refuse("this architecture's graph has no place for fitted projections"));
+    return has_memory(ctx) &&
+           (ctx->pop_add_adapter(adapter) || refuse("this architecture's graph has no place for fitted projections"));
 }
 
 bool llama_pop_set_boundary(llama_context * ctx, int32_t boundary) {
@@ -162,9 +163,8 @@ bool llama_pop_continues(const llama_context * ctx) {
 }
 
 llama_adapter_lora * llama_pop_adapter_init(llama_model * model, const char * path) {
-    return guarded<llama_adapter_lora *>(nullptr, [&] {
-        return given(model, path) ? load_adapter(*model, path) : nullptr;
-    });
+    return guarded<llama_adapter_lora *>(nullptr,
+                                         [&] { return given(model, path) ? load_adapter(*model, path) : nullptr; });
 }
 
 int32_t llama_pop_adapter_boundary(const llama_adapter_lora * adapter) {
@@ -223,8 +223,10 @@ static bool load_adapter_beside(llama_context * ctx, const char * path_model, ll
     return true;
 }
 
-static bool open_context(
-    llama_context * ctx, const llama_pop_request & request, const char * path_model, llama_pop_choice & choice) {
+static bool open_context(llama_context *           ctx,
+                         const llama_pop_request & request,
+                         const char *              path_model,
+                         llama_pop_choice &        choice) {
     std::string why;
     if (!pop_choose(*llama_get_model(ctx), request, (int32_t) llama_n_batch(ctx), choice, why)) {
         return refuse(why);
@@ -233,7 +235,10 @@ static bool open_context(
            (!path_model || choice.boundary == n_layer_of(ctx) || load_adapter_beside(ctx, path_model, choice));
 }
 
-bool llama_pop_open(llama_context * ctx, llama_pop_request request, const char * path_model, llama_pop_choice * choice) {
+bool llama_pop_open(llama_context *    ctx,
+                    llama_pop_request  request,
+                    const char *       path_model,
+                    llama_pop_choice * choice) {
     return guarded(false, [&] {
         if (!given(ctx, choice)) {
             return false;
@@ -299,8 +304,8 @@ double llama_pop_graph_flops(
         }
         const bool whole = boundary == n_layer_of(ctx) || n_outputs > 0 || pop_needs_whole_model(ctx->get_cparams());
 
-        pop_graph_params what  = { whole ? POP_WHOLE : POP_PRUNED, (uint32_t) boundary };
-        what.adapter           = ctx->pop.adapter_for(what.part, boundary);
+        pop_graph_params what = { whole ? POP_WHOLE : POP_PRUNED, (uint32_t) boundary };
+        what.adapter          = ctx->pop.adapter_for(what.part, boundary);
 
         const auto * res = ctx->pop_build_graph(what, n_tokens, n_seqs, n_outputs);
         if (!res) {

@@ -96,7 +96,7 @@ private:
     const uint32_t       n_outputs_before;
 };
 
-}  // namespace
+} // namespace
 
 // Follows llama_context::graph_reserve() as far as the build. Nothing is allocated, so later plans stay as they are.
 llm_graph_result * llama_context::pop_build_graph(const pop_graph_params & what,
@@ -163,7 +163,7 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
         pruned.states = pop.states;
 
         const pop_graph_params continuation = { POP_CONTINUATION, boundary, 0, 0, pop.states };
-        continues = pop_build_graph(pruned, n_tokens, n_seqs, 0)->pop_rewritten &&
+        continues                           = pop_build_graph(pruned, n_tokens, n_seqs, 0)->pop_rewritten &&
                     pop_build_graph(continuation, n_seqs, n_seqs, n_seqs)->pop_rewritten;
     }
     pop.tried[boundary] = continues;

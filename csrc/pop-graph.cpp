@@ -19,8 +19,8 @@ using tensor_set = std::unordered_set<const ggml_tensor *>;
 // The layer of a tensor that a builder named "<name>-<il>", -1 if the name has none.
 static int named_layer(const ggml_tensor * t) {
     const char * dash = strrchr(t->name, '-');
-    int  il  = -1;
-    char end = 0;
+    int          il   = -1;
+    char         end  = 0;
     return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
 }
 
@@ -63,7 +63,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         const auto & rows = ubatch->data->pop.rows;
-        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size()*sizeof(rows[0]));
+        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size() * sizeof(rows[0]));
     }
 
     bool can_reuse(const llm_graph_params &) override {
@@ -88,12 +88,13 @@ struct rewrite {
     std::vector<ggml_tensor *> nodes; // of the whole graph, in order of evaluation
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what a node reads -> what it shall read instead
-    tensor_set replaced_memory;        // owners of the memory in which the replaced tensors lie
-    tensor_set kept;                   // nodes that remain
+    tensor_set    replaced_memory;     // owners of the memory in which the replaced tensors lie
+    tensor_set    kept;                // nodes that remain
     ggml_tensor * keep_rows = nullptr; // a node to add
 
-    rewrite(const llm_graph_params & params, llm_graph_result & res)
-        : params(params), pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()), n_tokens(params.ubatch.n_tokens), res(res) {
+    rewrite(const llm_graph_params & params, llm_graph_result & res) :
+        params(params), pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()),
+        n_tokens(params.ubatch.n_tokens), res(res) {
         ggml_cgraph * gf = res.get_gf();
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
             nodes.push_back(ggml_graph_node(gf, i));
@@ -119,8 +120,9 @@ struct rewrite {
             if (il < 0 || il >= (int) n_layer) {
                 continue;
             }
-            ggml_tensor * & next = x[il + 1];
-            const bool adds_to_output = next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
+            ggml_tensor *& next = x[il + 1];
+            const bool     adds_to_output =
+                next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
             if (is_layer_output(node) || adds_to_output) {
                 next = node;
             }
@@ -158,13 +160,11 @@ struct rewrite {
     // From now on, what reads the product reads its sum with B A x, where x is the state that the product itself reads.
     void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
         ggml_context * ctx = res.get_ctx();
-        ggml_tensor  * low = ggml_mul_mat(ctx, w.a, product->src[1]);
-        replaced[product] = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
+        ggml_tensor *  low = ggml_mul_mat(ctx, w.a, product->src[1]);
+        replaced[product]  = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
     }
 
-    bool works_on_replaced(const ggml_tensor * t) const {
-        return is_in_place(t) && replaced_memory.count(t->view_src);
-    }
+    bool works_on_replaced(const ggml_tensor * t) const { return is_in_place(t) && replaced_memory.count(t->view_src); }
 
     // Whether the graph can be cut before a write to memory. own holds what the write needs beyond x_b, which has to be
     // of one layer: a weight of a second skipped layer means that more than the residual stream passes between layers.
@@ -187,17 +187,17 @@ struct rewrite {
 
     // Whether x holds one state for each token, laid out as the kept states are.
     bool is_rows(const ggml_tensor * x) const {
-        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens && pop.states &&
-               x->ne[0] == pop.states->ne[0];
+        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
+               pop.states && x->ne[0] == pop.states->ne[0];
     }
 
     ggml_tensor * states(uint32_t first, uint32_t n) const {
         ggml_tensor * s = pop.states;
-        return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first*s->nb[1]);
+        return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first * s->nb[1]);
     }
 
     bool plan_pruned() {
-        const auto x = layer_inputs();
+        const auto    x   = layer_inputs();
         ggml_tensor * x_b = x[b];
         if (!x_b || (pop.n_rows > 0 && !is_rows(x_b))) {
             return false;
@@ -288,12 +288,12 @@ struct rewrite {
                 ggml_tensor * target = source(parent);
                 if (target != parent || moved.count(parent)) {
                     const size_t offs_old = moved.count(parent) ? moved[parent] : parent->view_offs;
-                    moved[node]     = node->view_offs;
-                    node->view_src  = owner(target);
-                    node->view_offs = node->view_offs - offs_old + target->view_offs;
+                    moved[node]           = node->view_offs;
+                    node->view_src        = owner(target);
+                    node->view_offs       = node->view_offs - offs_old + target->view_offs;
                 }
             }
-            for (ggml_tensor * & src : node->src) {
+            for (ggml_tensor *& src : node->src) {
                 src = src ? source(src) : nullptr;
             }
             if (const auto * w = fitted(node)) {
@@ -383,10 +383,11 @@ double pop_flops(ggml_cgraph * gf) {
             case GGML_OP_FLASH_ATTN_EXT:
                 {
                     // K'Q and V times that, for each query and head: q [d_k, n_q, n_head], k [d_k, n_kv], v [d_v, n_kv]
-                    const ggml_tensor * q = t->src[0];
-                    const double rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
+                    const ggml_tensor * q    = t->src[0];
+                    const double        rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
                     flops += 2.0 * rows * t->src[1]->ne[1] * (t->src[1]->ne[0] + t->src[2]->ne[0]);
-                } break;
+                }
+                break;
             default:
                 break;
         }

@@ -5,7 +5,7 @@
 
 struct ggml_cgraph;
 struct llm_graph_params;
-class  llm_graph_result;
+class llm_graph_result;
 
 // Rewrites the graph as params.pop says, and sets res.pop_rewritten:
 // - PRUNED keeps what it takes to fill every layer's memory. The layers from the boundary on fill theirs from the state

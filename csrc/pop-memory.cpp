@@ -26,7 +26,8 @@ struct part {
 // Makes a micro-batch of its own from some rows of another.
 static llama_ubatch take_rows(const llama_ubatch & from, const std::vector<int32_t> & rows, uint32_t n_streams) {
     // A field that llama.cpp adds to data_t makes this line a compile error: it would have to be copied below.
-    const auto & [token, embd, pos, n_seq_id, seq_id, seq_id_unq, seq_idx, output, batch_idxs, seq_id_data, pop] = *from.data;
+    const auto & [token, embd, pos, n_seq_id, seq_id, seq_id_unq, seq_idx, output, batch_idxs, seq_id_data, pop] =
+        *from.data;
 
     const size_t n      = rows.size();
     const size_t n_embd = from.embd ? embd.size() / from.n_tokens : 0;
@@ -81,7 +82,10 @@ static llama_ubatch take_rows(const llama_ubatch & from, const std::vector<int32
 }
 
 // Appends the original, now pruned, and behind it its continuations. The kept states lie in the order of their tokens.
-static void split_off_continuations(const llama_ubatch & ubatch, size_t i_original, bool kv_unified, std::vector<part> & parts) {
+static void split_off_continuations(const llama_ubatch & ubatch,
+                                    size_t               i_original,
+                                    bool                 kv_unified,
+                                    std::vector<part> &  parts) {
     const std::vector<int32_t> rows = ubatch.data->pop.rows;
 
     std::vector<part> continuations;
@@ -91,16 +95,16 @@ static void split_off_continuations(const llama_ubatch & ubatch, size_t i_origin
         // one continuation has the same number of tokens in each of its streams, which lie side by side
         std::vector<std::vector<int32_t>> of_stream(ubatch.n_seqs);
         for (int32_t row : rows) {
-            of_stream[row/ubatch.n_seq_tokens].push_back(row);
+            of_stream[row / ubatch.n_seq_tokens].push_back(row);
         }
         for (uint32_t s0 = 0, s1; s0 < ubatch.n_seqs; s0 = s1) {
-            part cur = { {}, i_original, s0, {} };
+            part                 cur = { {}, i_original, s0, {} };
             std::vector<int32_t> taken;
             for (s1 = s0; s1 < ubatch.n_seqs && of_stream[s1].size() == of_stream[s0].size(); ++s1) {
                 taken.insert(taken.end(), of_stream[s1].begin(), of_stream[s1].end());
                 cur.cells.emplace_back();
                 for (int32_t row : of_stream[s1]) {
-                    cur.cells.back().push_back(row - s1*ubatch.n_seq_tokens);
+                    cur.cells.back().push_back(row - s1 * ubatch.n_seq_tokens);
                 }
             }
             if (!taken.empty()) {
@@ -182,7 +186,7 @@ void pop_memory::add_continuations(llama_memory_context_i & mctx, bool kv_unifie
     } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx)) {
         const auto parts = split_all(iswa->ubatches, kv_unified);
         replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_base), parts);
-        replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa),  parts);
+        replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa), parts);
         iswa->ubatches = ubatches_of(parts);
     }
 }

@@ -51,8 +51,8 @@ std::string pop_refusal(const llama_model & model, int32_t boundary) {
         return "the model has " + std::to_string(n_layer) + " layers: pruning needs at least 2";
     }
     if (boundary < 1 || boundary > n_layer) {
-        return "boundary " + std::to_string(boundary) + " is out of range: choose 1 to " + std::to_string(n_layer) + " (" +
-               std::to_string(n_layer) + " turns pruning off)";
+        return "boundary " + std::to_string(boundary) + " is out of range: choose 1 to " + std::to_string(n_layer) +
+               " (" + std::to_string(n_layer) + " turns pruning off)";
     }
 
     return "";
@@ -60,7 +60,7 @@ std::string pop_refusal(const llama_model & model, int32_t boundary) {
 
 // Reads a metadata value, which the model keeps as text. False if it is there and is not an integer from end to end.
 static bool meta_int(const llama_model & model, const char * key, bool & present, int64_t & value) {
-    char text[64];
+    char          text[64];
     const int32_t len = llama_model_meta_val_str(&model, key, text, sizeof(text));
 
     present = len >= 0;
@@ -72,8 +72,8 @@ static bool meta_int(const llama_model & model, const char * key, bool & present
     }
 
     char * end = nullptr;
-    errno = 0;
-    value = strtoll(text, &end, 10);
+    errno      = 0;
+    value      = strtoll(text, &end, 10);
     return errno == 0 && end != text && *end == '\0';
 }
 
@@ -94,7 +94,11 @@ bool pop_read_keys(const llama_model & model, pop_keys & keys, std::string & why
 
     keys = {};
 
-    const struct { const char * key; int64_t low, high; int32_t * value; } known[] = {
+    const struct {
+        const char * key;
+        int64_t      low, high;
+        int32_t *    value;
+    } known[] = {
         { "pop.boundary",   1, pop_n_layer(model), &keys.boundary   },
         { "pop.head",       0, INT32_MAX,          &keys.head       },
         { "pop.tail",       1, INT32_MAX,          &keys.tail       },
@@ -118,8 +122,13 @@ bool pop_read_keys(const llama_model & model, pop_keys & keys, std::string & why
 }
 
 // The number of tokens that was asked for, -1 standing for the file's. Returns why it is out of range, or nothing.
-static std::string choose_tokens(const char * name, int32_t asked, int32_t of_file, int32_t low, int32_t high,
-                                 const char * high_is, int32_t & chosen) {
+static std::string choose_tokens(const char * name,
+                                 int32_t      asked,
+                                 int32_t      of_file,
+                                 int32_t      low,
+                                 int32_t      high,
+                                 const char * high_is,
+                                 int32_t &    chosen) {
     chosen = asked == -1 ? of_file : asked;
     if (chosen >= low && chosen <= high) {
         return "";
@@ -128,8 +137,11 @@ static std::string choose_tokens(const char * name, int32_t asked, int32_t of_fi
            ": give a whole number, " + std::to_string(low) + " to " + std::to_string(high) + high_is;
 }
 
-bool pop_choose(const llama_model & model, const llama_pop_request & request, int32_t n_batch, llama_pop_choice & choice,
-                std::string & why) {
+bool pop_choose(const llama_model &       model,
+                const llama_pop_request & request,
+                int32_t                   n_batch,
+                llama_pop_choice &        choice,
+                std::string &             why) {
     const int32_t n_layer  = pop_n_layer(model);
     const int32_t lossless = pop_lossless_boundary(model);
 
@@ -170,7 +182,12 @@ bool pop_choose(const llama_model & model, const llama_pop_request & request, in
         why = pop_refusal(model, choice.boundary);
     }
 
-    const struct { const char * name; int32_t asked, of_file, low, high; const char * high_is; int32_t * chosen; } counts[] = {
+    const struct {
+        const char * name;
+        int32_t      asked, of_file, low, high;
+        const char * high_is;
+        int32_t *    chosen;
+    } counts[] = {
         { "head",       request.n_head,     keys.head,       0, INT32_MAX, "",           &choice.n_head     },
         { "tail",       request.n_tail,     keys.tail,       1, n_batch,   " (n_batch)", &choice.n_tail     },
         { "min_tokens", request.min_tokens, keys.min_tokens, 0, INT32_MAX, "",           &choice.min_tokens },

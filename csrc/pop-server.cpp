@@ -4,8 +4,8 @@
 
 bool pop_server::init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why) {
     // with POP off the file's keys do not matter, so they are not read
-    const llama_pop_request request = asked == LLAMA_POP_OFF ? llama_pop_request{ LLAMA_POP_OFF, 0, 1, 0 } :
-                                                               llama_pop_request{ asked, -1, -1, -1 };
+    const llama_pop_request request =
+        asked == LLAMA_POP_OFF ? llama_pop_request{ LLAMA_POP_OFF, 0, 1, 0 } : llama_pop_request{ asked, -1, -1, -1 };
     llama_pop_choice choice;
     if (!llama_pop_open(ctx, request, path_model.c_str(), &choice)) {
         why = llama_pop_last_error();

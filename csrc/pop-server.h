@@ -17,14 +17,10 @@ struct pop_server_record {
     int32_t first = NONE; // index of the first pruned token; whether a later one was pruned is not recorded
 
     // How many of the first n_past cached tokens serve a request. One that does not prune cannot use pruned tokens.
-    int32_t n_usable(int32_t n_past, bool prunes) const {
-        return prunes ? n_past : std::min(n_past, first);
-    }
+    int32_t n_usable(int32_t n_past, bool prunes) const { return prunes ? n_past : std::min(n_past, first); }
 
     // The record after a context shift, which has moved the tokens from n_keep on.
-    pop_server_record after_shift(int32_t n_keep) const {
-        return { first == NONE ? NONE : std::min(first, n_keep) };
-    }
+    pop_server_record after_shift(int32_t n_keep) const { return { first == NONE ? NONE : std::min(first, n_keep) }; }
 };
 
 // The part of the server that belongs to its model's context.
@@ -38,7 +34,7 @@ public:
     void begin_prompt(llama_seq_id seq_id, pop_server_record & record, int32_t n_past, int32_t n_tokens, bool pop);
 
     int32_t boundary() const { return pop_boundary; }
-    int32_t n_layer()  const { return pop_n_layer; }
+    int32_t n_layer() const { return pop_n_layer; }
 
     // The number of tokens that a slot has pruned since begin_prompt().
     uint64_t n_pruned(llama_seq_id seq_id) const;
