@@ -1,85 +1,178 @@
-// llama_pop_*: prefill-only pruning (POP, arXiv 2602.03295) as an addition to llama.h. pypop_gguf/_library.py binds it.
+// The C API of prefill-only pruning (POP, arXiv 2602.03295), an addition to llama.h.
 //
-// A boundary b in 1..L (L = layers of the trunk, without MTP layers) is the 0-based index of the first layer that prefill
-// skips: tokens that do not ask for logits run layers 0..b-1 and only fill the caches of layers b..L-1 from the state at b.
-// L means off. A context starts with POP off and is then exactly stock llama.cpp.
+// Terms:
+//   L         number of the model's layers; layers for multi-token prediction do not count
+//   boundary  the index of the first layer that reading a prompt skips, 1..L; L means that nothing is skipped
+//   whole     a token is run whole when every layer runs it
+//   pruned    a token is pruned when only the layers below the boundary run it; the layers from the boundary on still
+//             write their keys and values of it to the cache, computed from the state at the boundary
+//
+// A token that asks for logits is always run whole. A new context prunes nothing: its logits are bit for bit those of
+// stock llama.cpp in the cases that tests/test_stock.py compares. Some fixes of upstream faults are always active;
+// third_party/README.md lists them.
+//
+// Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
+// comment names, changes nothing, and leaves the reason in llama_pop_last_error().
+//
+// A context may be used by one thread at a time, as everywhere in llama.h.
 
 #pragma once
 
 #include "llama.h"
 
-#define LLAMA_POP_OFF          0
-#define LLAMA_POP_FROM_FILE  (-1) // the model file's pop.boundary, off where it has none, and its pop.head and pop.tail
-
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-    // Holds from the next llama_decode on. On false nothing has changed and llama_pop_last_error() says why.
-    LLAMA_API bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
+//
+// Open: choose what a context does with prompts
+//
 
-    // Other tokens that run every layer, from the next llama_decode on: of each sequence the first n_head positions, and in each
-    // batch the n_tail tokens up to each that asks for logits, itself included. 0 and 1 at the start.
-    LLAMA_API bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
+// Values of a requested boundary besides 1..L.
+enum llama_pop_boundary {
+    LLAMA_POP_OFF      = 0,  // prune nothing
+    LLAMA_POP_DEFAULT  = -1, // the file's pop.boundary; without one LLAMA_POP_LOSSLESS if that is below L-1, else off
+    LLAMA_POP_LOSSLESS = -2, // see llama_pop_lossless_boundary()
+};
 
-    // Whether a sequence's tokens are pruned at all, from the next llama_decode on; they are at the start.
-    LLAMA_API void llama_pop_set_sequence(struct llama_context * ctx, llama_seq_id seq_id, bool prunes);
+// Where the boundary of a llama_pop_choice comes from.
+enum llama_pop_source {
+    LLAMA_POP_SOURCE_OFF      = 0, // nothing is pruned
+    LLAMA_POP_SOURCE_ARGUMENT = 1, // the request named it, as a number or as LLAMA_POP_LOSSLESS
+    LLAMA_POP_SOURCE_FILE     = 2, // the model file's pop.boundary
+    LLAMA_POP_SOURCE_LOSSLESS = 3, // LLAMA_POP_DEFAULT found upper layers that share a cache, so pruning is exact
+};
 
-    // Where a micro-batch holds tokens of both kinds, those that run every layer go on from their own state at the boundary,
-    // if the architecture and its memory allow; off, or where they do not: a micro-batch of their own runs every layer. On at
-    // the start; the results are the same.
-    LLAMA_API void llama_pop_set_continuation(struct llama_context * ctx, bool continues);
+// What a caller asks for. A number of tokens that is -1 stands for the model file's value; if the file has none, it
+// stands for a head of 0, a tail of 1 and min_tokens of 0.
+struct llama_pop_request {
+    int32_t boundary;   // 1..L or an enum llama_pop_boundary
+    int32_t n_head;     // see llama_pop_set_ends(); file key pop.head
+    int32_t n_tail;     // see llama_pop_set_ends(), at most llama_n_batch(); file key pop.tail
+    int32_t min_tokens; // the caller shall leave prompts with fewer new tokens unpruned; file key pop.min_tokens
+};
 
-    // Whether they do so at the boundary in force.
-    LLAMA_API bool llama_pop_continues(const struct llama_context * ctx);
+// What llama_pop_open() has chosen.
+struct llama_pop_choice {
+    int32_t boundary; // 1..L, L where nothing is pruned
+    int32_t source;   // an enum llama_pop_source
+    int32_t n_head;
+    int32_t n_tail;
+    int32_t min_tokens;  // the context does not know where a prompt begins, so the caller applies this
+    bool    has_adapter; // an adapter file lay beside the model and is in use
+};
 
-    // The boundary in force, L when off.
-    LLAMA_API int32_t llama_pop_get_boundary(const struct llama_context * ctx);
+// Decides which boundary, ends and adapter a context gets, and sets them from the next llama_decode() on. This is the
+// one place where these rules are.
+//   request     the model file's pop.* keys are read, and have to be valid, where it leaves a value to the file
+//   path_model  where the model was loaded from: the adapter at llama_pop_adapter_path() is loaded if that file exists
+//               and the context prunes. NULL loads none.
+//   choice      receives the result; it is not written where the function fails
+// Returns false if a value is out of range, the file's keys or its adapter are unusable, or the model cannot be pruned
+// there.
+LLAMA_API bool llama_pop_open(struct llama_context *    ctx,
+                              struct llama_pop_request  request,
+                              const char *              path_model,
+                              struct llama_pop_choice * choice);
 
-    // Tokens that went through a pruned graph since the context was made.
-    LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+// The name of the adapter file that belongs to a model file and a boundary: <stem>.pop-b<boundary>.gguf beside the
+// model. Writes it to buf, cut to n - 1 bytes and terminated by a zero, and returns its whole length in bytes. buf may
+// be NULL where n is 0. Returns -1 if path_model is NULL or empty, or the boundary is below 1.
+LLAMA_API int32_t llama_pop_adapter_path(const char * path_model, int32_t boundary, char * buf, size_t n);
 
-    // Those of one sequence; a token of several counts for the first.
-    LLAMA_API uint64_t llama_pop_n_pruned_in(const struct llama_context * ctx, llama_seq_id seq_id);
+//
+// Set one thing
+//
 
-    // Fitted K/V projections (docs/metadata.md): what a pruned pass at their boundary writes to the caches of the skipped
-    // layers. Graphs that run those layers never see them. The model owns the result; NULL: llama_pop_last_error() says why.
-    LLAMA_API struct llama_adapter_lora * llama_pop_adapter_init(struct llama_model * model, const char * path);
+// Sets the boundary, 1..L or LLAMA_POP_OFF, from the next llama_decode() on.
+// Returns false if the boundary is out of range, or the model or this kind of context cannot be pruned there.
+LLAMA_API bool llama_pop_set_boundary(struct llama_context * ctx, int32_t boundary);
 
-    LLAMA_API int32_t llama_pop_adapter_boundary(const struct llama_adapter_lora * adapter);
+// Returns the boundary in force, 1..L, L where nothing is pruned; 0 if ctx is NULL.
+LLAMA_API int32_t llama_pop_get_boundary(const struct llama_context * ctx);
 
-    // Pruned passes at the adapter's boundary use it from the next llama_decode on, in the place of another one for the same
-    // boundary. On false the context keeps what it had.
-    LLAMA_API bool llama_pop_add_adapter(struct llama_context * ctx, struct llama_adapter_lora * adapter);
+// Sets which tokens are run whole besides those that ask for logits, from the next llama_decode() on: the first n_head
+// positions of each sequence, and in each batch the n_tail tokens of a sequence that end with one that asks for logits.
+// A new context has 0 and 1. Returns false if n_head is below 0 or n_tail is below 1.
+LLAMA_API bool llama_pop_set_ends(struct llama_context * ctx, int32_t n_head, int32_t n_tail);
 
-    LLAMA_API void llama_pop_clear_adapters(struct llama_context * ctx);
+// Sets whether the tokens of one sequence are pruned at all, from the next llama_decode() on. In a new context they
+// are.
+// Returns false if seq_id is not in 0..llama_n_seq_max()-1.
+LLAMA_API bool llama_pop_set_sequence(struct llama_context * ctx, llama_seq_id seq_id, bool prunes);
 
-    // Equal for all files of one model, however quantized: an adapter's pop.fingerprint, in hexadecimal.
-    LLAMA_API uint64_t llama_pop_fingerprint(const struct llama_model * model);
+// Sets how tokens that run whole are computed beside pruned ones, from the next llama_decode() on. By default (true)
+// they continue: the layers below the boundary run all tokens in one pass, then the layers from the boundary on run
+// these tokens alone, from the hidden states that the first pass has kept. With false they run every layer in a
+// micro-batch of their own. The results are the same; continuation is faster. Recurrent and hybrid models always use
+// the second way.
+// Returns false if ctx is NULL.
+LLAMA_API bool llama_pop_set_continuation(struct llama_context * ctx, bool continues);
 
-    // Microseconds spent on building and planning graphs since the context was made.
-    LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
+// Returns true if tokens that run whole use continuation at the boundary in force; false also if ctx is NULL.
+LLAMA_API bool llama_pop_continues(const struct llama_context * ctx);
 
-    LLAMA_API int32_t llama_pop_n_layer(const struct llama_model * model);
+//
+// Adapters: fitted low-rank corrections of the keys and values that a pruned token leaves in the skipped layers' caches
+//
 
-    // The last layer that writes to memory: pruning there changes nothing. L-1, or lower where upper layers share a cache.
-    LLAMA_API int32_t llama_pop_lossless_boundary(const struct llama_model * model);
+// Loads an adapter file, which docs/fitted-projections.md describes, for one model. Nothing uses it yet. The model owns
+// the result and frees it with itself; llama_adapter_lora_free() leaves it alone, since contexts may hold it.
+// Returns NULL if the file cannot be read or was fitted for another model.
+LLAMA_API struct llama_adapter_lora * llama_pop_adapter_init(struct llama_model * model, const char * path);
 
-    // The model file's pop.min_tokens, for callers that know a prompt's length to leave shorter ones unpruned; 0 where it has none.
-    LLAMA_API int32_t llama_pop_min_tokens(const struct llama_model * model);
+// Returns the boundary that an adapter was fitted for; 0 if it is NULL or llama_pop_adapter_init() did not make it.
+LLAMA_API int32_t llama_pop_adapter_boundary(const struct llama_adapter_lora * adapter);
 
-    // Floating-point operations of the matrix products and attentions in the graph that the context builds for a micro-batch of
-    // n_tokens in n_seqs sequences, of which n_outputs ask for logits (0: the graph pruned at boundary, 1..L; more: the whole
-    // model). Attention counts the whole context, n_ctx positions: size it to the prompt.
-    LLAMA_API double llama_pop_graph_flops(
-        struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
+// Lets pruned tokens use an adapter from the next llama_decode() on whenever its boundary is in force. It replaces
+// another adapter for the same boundary. Tokens that run whole never use it.
+// Returns false if the adapter is not one of this context's model, or the model's graph has no place for it.
+LLAMA_API bool llama_pop_add_adapter(struct llama_context * ctx, struct llama_adapter_lora * adapter);
 
-    // Whether the model, as an architecture, can be pruned at this boundary; if not, llama_pop_last_error() says why.
-    // llama_pop_set_boundary() goes further and tries the boundary on the graph that the context really builds.
-    LLAMA_API bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
+// Takes all adapters out of use from the next llama_decode() on. Returns false if ctx is NULL.
+LLAMA_API bool llama_pop_clear_adapters(struct llama_context * ctx);
 
-    // One line about the last call on this thread that returned false.
-    LLAMA_API const char * llama_pop_last_error(void);
+// Returns a hash of the model's norm weights, which no quantization changes: equal for all files of one model. An
+// adapter file has it in hexadecimal as pop.fingerprint. Returns 0 if the model is NULL or a weight cannot be read.
+LLAMA_API uint64_t llama_pop_fingerprint(const struct llama_model * model);
+
+//
+// Ask
+//
+
+// Returns the number of layers, L; 0 if the model is NULL.
+LLAMA_API int32_t llama_pop_n_layer(const struct llama_model * model);
+
+// Returns the index of the last layer that writes to the cache or to a recurrent state. Pruning there changes no
+// result. It is L-1, or lower where upper layers read the cache of lower ones. Returns 0 if the model is NULL.
+LLAMA_API int32_t llama_pop_lossless_boundary(const struct llama_model * model);
+
+// Returns true if the architecture can be pruned at this boundary, 1..L, as far as the model alone tells.
+// llama_pop_set_boundary() also tries the boundary on the graph that a context builds.
+LLAMA_API bool llama_pop_supports(const struct llama_model * model, int32_t boundary);
+
+// Returns the number of tokens that were pruned since the context was made; 0 also if ctx is NULL.
+LLAMA_API uint64_t llama_pop_n_pruned(const struct llama_context * ctx);
+
+// Returns the number of those that belong to one sequence. A token that several sequences share counts for its first.
+LLAMA_API uint64_t llama_pop_n_pruned_in(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Returns the microseconds that were spent on building and planning graphs since the context was made; 0 also if ctx is
+// NULL.
+LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
+
+// Returns the floating-point operations of the matrix products and attentions in the graph of one micro-batch.
+// Attention counts all n_ctx positions, so size the context to the prompt.
+//   boundary   1..L; the graph is pruned there if n_outputs is 0, and the architecture and the context allow it
+//   n_tokens   tokens of the micro-batch over all sequences, n_seqs to llama_n_ubatch()
+//   n_seqs     its sequences, 1 to llama_n_seq_max()
+//   n_outputs  tokens that ask for logits, 0 to n_tokens; if there is one, the graph is that of the whole model
+// Returns NaN if an argument is out of range, or the context has no cache or cannot build this graph.
+LLAMA_API double llama_pop_graph_flops(
+    struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
+
+// Returns one line about the last call on this thread that failed, empty if none did. The next failure overwrites it.
+LLAMA_API const char * llama_pop_last_error(void);
 
 #ifdef __cplusplus
 }

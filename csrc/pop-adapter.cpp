@@ -1,5 +1,5 @@
 #include "pop-adapter.h"
-#include "pop-plan.h"
+#include "pop-model.h"
 
 #include "llama-adapter.h"
 #include "llama-model.h"
@@ -7,6 +7,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -26,14 +27,14 @@ static void hash(uint64_t & h, const void * data, size_t n) {
 }
 
 uint64_t pop_fingerprint(const llama_model & model) {
-    std::map<std::string, const ggml_tensor *> norms; // by name
+    std::map<std::string, const ggml_tensor *> norms; // sorted by name, so that the order in the file does not matter
     for (const auto & [name, t] : model.tensors_by_name) {
         if (name.rfind("blk.", 0) == 0 && name.find("norm") != std::string::npos && t->type == GGML_TYPE_F32) {
             norms[name] = t;
         }
     }
 
-    uint64_t h = 0xcbf29ce484222325ull;
+    uint64_t          h     = 0xcbf29ce484222325ull;
     const std::string shape = model.arch_name() + std::to_string(pop_n_layer(model));
     hash(h, shape.data(), shape.size());
     std::vector<uint8_t> data;
@@ -46,6 +47,19 @@ uint64_t pop_fingerprint(const llama_model & model) {
     return h;
 }
 
+std::string pop_adapter_path(const std::string & path_model, int32_t boundary) {
+#ifdef _WIN32
+    const size_t slash = path_model.find_last_of("/\\");
+#else
+    const size_t slash = path_model.rfind('/');
+#endif
+    const size_t name = slash == std::string::npos ? 0 : slash + 1;
+    const size_t dot  = path_model.rfind('.');
+    // a name that begins with its only dot has no suffix
+    const bool has_suffix = dot != std::string::npos && dot > name;
+    return path_model.substr(0, has_suffix ? dot : std::string::npos) + ".pop-b" + std::to_string(boundary) + ".gguf";
+}
+
 static std::string value(const llama_adapter_lora & adapter, const char * key) {
     const auto it = adapter.gguf_kv.find(key);
     return it == adapter.gguf_kv.end() ? "" : it->second;
@@ -55,7 +69,7 @@ uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter) {
     return adapter.type == POP_ADAPTER_TYPE ? strtoul(value(adapter, "pop.boundary").c_str(), nullptr, 10) : 0;
 }
 
-// why an adapter that could be loaded is not for this model, empty if it is
+// Why an adapter that could be loaded is not for this model, empty if it is.
 static std::string mismatch(const llama_model & model, const llama_adapter_lora & adapter) {
     const std::string version = value(adapter, "pop.adapter.version");
     if (version != POP_ADAPTER_VERSION) {
@@ -66,7 +80,7 @@ static std::string mismatch(const llama_model & model, const llama_adapter_lora 
     if (value(adapter, "pop.fingerprint") != expected) {
         return "it was fitted for another model";
     }
-    const uint32_t b = pop_adapter_boundary(adapter);
+    const uint32_t    b   = pop_adapter_boundary(adapter);
     const std::string why = pop_refusal(model, b);
     if (!why.empty()) {
         return why;
@@ -87,7 +101,7 @@ llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, st
         return nullptr;
     }
 
-    auto adapter = std::make_unique<llama_adapter_lora>(&model);
+    auto adapter  = std::make_unique<llama_adapter_lora>(&model);
     adapter->type = POP_ADAPTER_TYPE;
     try {
         llama_adapter_lora_init_impl(model, file.get(), *adapter);
@@ -96,9 +110,14 @@ llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, st
         why = e.what();
     }
     if (!why.empty()) {
-        model.loras.erase(adapter.get());
+        pop_free_adapter(adapter.release());
         why = std::string(path) + ": " + why;
         return nullptr;
     }
     return adapter.release(); // the model owns it
+}
+
+void pop_free_adapter(llama_adapter_lora * adapter) {
+    adapter->model->loras.erase(adapter);
+    delete adapter;
 }

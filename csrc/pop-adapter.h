@@ -1,5 +1,6 @@
-// Fitted K/V projections: low-rank differences that pruned graphs add to what skipped layers write to their caches.
-// A small GGUF of its own (tools/fit_kv.py writes it) in the LoRA tensor layout, for one model and one boundary.
+// Fitted K/V projections: low-rank differences that a pruned graph adds to what skipped layers write to their caches.
+// An adapter is a small GGUF file of its own in the LoRA tensor layout, for one model and one boundary.
+// docs/fitted-projections.md says how it is made; the C API (pop-api.cpp) loads it.
 
 #pragma once
 
@@ -9,11 +10,17 @@
 struct llama_adapter_lora;
 struct llama_model;
 
-// of the values of a model's norms, which stay as they are when its file is quantized
+// A hash of the model's norm weights, which stay as they are when its file is quantized.
 uint64_t pop_fingerprint(const llama_model & model);
 
-// nullptr where the file cannot be read or is not for this model, and why
+// The file that belongs to a model file and a boundary: <stem>.pop-b<boundary>.gguf beside the model.
+std::string pop_adapter_path(const std::string & path_model, int32_t boundary);
+
+// Returns nullptr if the file cannot be read or is not for this model, and why. The model owns the result.
 llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, std::string & why);
 
-// the boundary that an adapter was fitted for, 0 for one that pop_load_adapter() did not make
+// Takes an adapter from its model and frees it. No context may use it.
+void pop_free_adapter(llama_adapter_lora * adapter);
+
+// The boundary that an adapter was fitted for, 0 if pop_load_adapter() did not make it.
 uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter);

@@ -18,7 +18,7 @@ std::string pop_backend_dir() {
     HMODULE      library = nullptr;
     std::wstring path(32767, L'\0'); // the longest that Windows knows
     if (!GetModuleHandleExW(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT,
-            static_cast<LPCWSTR>(here), &library)) {
+                            static_cast<LPCWSTR>(here), &library)) {
         return "";
     }
     path.resize(GetModuleFileNameW(library, path.data(), static_cast<DWORD>(path.size())));

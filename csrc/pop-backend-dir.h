@@ -1,9 +1,10 @@
-// Where ggml finds its CPU variants in a build with GGML_BACKEND_DL: beside itself. On its own it looks beside the running
-// program, which is python, and in the working directory. CMakeLists.txt gives ggml-backend-reg.cpp this as GGML_BACKEND_DIR.
+// Where a build with GGML_BACKEND_DL finds the variants of ggml for several CPUs: beside the ggml library itself. On its
+// own ggml looks beside the running program, which is python, and in the working directory. CMakeLists.txt compiles
+// ggml-backend-reg.cpp with pop_backend_dir() as its GGML_BACKEND_DIR.
 
 #pragma once
 
 #include <string>
 
-// directory of the ggml library, UTF-8; empty where the system does not tell
+// The directory of the ggml library in UTF-8; empty if the system does not tell.
 std::string pop_backend_dir();

@@ -1,5 +1,7 @@
-// A context's share of POP: the boundary in force and what it means for splits and graphs.
-// llama_context holds one of these; pop-context.cpp has the C API.
+// A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
+//
+// llama_context (patch 0003) holds a pop_context: decode() calls begin_batch() before it splits a batch and
+// ubatch_done() after each micro-batch, graph_params() calls graph_params_for().
 
 #pragma once
 
@@ -12,42 +14,48 @@
 #include <map>
 #include <set>
 
-struct llama_pop_context {
-    uint32_t boundary        = 0;    // first layer that prefill skips, 0 = off
-    bool     continues       = true; // tokens that need the whole model go on from their boundary states where that is proven
-    int32_t  n_head          = 0;    // see llama_pop_batch
-    int32_t  n_tail          = 1;
-    uint64_t n_tokens_pruned = 0;
+// Whether a context reads something of every token from every layer, or runs other layers than the model's main ones.
+bool pop_needs_whole_model(const llama_cparams & cparams);
 
-    std::set<llama_seq_id>           whole;           // sequences that are not pruned
-    std::map<llama_seq_id, uint64_t> n_tokens_pruned_in; // by sequence
+// What the C API sets; llama-pop.h explains each.
+struct pop_settings {
+    uint32_t boundary     = 0; // 0 = off
+    int32_t  n_head       = 0;
+    int32_t  n_tail       = 1;
+    bool     continuation = true;
 
-    int64_t  t_plan_us       = 0;
+    std::set<llama_seq_id> whole_seqs; // sequences that are not pruned
 
-    std::map<uint32_t, llama_adapter_lora *> adapters; // fitted projections by the boundary that they are for
+    std::map<uint32_t, llama_adapter_lora *> adapters; // by boundary; the model owns them and frees them with itself
+};
 
-    // boundaries that pop_try_boundary() has built graphs for -> whether tokens may go on from there
-    std::map<uint32_t, bool> proven;
+struct pop_context : pop_settings {
+    uint64_t n_pruned  = 0;
+    int64_t  t_plan_us = 0;
 
-    // the boundary states of one micro-batch's tokens that need the whole model
+    std::map<llama_seq_id, uint64_t> n_pruned_in;
+
+    // The boundaries that llama_context::pop_try_boundary() has built graphs for, and whether continuation works there.
+    std::map<uint32_t, bool> tried;
+
+    // The states at the boundary of one micro-batch's tokens that are run whole.
     ggml_context_ptr        ctx_states;
     ggml_backend_buffer_ptr buf_states;
     ggml_tensor *           states = nullptr; // F32 [n_embd, n_ubatch]
 
-    // whether tokens that need the whole model share micro-batches with others
-    bool mixes() const;
+    // Whether tokens that are run whole use continuation at the boundary in force.
+    bool continues() const;
 
-    // the adapter that such a graph takes
-    llama_adapter_lora * adapter_for(llama_pop_part part, uint32_t b) const;
+    // The adapter that a graph of this part at boundary b takes, or nullptr.
+    llama_adapter_lora * adapter_for(pop_part part, uint32_t b) const;
 
-    // decode(): what is allowed when this batch is split
-    void begin(const llama_cparams & cparams, llama_pop_batch & batch) const;
+    void begin_batch(const llama_cparams & cparams, pop_batch & batch) const;
 
-    // graph_params()
-    llama_pop_graph graph(const llama_cparams & cparams, llm_graph_type gtype, const llama_ubatch & ubatch) const;
+    pop_graph_params graph_params_for(const llama_cparams & cparams,
+                                      llm_graph_type        gtype,
+                                      const llama_ubatch &  ubatch) const;
 
-    // decode(): a micro-batch has been computed
-    void done(const llama_ubatch & ubatch, const llm_graph_result & res);
+    void ubatch_done(const llama_ubatch & ubatch, const llm_graph_result & res);
 
 private:
     bool states_kept = false; // by the last pruned pass

@@ -16,15 +16,15 @@
 
 using tensor_set = std::unordered_set<const ggml_tensor *>;
 
-// layer of a tensor that a builder named "<name>-<il>", -1 if the name has no layer
+// The layer of a tensor that a builder named "<name>-<il>", -1 if the name has none.
 static int named_layer(const ggml_tensor * t) {
     const char * dash = strrchr(t->name, '-');
-    int  il  = -1;
-    char end = 0;
+    int          il   = -1;
+    char         end  = 0;
     return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
 }
 
-// what builders call the state that a layer leaves to the next
+// Whether a builder gave the tensor one of the names of the state that a layer leaves to the next.
 static bool is_layer_output(const ggml_tensor * t) {
     for (const char * name : { "l_out-", "l_last-", "ffn_residual-" }) {
         if (strncmp(t->name, name, strlen(name)) == 0) {
@@ -34,7 +34,7 @@ static bool is_layer_output(const ggml_tensor * t) {
     return false;
 }
 
-// layer of a weight, -1 for anything else
+// The layer of a weight, -1 for any other tensor.
 static int weight_layer(const ggml_tensor * t) {
     int il = -1;
     return sscanf(t->name, "blk.%d.", &il) == 1 ? il : -1;
@@ -44,54 +44,57 @@ static bool is_view_op(const ggml_tensor * t) {
     return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
 }
 
-// works in place: its result lies in another tensor's memory
+// Whether the result lies in the memory of another tensor, which is thereby changed.
 static bool is_in_place(const ggml_tensor * t) {
     return t->view_src && t->op != GGML_OP_NONE && !is_view_op(t);
 }
 
-// the tensor that owns the memory of t
+// The tensor that owns the memory of t.
 static ggml_tensor * owner(ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
 
 namespace {
 
-// the rows of a micro-batch whose boundary states are kept
+// The input that picks the rows of a micro-batch whose states at the boundary are kept.
 class kept_rows : public llm_graph_input_i {
 public:
     kept_rows(ggml_tensor * ids) : ids(ids) {}
 
     void set_input(const llama_ubatch * ubatch) override {
         const auto & rows = ubatch->data->pop.rows;
-        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size()*sizeof(rows[0]));
+        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size() * sizeof(rows[0]));
     }
 
     bool can_reuse(const llm_graph_params &) override {
-        return true; // their number is compared with llama_pop_graph
+        return true; // pop_graph_params has their number
     }
 
 private:
     ggml_tensor * ids; // I32 [n_rows]
 };
 
-// plan_*() finds out what remains and changes no node, so it may fail at no cost; apply() rewrites the graph.
+// plan_*() finds out what remains and changes no node, so it may fail at no cost. apply() then rewrites the graph.
 struct rewrite {
-    const llama_pop_graph & pop;
-    const int      b;        // the boundary
-    const uint32_t n_layer;  // layers of the trunk
+    const llm_graph_params & params;
+    const pop_graph_params & pop;
+
+    const int      b;       // the boundary
+    const uint32_t n_layer; // layers without those for multi-token prediction
     const uint32_t n_tokens;
 
     llm_graph_result & res;
 
     std::vector<ggml_tensor *> nodes; // of the whole graph, in order of evaluation
 
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what nodes read -> what they shall read instead
-    tensor_set replaced_memory;        // the memory that the former lie in
-    tensor_set kept;                   // nodes that remain
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what a node reads -> what it shall read instead
+    tensor_set    replaced_memory;     // owners of the memory in which the replaced tensors lie
+    tensor_set    kept;                // nodes that remain
     ggml_tensor * keep_rows = nullptr; // a node to add
 
-    rewrite(const llm_graph_params & params, llm_graph_result & res)
-        : pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()), n_tokens(params.ubatch.n_tokens), res(res) {
+    rewrite(const llm_graph_params & params, llm_graph_result & res) :
+        params(params), pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()),
+        n_tokens(params.ubatch.n_tokens), res(res) {
         ggml_cgraph * gf = res.get_gf();
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
             nodes.push_back(ggml_graph_node(gf, i));
@@ -108,8 +111,8 @@ struct rewrite {
         replaced_memory.insert(owner(t));
     }
 
-    // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves; a few add to
-    // that before the next layer starts (deepstack), under the same layer's number.
+    // The tensors that layers 0..n_layer-1 read. Builders either record them or name what a layer leaves. A few add to
+    // that before the next layer starts (deepstack does); the sum has the same layer's number.
     std::vector<ggml_tensor *> layer_inputs() const {
         std::vector<ggml_tensor *> x(n_layer + 1, nullptr);
         for (ggml_tensor * node : nodes) {
@@ -117,8 +120,9 @@ struct rewrite {
             if (il < 0 || il >= (int) n_layer) {
                 continue;
             }
-            ggml_tensor * & next = x[il + 1];
-            const bool adds_to_output = next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
+            ggml_tensor *& next = x[il + 1];
+            const bool     adds_to_output =
+                next && std::find(node->src, node->src + GGML_MAX_SRC, next) != node->src + GGML_MAX_SRC;
             if (is_layer_output(node) || adds_to_output) {
                 next = node;
             }
@@ -131,7 +135,7 @@ struct rewrite {
         return x;
     }
 
-    // adds to seen whatever t needs, t included, stopping at what stop holds
+    // Adds t and whatever it needs to seen, but does not go beyond the tensors in stop.
     void reach(ggml_tensor * t, tensor_set & seen, const tensor_set & stop = {}) const {
         std::vector<ggml_tensor *> todo = { t };
         while (!todo.empty()) {
@@ -148,24 +152,23 @@ struct rewrite {
         }
     }
 
-    // the pair that belongs to the weight of a matrix product, nullptr without
+    // The fitted pair that belongs to the weight of a matrix product, or nullptr.
     const llama_adapter_lora_weight * fitted(const ggml_tensor * t) const {
         return pop.adapter && t->op == GGML_OP_MUL_MAT ? pop.adapter->get_weight(t->src[0]) : nullptr;
     }
 
-    // What reads the product reads its sum with B A x from now on. x is the state that the product itself reads.
+    // From now on, what reads the product reads its sum with B A x, where x is the state that the product itself reads.
     void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
         ggml_context * ctx = res.get_ctx();
-        ggml_tensor  * low = ggml_mul_mat(ctx, w.a, product->src[1]);
-        replaced[product] = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
+        ggml_tensor *  low = ggml_mul_mat(ctx, w.a, product->src[1]);
+        replaced[product]  = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
     }
 
-    bool works_on_replaced(const ggml_tensor * t) const {
-        return is_in_place(t) && replaced_memory.count(t->view_src);
-    }
+    bool works_on_replaced(const ggml_tensor * t) const { return is_in_place(t) && replaced_memory.count(t->view_src); }
 
-    // What a write of a skipped layer needs beyond x_b has to be that layer's own: a second skipped layer's weight means
-    // that more than the residual stream passes between layers. Nothing may work in place on an input that is replaced.
+    // Whether the graph can be cut before a write to memory. own holds what the write needs beyond x_b, which has to be
+    // of one layer: a weight of a second skipped layer means that more than the residual stream passes between layers.
+    // No operation may work in place on a tensor that is replaced.
     bool is_cut(const tensor_set & own) const {
         int il_own = -1;
         for (const ggml_tensor * t : own) {
@@ -182,19 +185,19 @@ struct rewrite {
         return true;
     }
 
-    // whether x is one state for each token
+    // Whether x holds one state for each token, laid out as the kept states are.
     bool is_rows(const ggml_tensor * x) const {
-        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && x->ne[1] == n_tokens && pop.states &&
-               x->ne[0] == pop.states->ne[0];
+        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
+               pop.states && x->ne[0] == pop.states->ne[0];
     }
 
     ggml_tensor * states(uint32_t first, uint32_t n) const {
         ggml_tensor * s = pop.states;
-        return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first*s->nb[1]);
+        return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first * s->nb[1]);
     }
 
     bool plan_pruned() {
-        const auto x = layer_inputs();
+        const auto    x   = layer_inputs();
         ggml_tensor * x_b = x[b];
         if (!x_b || (pop.n_rows > 0 && !is_rows(x_b))) {
             return false;
@@ -218,7 +221,7 @@ struct rewrite {
         tensor_set below;
         reach(x_b, below);
         for (ggml_tensor * node : nodes) {
-            // writes into memory that outlives the graph: KV cache, recurrent state
+            // a write to memory that outlives the graph: a KV cache or a recurrent state
             if (!is_in_place(node) || !node->view_src->buffer || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
                 continue;
             }
@@ -240,7 +243,8 @@ struct rewrite {
         return true;
     }
 
-    // keeps the results that follow from x_b and drops what the pruned pass has done; from there on no layer below may be needed
+    // Keeps the results that follow from x_b and drops what the pruned pass has done. No layer below may be needed for
+    // them.
     bool plan_continued() {
         ggml_tensor * x_b = layer_inputs()[b];
         if (!x_b || !is_rows(x_b)) {
@@ -257,7 +261,7 @@ struct rewrite {
             }
         }
 
-        replace(x_b, states(pop.first, n_tokens));
+        replace(x_b, states(pop.first_state, n_tokens));
         for (ggml_tensor * node : nodes) {
             if (above.count(node) && !read.count(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
                 reach(node, kept);
@@ -271,10 +275,10 @@ struct rewrite {
         return true;
     }
 
-    // Order matters beyond sources and results: a read of recurrent state has to stay ahead of the write to it. So the
-    // kept nodes keep their order instead of being expanded anew from the roots.
+    // The order of nodes matters beyond what they read: a read of a recurrent state has to stay ahead of the write to
+    // it. So the kept nodes keep their order instead of being expanded anew from the roots.
     void apply() {
-        std::unordered_map<const ggml_tensor *, size_t> moved; // views that now lie in other memory -> their old offset
+        std::unordered_map<const ggml_tensor *, size_t> moved; // views now in other memory -> their old offset
         for (ggml_tensor * node : nodes) {
             if (!kept.count(node)) {
                 continue;
@@ -284,12 +288,12 @@ struct rewrite {
                 ggml_tensor * target = source(parent);
                 if (target != parent || moved.count(parent)) {
                     const size_t offs_old = moved.count(parent) ? moved[parent] : parent->view_offs;
-                    moved[node]     = node->view_offs;
-                    node->view_src  = owner(target);
-                    node->view_offs = node->view_offs - offs_old + target->view_offs;
+                    moved[node]           = node->view_offs;
+                    node->view_src        = owner(target);
+                    node->view_offs       = node->view_offs - offs_old + target->view_offs;
                 }
             }
-            for (ggml_tensor * & src : node->src) {
+            for (ggml_tensor *& src : node->src) {
                 src = src ? source(src) : nullptr;
             }
             if (const auto * w = fitted(node)) {
@@ -300,7 +304,7 @@ struct rewrite {
         ggml_cgraph * gf = res.get_gf();
         ggml_graph_clear(gf);
 
-        // set_inputs() writes to every input, also to those that nothing reads any more: they have to be allocated
+        // set_inputs() writes to every input, also to those that nothing reads any more, so all have to be allocated
         for (ggml_tensor * t = ggml_get_first_tensor(res.get_ctx()); t; t = ggml_get_next_tensor(res.get_ctx(), t)) {
             if (t->flags & GGML_TENSOR_FLAG_INPUT) {
                 ggml_build_forward_expand(gf, t);
@@ -315,30 +319,51 @@ struct rewrite {
             ggml_build_forward_expand(gf, keep_rows);
         }
 
-        if (pop.part == LLAMA_POP_PRUNED) {
-            res.t_logits      = nullptr;
-            res.t_embd        = nullptr;
-            res.t_embd_pooled = nullptr;
-            res.t_h_nextn     = nullptr;
-            res.t_sampled       .clear();
-            res.t_sampled_probs .clear();
-            res.t_sampled_logits.clear();
-            res.t_candidates    .clear();
+        if (pop.part == POP_PRUNED) {
+            drop_outputs();
         }
-
+        check_outputs();
         res.pop_rewritten = true;
+    }
+
+    // A pruned graph computes none of the model's results.
+    void drop_outputs() {
+        res.t_logits      = nullptr;
+        res.t_embd        = nullptr;
+        res.t_embd_pooled = nullptr;
+        res.t_h_nextn     = nullptr;
+        res.t_sampled.clear();
+        res.t_sampled_probs.clear();
+        res.t_sampled_logits.clear();
+        res.t_candidates.clear();
+    }
+
+    // llama_context reads every tensor that set_outputs() marks. A node that it marks and that does not remain is an output
+    // that a newer llama.cpp has added and drop_outputs() does not know.
+    void check_outputs() {
+        tensor_set marked_before; // some builders mark nodes themselves
+        for (const ggml_tensor * node : nodes) {
+            if (node->flags & GGML_TENSOR_FLAG_OUTPUT) {
+                marked_before.insert(node);
+            }
+        }
+        res.set_outputs(params);
+        for (const ggml_tensor * node : nodes) {
+            const bool marked = (node->flags & GGML_TENSOR_FLAG_OUTPUT) && !marked_before.count(node);
+            GGML_ASSERT((!marked || kept.count(node)) && "an output of the model is not in the rewritten graph");
+        }
     }
 };
 
-}
+} // namespace
 
-void llama_pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res) {
-    if (params.pop.part == LLAMA_POP_WHOLE) {
+void pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res) {
+    if (params.pop.part == POP_WHOLE) {
         return;
     }
 
     rewrite pass(params, res);
-    if (params.pop.part == LLAMA_POP_PRUNED ? pass.plan_pruned() : pass.plan_continued()) {
+    if (params.pop.part == POP_PRUNED ? pass.plan_pruned() : pass.plan_continued()) {
         pass.apply();
     }
 }
@@ -357,11 +382,12 @@ double pop_flops(ggml_cgraph * gf) {
                 break;
             case GGML_OP_FLASH_ATTN_EXT:
                 {
-                    // K'Q and then V times that, for each query and head: q [d_k, n_q, n_head], k [d_k, n_kv], v [d_v, n_kv]
-                    const ggml_tensor * q = t->src[0];
-                    const double rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
+                    // K'Q and V times that, for each query and head: q [d_k, n_q, n_head], k [d_k, n_kv], v [d_v, n_kv]
+                    const ggml_tensor * q    = t->src[0];
+                    const double        rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
                     flops += 2.0 * rows * t->src[1]->ne[1] * (t->src[1]->ne[0] + t->src[2]->ne[0]);
-                } break;
+                }
+                break;
             default:
                 break;
         }

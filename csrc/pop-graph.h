@@ -1,18 +1,19 @@
-// The pass that changes graphs. llama_model::build_graph() calls it on every graph that an architecture's builder has finished.
+// The pass that changes graphs. llama_model::build_graph() (patch 0002) calls it on every graph that an architecture's
+// builder has finished.
 
 #pragma once
 
 struct ggml_cgraph;
 struct llm_graph_params;
-class  llm_graph_result;
+class llm_graph_result;
 
 // Rewrites the graph as params.pop says, and sets res.pop_rewritten:
-// PRUNED: what remains is what it takes to fill every layer's memory; the layers from the boundary on do it from the state
-//   there, and the states of the tokens that need the whole model are kept.
-// CONTINUED: what remains is what follows from the kept states.
-// A graph in which a layer beyond the boundary depends on more than the state there is left whole: a whole graph is always right.
-void llama_pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res);
+// - PRUNED keeps what it takes to fill every layer's memory. The layers from the boundary on fill theirs from the state
+//   at the boundary. The states of the tokens that are run whole are kept for their continuation.
+// - CONTINUATION keeps what follows from the kept states.
+// If a layer beyond the boundary depends on more than the state there, the graph stays whole: that is always right.
+void pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res);
 
-// Floating-point operations of a graph's matrix products and attentions; all else is small beside them, recurrent scans
-// included.
+// The floating-point operations of a graph's matrix products and attentions. Everything else is small beside them, also
+// the scans of recurrent layers.
 double pop_flops(ggml_cgraph * gf);

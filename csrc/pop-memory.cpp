@@ -11,45 +11,50 @@ using slot_info = llama_kv_cache::slot_info;
 
 namespace {
 
-// One micro-batch to process. The tokens' cells are those of the original's streams [s0, s0 + cells.size()), picked by cells.
+// One micro-batch to process. Its tokens' cells are those of the original's streams [s0, s0 + cells.size()), picked by
+// cells.
 struct part {
     llama_ubatch ubatch;
     size_t       i_original;
     uint32_t     s0 = 0;
+
     std::vector<std::vector<int32_t>> cells; // of each stream; empty: the original's own slots
 };
 
-}
+} // namespace
 
-// a micro-batch of its own from some rows of another
+// Makes a micro-batch of its own from some rows of another.
 static llama_ubatch take_rows(const llama_ubatch & from, const std::vector<int32_t> & rows, uint32_t n_streams) {
+    // A field that llama.cpp adds to data_t makes this line a compile error: it would have to be copied below.
+    const auto & [token, embd, pos, n_seq_id, seq_id, seq_id_unq, seq_idx, output, batch_idxs, seq_id_data, pop] =
+        *from.data;
+
     const size_t n      = rows.size();
-    const size_t n_embd = from.embd ? from.data->embd.size()/from.n_tokens : 0;
+    const size_t n_embd = from.embd ? embd.size() / from.n_tokens : 0;
 
     auto data = std::make_shared<llama_ubatch::data_t>();
-    data->seq_idx.resize(LLAMA_MAX_SEQ, -1);
-    data->pos.resize(n*from.n_pos);
+    data->seq_idx.resize(seq_idx.size(), -1);
+    data->pos.resize(n * from.n_pos);
 
     for (size_t i = 0; i < n; ++i) {
         const int32_t row = rows[i];
-        data->token     .push_back(from.data->token[row]);
-        data->output    .push_back(from.output[row]);
-        data->n_seq_id  .push_back(from.n_seq_id[row]);
-        data->batch_idxs.push_back(from.data->batch_idxs[row]);
+        data->token.push_back(token[row]);
+        data->output.push_back(output[row]);
+        data->n_seq_id.push_back(n_seq_id[row]);
+        data->batch_idxs.push_back(batch_idxs[row]);
         for (uint32_t j = 0; j < from.n_pos; ++j) {
-            data->pos[j*n + i] = from.pos[(size_t) j*from.n_tokens + row];
+            data->pos[j * n + i] = pos[(size_t) j * from.n_tokens + row];
         }
-        data->embd.insert(data->embd.end(), from.embd + row*n_embd, from.embd + (row + 1)*n_embd);
-        data->seq_id_data.insert(data->seq_id_data.end(), from.seq_id[row], from.seq_id[row] + from.n_seq_id[row]);
+        data->embd.insert(data->embd.end(), embd.begin() + row * n_embd, embd.begin() + (row + 1) * n_embd);
+        data->seq_id_data.insert(data->seq_id_data.end(), seq_id[row], seq_id[row] + n_seq_id[row]);
     }
 
-    llama_seq_id * seq_id = data->seq_id_data.data();
+    llama_seq_id * ids = data->seq_id_data.data();
     for (size_t i = 0; i < n; ++i) {
-        data->seq_id.push_back(seq_id);
-        seq_id += data->n_seq_id[i];
+        data->seq_id.push_back(ids);
+        ids += data->n_seq_id[i];
     }
-    for (uint32_t s = 0; s < from.n_seqs_unq; ++s) { // in the original's order
-        const llama_seq_id id = from.seq_id_unq[s];
+    for (const llama_seq_id id : seq_id_unq) { // in the original's order
         if (std::find(data->seq_id_data.begin(), data->seq_id_data.end(), id) != data->seq_id_data.end()) {
             data->seq_idx[id] = data->seq_id_unq.size();
             data->seq_id_unq.push_back(id);
@@ -61,23 +66,26 @@ static llama_ubatch take_rows(const llama_ubatch & from, const std::vector<int32
     res.b_equal_seqs = n_streams > 0;
     res.n_tokens     = n;
     res.n_seqs       = n_streams > 0 ? n_streams : n;
-    res.n_seq_tokens = n/res.n_seqs;
+    res.n_seq_tokens = n / res.n_seqs;
     res.n_seqs_unq   = data->seq_id_unq.size();
     res.token        = from.token ? data->token.data() : nullptr;
-    res.embd         = from.embd  ? data->embd .data() : nullptr;
-    res.pos          = data->pos       .data();
-    res.n_seq_id     = data->n_seq_id  .data();
-    res.seq_id       = data->seq_id    .data();
+    res.embd         = from.embd ? data->embd.data() : nullptr;
+    res.pos          = data->pos.data();
+    res.n_seq_id     = data->n_seq_id.data();
+    res.seq_id       = data->seq_id.data();
     res.seq_id_unq   = data->seq_id_unq.data();
-    res.seq_idx      = data->seq_idx   .data();
-    res.output       = data->output    .data();
+    res.seq_idx      = data->seq_idx.data();
+    res.output       = data->output.data();
     res.data         = std::move(data);
 
     return res;
 }
 
-// the original, now pruned, and behind it the continuations; their rows of the boundary states lie in the same order
-static void split_mixed(const llama_ubatch & ubatch, size_t i_original, bool kv_unified, std::vector<part> & parts) {
+// Appends the original, now pruned, and behind it its continuations. The kept states lie in the order of their tokens.
+static void split_off_continuations(const llama_ubatch & ubatch,
+                                    size_t               i_original,
+                                    bool                 kv_unified,
+                                    std::vector<part> &  parts) {
     const std::vector<int32_t> rows = ubatch.data->pop.rows;
 
     std::vector<part> continuations;
@@ -87,16 +95,16 @@ static void split_mixed(const llama_ubatch & ubatch, size_t i_original, bool kv_
         // one continuation has the same number of tokens in each of its streams, which lie side by side
         std::vector<std::vector<int32_t>> of_stream(ubatch.n_seqs);
         for (int32_t row : rows) {
-            of_stream[row/ubatch.n_seq_tokens].push_back(row);
+            of_stream[row / ubatch.n_seq_tokens].push_back(row);
         }
         for (uint32_t s0 = 0, s1; s0 < ubatch.n_seqs; s0 = s1) {
-            part cur = { {}, i_original, s0, {} };
+            part                 cur = { {}, i_original, s0, {} };
             std::vector<int32_t> taken;
             for (s1 = s0; s1 < ubatch.n_seqs && of_stream[s1].size() == of_stream[s0].size(); ++s1) {
                 taken.insert(taken.end(), of_stream[s1].begin(), of_stream[s1].end());
                 cur.cells.emplace_back();
                 for (int32_t row : of_stream[s1]) {
-                    cur.cells.back().push_back(row - s1*ubatch.n_seq_tokens);
+                    cur.cells.back().push_back(row - s1 * ubatch.n_seq_tokens);
                 }
             }
             if (!taken.empty()) {
@@ -107,23 +115,23 @@ static void split_mixed(const llama_ubatch & ubatch, size_t i_original, bool kv_
     }
 
     std::fill(ubatch.output, ubatch.output + ubatch.n_tokens, 0);
-    ubatch.data->pop.part = LLAMA_POP_PRUNED;
+    ubatch.data->pop.part = POP_PRUNED;
     parts.push_back({ ubatch, i_original, 0, {} });
 
     uint32_t first = 0;
     for (auto & cur : continuations) {
-        cur.ubatch.data->pop.part  = LLAMA_POP_CONTINUED;
-        cur.ubatch.data->pop.first = first;
+        cur.ubatch.data->pop.part        = POP_CONTINUATION;
+        cur.ubatch.data->pop.first_state = first;
         first += cur.ubatch.n_tokens;
         parts.push_back(std::move(cur));
     }
 }
 
-static std::vector<part> split(const std::vector<llama_ubatch> & ubatches, bool kv_unified) {
+static std::vector<part> split_all(const std::vector<llama_ubatch> & ubatches, bool kv_unified) {
     std::vector<part> parts;
     for (size_t i = 0; i < ubatches.size(); ++i) {
-        if (ubatches[i].data->pop.part == LLAMA_POP_MIXED) {
-            split_mixed(ubatches[i], i, kv_unified, parts);
+        if (ubatches[i].data->pop.part == POP_CONTINUES) {
+            split_off_continuations(ubatches[i], i, kv_unified, parts);
         } else {
             parts.push_back({ ubatches[i], i, 0, {} });
         }
@@ -131,7 +139,8 @@ static std::vector<part> split(const std::vector<llama_ubatch> & ubatches, bool 
     return parts;
 }
 
-static std::vector<slot_info> slots(const std::vector<slot_info> & original, const std::vector<part> & parts) {
+// The cache cells of each part.
+static std::vector<slot_info> slots_of(const std::vector<slot_info> & original, const std::vector<part> & parts) {
     std::vector<slot_info> res;
     for (const auto & cur : parts) {
         const slot_info & all = original[cur.i_original];
@@ -162,22 +171,22 @@ static std::vector<llama_ubatch> ubatches_of(const std::vector<part> & parts) {
     return res;
 }
 
-bool llama_pop_memory::continues(llama_memory_i & memory) {
+bool pop_memory::supports_continuation(llama_memory_i & memory) {
     return dynamic_cast<llama_kv_cache *>(&memory) || dynamic_cast<llama_kv_cache_iswa *>(&memory);
 }
 
-void llama_pop_memory::add_continuations(llama_memory_context_i & mctx, bool kv_unified) {
+void pop_memory::add_continuations(llama_memory_context_i & mctx, bool kv_unified) {
     const auto replace = [](llama_kv_cache_context & ctx, const std::vector<part> & parts) {
-        ctx.sinfos   = slots(ctx.sinfos, parts);
+        ctx.sinfos   = slots_of(ctx.sinfos, parts);
         ctx.ubatches = ubatches_of(parts);
     };
 
     if (auto * kv = dynamic_cast<llama_kv_cache_context *>(&mctx)) {
-        replace(*kv, split(kv->ubatches, kv_unified));
+        replace(*kv, split_all(kv->ubatches, kv_unified));
     } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx)) {
-        const auto parts = split(iswa->ubatches, kv_unified);
+        const auto parts = split_all(iswa->ubatches, kv_unified);
         replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_base), parts);
-        replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa),  parts);
+        replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa), parts);
         iswa->ubatches = ubatches_of(parts);
     }
 }

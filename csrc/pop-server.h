@@ -1,5 +1,5 @@
-// POP in llama-server, as PopLlama has it: the boundary from the file, what of a cached prompt a request may use, what was
-// pruned. Patch 0008 calls these from tools/server; they use the C API alone.
+// POP in llama-server: the boundary of the server's model, which part of a cached prompt a request may use, and how
+// many tokens were pruned. Patch 0008 calls this from tools/server; it uses the C API alone.
 
 #pragma once
 
@@ -10,44 +10,41 @@
 #include <string>
 #include <vector>
 
-// part of a server_prompt: which of its tokens fewer layers than the model has have read
+// The part of a server_prompt that says which of its tokens were pruned.
 struct pop_server_record {
     static constexpr int32_t NONE = INT32_MAX;
 
-    int32_t first = NONE; // index of the first such token; whole ones after it are not told apart
+    int32_t first = NONE; // index of the first pruned token; whether a later one was pruned is not recorded
 
-    // how many of the first n_past tokens serve a request
-    int32_t usable(int32_t n_past, bool pop) const {
-        return pop ? n_past : std::min(n_past, first);
-    }
+    // How many of the first n_past cached tokens serve a request. One that does not prune cannot use pruned tokens.
+    int32_t n_usable(int32_t n_past, bool prunes) const { return prunes ? n_past : std::min(n_past, first); }
 
-    // after a context shift, which has moved tokens from n_keep on
-    pop_server_record shifted(int32_t n_keep) const {
-        return { first == NONE ? NONE : std::min(first, n_keep) };
-    }
+    // The record after a context shift, which has moved the tokens from n_keep on.
+    pop_server_record after_shift(int32_t n_keep) const { return { first == NONE ? NONE : std::min(first, n_keep) }; }
 };
 
-// part of the server: its model's context
+// The part of the server that belongs to its model's context.
 class pop_server {
 public:
-    // Takes the boundary (LLAMA_POP_FROM_FILE, LLAMA_POP_OFF, 1..L), and the fitted projections that lie beside the model.
-    // false where they are not usable, and why.
-    bool init(llama_context * ctx, const std::string & path_model, int32_t boundary, std::string & why);
+    // Opens the context with llama_pop_open(), with what lies beside the model. asked is 1..L or an enum
+    // llama_pop_boundary. Returns false if that is refused, and why.
+    bool init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why);
 
-    // A slot begins to read n_tokens of which n_past are cached; sequence ids are slot ids.
-    void begin(llama_seq_id seq_id, pop_server_record & record, int32_t n_past, int32_t n_tokens, bool pop);
+    // Called when a slot begins to read a prompt of n_tokens of which n_past are cached. Sequence ids are slot ids.
+    void begin_prompt(llama_seq_id seq_id, pop_server_record & record, int32_t n_past, int32_t n_tokens, bool pop);
 
     int32_t boundary() const { return pop_boundary; }
-    int32_t n_layer()  const { return pop_n_layer; }
+    int32_t n_layer() const { return pop_n_layer; }
 
-    // Tokens that a slot has pruned since then.
+    // The number of tokens that a slot has pruned since begin_prompt().
     uint64_t n_pruned(llama_seq_id seq_id) const;
 
-    // That the slot's prompt is read with, L where it is not pruned.
+    // The boundary that the prompt in this slot is read with, n_layer() if it is not pruned.
     int32_t boundary_of(llama_seq_id seq_id) const;
 
-    // Where a prompt comes from a file that does not say how it was read.
-    pop_server_record unknown() const;
+    // The record of a prompt that is restored from a file. The file does not say how it was read, so it counts as
+    // pruned.
+    pop_server_record restored_record() const;
 
 private:
     struct slot {
@@ -59,6 +56,6 @@ private:
     int32_t           pop_n_layer  = 0;
     int32_t           pop_boundary = 0;
     int32_t           min_tokens   = 0;
-    bool              exact        = false; // at this boundary pruned is whole
+    bool              exact        = false; // pruning at this boundary changes no result
     std::vector<slot> slots;
 };

@@ -21,7 +21,7 @@ import numpy as np
 
 from fuzz import harness
 from fuzz.harness import Failure
-from pypop_gguf import _library
+from pypop_gguf import library, native
 from tests.support.engine import Engine, llama_cpp
 
 # Squared error of the same sums grouped by other shapes; random Gemma amplifies rounding. See tests/test_batches.py.
@@ -60,8 +60,8 @@ class Mixture:
         result = Engine(
             self.path, boundary, n_seq_max=n_seq, kv_unified=self.unified, n_ctx=128 * n_seq, **self.options
         )
-        _library.set_ends(result.context, self.head, self.tail)
-        _library.set_continuation(result.context, self.continues)
+        native.set_ends(result.context, n_head=self.head, n_tail=self.tail)
+        native.set_continuation(result.context, self.continues)
         return result
 
     def batch(self, chance: random.Random) -> list[tuple[int, int, int, bool]]:
@@ -133,7 +133,7 @@ def mixture_case(chance: random.Random, models: Path, compared: Compared, pop: b
     try:
         mixed = opened(mixture.boundary, mixture.n_seq)
         for s in mixture.whole:
-            _library._native.llama_pop_set_sequence(_library._context(mixed.context), s, False)
+            native.set_sequence(mixed.context, s, prunes=False)
         alone = [opened(mixture.n_layer if s in mixture.whole else mixture.boundary) for s in range(mixture.n_seq)]
         unpruned = opened(mixture.n_layer)  # sequence 0, to see what POP changes
         for _ in range(chance.randint(4, 16)):
@@ -198,7 +198,7 @@ def main() -> int:
 
 
 def fuzz(arguments: argparse.Namespace) -> int:
-    with _library.captured_log(), tempfile.TemporaryDirectory() as temporary:
+    with library.captured_log(), tempfile.TemporaryDirectory() as temporary:
         models = arguments.models
         if models is None:
             from tests.support import tiny_models

@@ -11,9 +11,9 @@ import os
 import resource
 import sys
 
-from pypop_gguf import _library
+from pypop_gguf import PopError, library, native
 
-llama_cpp = _library.load()
+llama_cpp = library.load()
 
 
 def say(**what) -> None:
@@ -26,6 +26,18 @@ def open_model(path: str):
     return llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
 
 
+def open_context(context) -> dict:
+    try:
+        choice = native.open_context(context, None)
+    except PopError as error:
+        if "(n_batch)" not in str(error):
+            raise
+        choice = native.open_context(
+            context, None, n_tail=1
+        )  # the file's tail is longer than this small context's batch
+    return {"outcome": "accepted", "min_tokens": choice.min_tokens}
+
+
 def read_model(path: str) -> dict:
     say(step="load")
     model = open_model(path)
@@ -33,8 +45,7 @@ def read_model(path: str) -> dict:
         return {"outcome": "llama.cpp does not load it"}
     try:
         say(step="keys")
-        native = _library._native
-        result = {"n_layer": _library.n_layer(model), "min_tokens": native.llama_pop_min_tokens(_library._model(model))}
+        result = {"n_layer": native.n_layer(model), "min_tokens": 0}
         say(step="context")
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
@@ -43,18 +54,18 @@ def read_model(path: str) -> dict:
             return {"outcome": "llama.cpp makes no context"}
         try:
             say(step="boundary")
-            accepted = native.llama_pop_set_boundary(_library._context(context), -1)
-            result["boundary"] = native.llama_pop_get_boundary(_library._context(context))
+            try:
+                outcome = open_context(context)
+            except PopError as error:
+                outcome = {"outcome": "refused", "why": str(error)}
+            result |= {"boundary": native.get_boundary(context)} | outcome
             say(step="decode")
             tokens = (ctypes.c_int32 * 12)(*range(3, 15))
             status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 12))
-            result |= {"decoded": status, "pruned": _library.n_pruned(context)}
+            result |= {"decoded": status, "pruned": native.n_pruned(context)}
         finally:
             llama_cpp.llama_free(context)
-        return result | {
-            "outcome": "accepted" if accepted else "refused",
-            "why": "" if accepted else _library._last_error(),
-        }
+        return result
     finally:
         llama_cpp.llama_model_free(model)
 
@@ -62,15 +73,15 @@ def read_model(path: str) -> dict:
 def read_adapter(model, context, path: str) -> dict:
     say(step="adapter")
     try:
-        boundary = _library.add_adapter(context, model, path)
-    except _library.PopError as error:
+        boundary = native.load_adapter(context, model, path)
+    except PopError as error:
         return {"outcome": "refused", "why": str(error)}
     say(step="decode")
-    _library.set_boundary(context, boundary)
+    native.set_boundary(context, boundary)
     tokens = (ctypes.c_int32 * 12)(*range(3, 15))
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 12))
-    _library.clear_adapters(context)
+    native.clear_adapters(context)
     return {"outcome": "accepted", "boundary": boundary, "decoded": status}
 
 
@@ -80,7 +91,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     llama_cpp.llama_backend_init()
-    with _library.captured_log():
+    with library.captured_log():
         model = open_model(sys.argv[1])
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1

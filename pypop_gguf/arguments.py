@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from pypop_gguf import _library
+from pypop_gguf import library, native
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import PopMetadata
 
@@ -29,12 +29,12 @@ def resolve_boundary(llm: PopLlama, boundary: int | str) -> int:
     """
     model, ctx = llm._model.model, llm._ctx.ctx
     if boundary == "lossless":
-        return _library.lossless_boundary(model)
+        return native.lossless_boundary(model)
     if abs(boundary) > _INT32_MAX:
-        raise PopError(f"boundary {boundary} is out of range: choose 1 to {_library.n_layer(model)}")
-    if reason := _library.refusal(model, boundary):
+        raise PopError(f"boundary {boundary} is out of range: choose 1 to {native.n_layer(model)}")
+    if reason := native.refusal(model, boundary):
         raise PopError(reason)
-    _library.set_boundary(ctx, boundary)
+    native.set_boundary(ctx, boundary)
     return boundary
 
 
@@ -43,7 +43,7 @@ def choose_boundary(
 ) -> tuple[int, str]:
     """The boundary, L where prompts are not pruned, and where it comes from: ``PopStatus.source``."""
     model = llm._model.model
-    n_layer, lossless = _library.n_layer(model), _library.lossless_boundary(model)
+    n_layer, lossless = native.n_layer(model), native.lossless_boundary(model)
     boundary, source = n_layer, "off"
     if not pop:
         return boundary, source
@@ -51,9 +51,9 @@ def choose_boundary(
         boundary, source = resolve_boundary(llm, asked), "argument"
     elif stored is not None and stored.boundary is not None:
         boundary, source = stored.boundary, "file"
-    elif _library.refusal(model) is None and lossless < n_layer - 1:
+    elif native.refusal(model) is None and lossless < n_layer - 1:
         boundary, source = lossless, "lossless"
-    elif _library.refusal(model) is None:
+    elif native.refusal(model) is None:
         print(
             f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
             f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
@@ -84,13 +84,13 @@ def choose_ends(llm: PopLlama, asked: dict[str, int | None], stored: PopMetadata
                 f"pop_{name} is {value!r}: give a whole number, {low} to {high}{' (n_batch)' if name == 'tail' else ''}"
             )
         chosen.append(value)
-    _library.set_ends(llm._ctx.ctx, *chosen[:2])
+    native.set_ends(llm._ctx.ctx, n_head=chosen[0], n_tail=chosen[1])
     return tuple(chosen)
 
 
 def add_adapters(llm: PopLlama, asked, boundary: int) -> dict[int, str]:
     """Loads what was asked for or lies beside the model; returns the files by the boundary that each is for."""
-    single, pruned = isinstance(asked, (str, os.PathLike)), boundary < _library.n_layer(llm._model.model)
+    single, pruned = isinstance(asked, (str, os.PathLike)), boundary < native.n_layer(llm._model.model)
     if asked is None:
         beside = os.path.splitext(llm.model_path)[0] + f".pop-b{boundary}.gguf"
         asked = [beside] if pruned and os.path.isfile(beside) else []
@@ -102,8 +102,8 @@ def add_adapters(llm: PopLlama, asked, boundary: int) -> dict[int, str]:
         asked = []
     elif single:
         asked = [asked]
-    with _library.captured_log():  # what it says is in the error
-        files = {_library.add_adapter(llm._ctx.ctx, llm._model.model, path): os.fspath(path) for path in asked}
+    with library.captured_log():  # what it says is in the error
+        files = {native.load_adapter(llm._ctx.ctx, llm._model.model, path): os.fspath(path) for path in asked}
     if single and pruned and list(files) != [boundary]:
         [(found, path)] = files.items()
         raise PopError(

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pypop_gguf import _library, arguments
+from pypop_gguf import arguments, library, native
 from pypop_gguf.errors import PopError
 from pypop_gguf.status import Cancelled
 from pypop_gguf.vision import Reader
 
-llama_cpp = _library.load()
+llama_cpp = library.load()
 
 
 class Calls(llama_cpp.Llama):
@@ -59,7 +59,7 @@ class Calls(llama_cpp.Llama):
         outer = self._requested, self._progress, self._cancel
         # a chat handler calls create_completion inside create_chat_completion
         self._requested, self._progress, self._cancel = boundary, progress or self._progress, cancel or self._cancel
-        _library.set_boundary(self._ctx.ctx, boundary)  # images are read before any eval()
+        native.set_boundary(self._ctx.ctx, boundary)  # images are read before any eval()
         try:
             yield
         finally:
@@ -151,7 +151,7 @@ class Calls(llama_cpp.Llama):
     def _begin_reading(self, boundary: int) -> None:
         self._forget_shallower_than(boundary)
         self._reader = Reader(self, self.chat_handler._mtmd_cpp)
-        self._call_began = time.perf_counter(), _library.n_pruned(self._ctx.ctx), 0
+        self._call_began = time.perf_counter(), native.n_pruned(self._ctx.ctx), 0
         self.chat_handler._mtmd_cpp = self._reader
         if not (self._is_recurrent or self._is_hybrid):  # those cannot drop what follows a common begin
             self._ctx.kv_cache_clear = lambda: None

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pypop_gguf import _library, arguments, states
+from pypop_gguf import arguments, library, native, states
 from pypop_gguf.calls import Calls
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import metadata_of
 from pypop_gguf.status import PopStatus, Timings
 
-llama_cpp = _library.load()
+llama_cpp = library.load()
 
 _PARENT_PARAMETERS = frozenset(
     name
@@ -92,11 +92,11 @@ class PopLlama(Calls):
             self._lossless = 0
             self._status = PopStatus(False, 0, 0, "off")
         else:
-            self._lossless = _library.lossless_boundary(self._model.model)
-            n_layer = _library.n_layer(self._model.model)
+            self._lossless = native.lossless_boundary(self._model.model)
+            n_layer = native.n_layer(self._model.model)
             boundary, source = arguments.choose_boundary(self, pop=pop, asked=pop_boundary, stored=stored)
             if boundary < n_layer:
-                _library.set_boundary(self._ctx.ctx, boundary)
+                native.set_boundary(self._ctx.ctx, boundary)
             chosen = arguments.choose_ends(self, ends, stored)
             files = arguments.add_adapters(self, pop_adapter, boundary)
             self._adapters = {at: states.file_digest(path) for at, path in files.items()}
@@ -116,11 +116,11 @@ class PopLlama(Calls):
         if llama_kwargs.get("verbose", True):
             super().__init__(model_path, **llama_kwargs)
             return
-        with _library.captured_log() as errors:
+        with library.captured_log() as errors:
             try:
                 super().__init__(model_path, **llama_kwargs)
             except ValueError as error:
-                raise PopError(_library.load_failure(model_path, errors or [str(error)])) from error
+                raise PopError(library.load_failure(model_path, errors or [str(error)])) from error
 
     @property
     def pop(self) -> PopStatus:
@@ -133,7 +133,7 @@ class PopLlama(Calls):
         if kwargs.get("reset", True):
             self._forget_shallower_than(self._asked_boundary())
 
-        began = self._call_began or (time.perf_counter(), _library.n_pruned(self._ctx.ctx), None)
+        began = self._call_began or (time.perf_counter(), native.n_pruned(self._ctx.ctx), None)
         started, pruned_before, reused_by_reader = began
         self._call_began = None
         timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=self._asked_boundary())
@@ -152,7 +152,7 @@ class PopLlama(Calls):
                     timings.reused_tokens = (
                         len(tokens) - n_read if reused_by_reader is None else min(reused_by_reader, len(tokens) - 1)
                     )
-                    timings.pruned_tokens = _library.n_pruned(self._ctx.ctx) - pruned_before
+                    timings.pruned_tokens = native.n_pruned(self._ctx.ctx) - pruned_before
                     timings.prefill_ms = 1e3 * (ended - started)
                 timings.count_token(1e3 * (time.perf_counter() - started))
                 sent = yield token
@@ -227,7 +227,7 @@ class PopLlama(Calls):
 
     def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
         boundary = self._status.n_layer if len(tokens) < self._status.min_tokens else self._asked_boundary()
-        _library.set_boundary(self._ctx.ctx, boundary)
+        native.set_boundary(self._ctx.ctx, boundary)
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         starts = self._chunk_starts(len(tokens))
         for start, end in zip(starts, [*starts[1:], len(tokens)]):

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
 
 if TYPE_CHECKING:
     from pypop_gguf.llama import PopLlama
 
-llama_cpp = _library.load()
+llama_cpp = library.load()
 
 _SAMPLE_BYTES = 256
 # Context parameters that decide what the cache holds for a text, and those that decide whether a state fits.
@@ -118,7 +118,7 @@ def load(llm: PopLlama, state) -> None:
             f"this state holds {n} tokens, the context {len(llm.input_ids)}: open the model with n_ctx={n} or more"
         )
     data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-    with _library.captured_log() as errors:
+    with library.captured_log() as errors:
         loaded = llama_cpp.llama_state_set_data(llm.ctx, data, len(data)) == len(data)
     llm.n_tokens, llm._requires_eval = n, True
     if not loaded:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import native
 from pypop_gguf.errors import PopError
 from pypop_gguf.status import Cancelled
 
@@ -104,7 +104,7 @@ class Reader:
             return len(stopped)
 
         boundary = llm._asked_boundary()
-        _library.set_boundary(llm._ctx.ctx, boundary)
+        native.set_boundary(llm._ctx.ctx, boundary)
         llm._ctx.kv_cache_seq_rm(-1, start, -1)
         try:
             llm._go_on(start, self.total)

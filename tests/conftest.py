@@ -48,15 +48,15 @@ def shared_cache_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceMode
 @pytest.fixture(params=[True, False], ids=["continued", "repeated"])
 def continuation(request, monkeypatch) -> bool:
     """Tokens that ask for logits go on from the boundary, or repeat the layers below it."""
-    from pypop_gguf import _library
+    from pypop_gguf import native
 
-    set_boundary = _library.set_boundary
+    set_boundary = native.set_boundary
 
     def set_both(ctx, boundary):
         set_boundary(ctx, boundary)
-        _library.set_continuation(ctx, request.param)
+        native.set_continuation(ctx, request.param)
 
-    monkeypatch.setattr(_library, "set_boundary", set_both)
+    monkeypatch.setattr(native, "set_boundary", set_both)
     return request.param
 
 
@@ -82,12 +82,12 @@ def stock():
 @pytest.fixture(scope="session")
 def bundled_gguf(tmp_path_factory) -> Path:
     """The bundled model with its tokenizer as F16, by llama.cpp's own converter: no ``pop.*`` keys."""
-    from pypop_gguf import _library
+    from pypop_gguf import library
 
     path = tmp_path_factory.mktemp("bundled") / "lab-llama-12l-f16.gguf"
     if WRITTEN:
         return Path(shutil.copy(Path(WRITTEN, "bundled.gguf"), path))
-    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    script = library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     done = subprocess.run(
         [sys.executable, script, BUNDLED, "--outtype", "f16", "--outfile", path], capture_output=True, text=True
     )

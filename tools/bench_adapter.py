@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import library, native
 from pypop_gguf.bench.plan import cores
 from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.header import read_header
@@ -58,7 +58,7 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
         )
         for il in range(boundary + 1, field("block_count"))
     }
-    fingerprint = _library.fingerprint(model)
+    fingerprint = library.fingerprint(model)
     write_pairs(target, pairs, architecture=architecture, boundary=boundary, fingerprint=fingerprint)
 
 
@@ -69,9 +69,9 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
     llm = PopLlama(str(arguments.model), pop_boundary=arguments.boundary, pop_adapter=False, **options)
     llama_cpp = sys.modules["llama_cpp"]
     second = llama_cpp.llama_init_from_model(llm.model, llm.context_params)
-    _library.set_boundary(second, arguments.boundary)
-    with _library.captured_log():
-        _library.add_adapter(second, llm.model, adapter)
+    native.set_boundary(second, arguments.boundary)
+    with library.captured_log():
+        native.load_adapter(second, llm.model, adapter)
     tokens = (llama_cpp.llama_token * n_prompt)(*(token % llm.n_vocab() for token in range(n_prompt)))
     batch = llama_cpp.llama_batch_get_one(tokens, n_prompt)
 
@@ -92,7 +92,8 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
                 times[name].append(took)
     ratios = np.array(times["without"]) / np.array(times["with"])
     flops = [
-        _library.graph_flops(context, min(n_prompt, 512), 1, arguments.boundary, 0) for context in (llm.ctx, second)
+        native.graph_flops(context, boundary=arguments.boundary, n_tokens=min(n_prompt, 512), n_seqs=1, n_outputs=0)
+        for context in (llm.ctx, second)
     ]
     print(
         f"{n_prompt:5} tokens: without {1e3 * np.median(times['without']):.0f} ms, with {1e3 * np.median(times['with']):.0f} ms, speed "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.bench.plan import cores
 from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.cli import main as pop_gguf
@@ -167,7 +167,7 @@ def _fits(source: Path, engine_file: Path, data: Path, boundaries: Iterable[int]
     """Closed form and distilled adapters of each boundary through the engine: kind -> task -> qualities; sizes and times."""
     model, tokenizer = load_for_importance(source)
     calibration, _ = load_samples(tokenizer, data / "calibration.jsonl", max_samples=N_CALIBRATION, max_tokens=CONTEXT)
-    fingerprint = _library.fingerprint(engine_file)
+    fingerprint = library.fingerprint(engine_file)
     written, times = {"closed form": [], "distilled": []}, {}
     for boundary in boundaries:
         started = time.perf_counter()

@@ -65,7 +65,7 @@ def test_files(names: list[str]) -> list[Path]:
 
 def write_models(directory: Path) -> None:
     """By torch, and so in a process without sanitizers."""
-    from pypop_gguf import _library
+    from pypop_gguf import library
     from tests.support import tiny_models
 
     if (directory / "bundled.gguf").exists():
@@ -75,7 +75,7 @@ def write_models(directory: Path) -> None:
     shutil.copytree(bundled, directory / "bundled", dirs_exist_ok=True)
     tiny_models.to_gguf([directory / "bundled"])
     tiny_models.write_served(directory / "served.gguf")
-    script = _library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
+    script = library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
     convert = [sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
     subprocess.run(convert, check=True, capture_output=True)
 

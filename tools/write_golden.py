@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.metadata import VERSION, Curve, PopMetadata
 from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
@@ -79,7 +79,7 @@ def main(directory: Path) -> None:
     model = directory / f"pop-v{VERSION}.gguf"
     write_model(model)
     copy_with_metadata(model, model, METADATA)
-    fingerprint = _library.fingerprint(model)
+    fingerprint = library.fingerprint(model)
     write_adapter(adapter_path(model, BOUNDARY), fingerprint)
     expected = {key: value for key, value, _kind in METADATA.key_values()}
     model.with_suffix(".json").write_text(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pypop_gguf import __version__, _library
+from pypop_gguf import __version__, library
 from pypop_gguf.bench.runs import Setting
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
@@ -74,7 +74,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         raise PopError("give a GGUF file to measure, or --from-csv FILE")
     reader = read_header(arguments.model)
     metadata = metadata_of(reader, arguments.model)
-    support = _library.describe_model(arguments.model)
+    support = library.describe_model(arguments.model)
     n_layer = support.n_layer
     if support.refusal:
         raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")

@@ -29,7 +29,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.library = None  # pypop_gguf._library, for our engine only
+        self.native = None  # pypop_gguf.native, for our engine only
         self.ctx = None
 
     def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: bool) -> dict:
@@ -39,9 +39,9 @@ class Worker:
             ``version`` of llama-cpp-python, ``patched``, ``model`` (llama.cpp's line about it), ``devices``.
         """
         if ours:
-            from pypop_gguf import _library
+            from pypop_gguf import library, native
 
-            self.library, self.llama = _library, _library.load()
+            self.native, self.llama = native, library.load()
         else:
             import llama_cpp
 
@@ -93,8 +93,8 @@ class Worker:
 
     def boundary(self, boundary: int) -> dict:
         """Sets the boundary. ``continues``: tokens that ask for logits go on from there instead of repeating what is below."""
-        self.library.set_boundary(self.ctx, boundary)
-        return {"continues": self.library.continues(self.ctx)}
+        self.native.set_boundary(self.ctx, boundary)
+        return {"continues": self.native.continues(self.ctx)}
 
     def prefill(self, n_prompt: int, boundary: int | None, continues: bool = True) -> dict:
         """Reads the prompt of every sequence into an empty cache.
@@ -153,8 +153,14 @@ class Worker:
 
     def flops(self, micro_batches: list[list[int]]) -> dict:
         """Floating-point operations of these micro-batches' graphs in all, [n_tokens, n_seqs, boundary, n_outputs] each."""
-        count = getattr(self.library, "graph_flops", None)
-        return {"flops": count and sum(count(self.ctx, *micro_batch) for micro_batch in micro_batches)}
+        if self.native is None:
+            return {"flops": None}
+        names = ("n_tokens", "n_seqs", "boundary", "n_outputs")
+        return {
+            "flops": sum(
+                self.native.graph_flops(self.ctx, **dict(zip(names, micro_batch))) for micro_batch in micro_batches
+            )
+        }
 
     def memory(self) -> dict:
         """``peak_bytes``: the most memory this process has held, mapped model pages included."""
@@ -173,13 +179,13 @@ class Worker:
     def _begin(self, boundary: int | None, continues: bool) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.ctx), True)
         if boundary is not None:
-            self.library.set_boundary(self.ctx, boundary)
-            self.library.set_continuation(self.ctx, continues)
+            self.native.set_boundary(self.ctx, boundary)
+            self.native.set_continuation(self.ctx, continues)
         self.n_past = 0
 
     def _counters(self) -> tuple[int, float | None]:
         """Tokens pruned, and milliseconds spent on graphs, since the context was made."""
-        return (self.library.n_pruned(self.ctx), self.library.plan_ms(self.ctx)) if self.library else (0, None)
+        return (self.native.n_pruned(self.ctx), self.native.plan_us(self.ctx) / 1e3) if self.native else (0, None)
 
     def _decode(self, n_tokens: int) -> float:
         """The next ``n_tokens`` of every sequence, logits for the last of each. Returns milliseconds."""

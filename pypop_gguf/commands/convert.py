@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, choose_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files import hf_to_gguf, quantize
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         plain = source if is_gguf else directory / "model.gguf"
         if not is_gguf:
             _convert(arguments, source, plain, target.parent)
-        support = _library.describe_model(plain)
+        support = library.describe_model(plain)
         if support.refusal:
             raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
         if arguments.mmproj:
@@ -228,7 +228,7 @@ def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path
         raise PopError(f"no projector, leave out --mmproj: {error}") from error
 
 
-def _choose(arguments: argparse.Namespace, support: _library.ModelSupport, importance) -> BoundaryChoice:
+def _choose(arguments: argparse.Namespace, support: library.ModelSupport, importance) -> BoundaryChoice:
     return choose_boundary(
         support.n_layer,
         support.lossless_boundary,
@@ -276,7 +276,7 @@ def _importance(
     calibration: _Calibration,
     source: Path,
     is_gguf: bool,
-    support: _library.ModelSupport,
+    support: library.ModelSupport,
 ) -> PopMetadata:
     stored = _stored(source) if is_gguf else PopMetadata()
     wanted = arguments.max_importance_loss is not None and stored.importance_prefill is None
@@ -323,7 +323,7 @@ def _fit(arguments: argparse.Namespace, calibration: _Calibration, boundary: int
             seed=arguments.seed,
             progress=_progress("distill", "steps"),
         )
-    write_adapter(target, model, boundary, trained, _library.fingerprint(plain))
+    write_adapter(target, model, boundary, trained, library.fingerprint(plain))
     return fits
 
 
@@ -365,7 +365,7 @@ def _show(text: str, last: bool) -> None:
 
 
 def _summary(
-    arguments: argparse.Namespace, target: Path, support: _library.ModelSupport, choice: BoundaryChoice, seconds: float
+    arguments: argparse.Namespace, target: Path, support: library.ModelSupport, choice: BoundaryChoice, seconds: float
 ) -> None:
     skipped = support.n_layer - choice.boundary
     share = "unknown (no importance)" if choice.skipped_share is None else f"{choice.skipped_share:.1%}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import PopLlama, _library
+from pypop_gguf import PopLlama, library
 from pypop_gguf.bench.plan import cores
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
@@ -172,7 +172,7 @@ def open_model(
         if value is not None and value < least:
             raise PopError(f"--{name} {value} is out of range: give at least {least}")
     stored = read_metadata(arguments.model)
-    support = _library.describe_model(arguments.model)
+    support = library.describe_model(arguments.model)
     if support.refusal:
         raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
     n_layer = support.n_layer

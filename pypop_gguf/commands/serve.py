@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from pypop_gguf.bench.plan import cores
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
@@ -98,7 +98,7 @@ def server_program() -> Path:
     Raises:
         PopError: The package was built without it.
     """
-    program = _library.vendor_dir() / "llama_cpp" / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    program = library.vendor_dir() / "llama_cpp" / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
     if not program.is_file():
         raise PopError(f"{program} is missing: build the package without -DLLAMA_BUILD_SERVER=OFF")
     return program

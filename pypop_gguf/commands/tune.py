@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import PopLlama, _library
+from pypop_gguf import PopLlama, library, native
 from pypop_gguf.boundary_rules import check_budget, choose_by_curve
 from pypop_gguf.commands.eval import Progress, add_model_arguments, fitted, numbers, open_model, percent, report_skipped
 from pypop_gguf.errors import PopError
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         curve_plot.check(arguments.plot)
     if arguments.outfile and not arguments.outfile.absolute().parent.is_dir():
         raise PopError(f"{arguments.outfile.parent}: no such directory; make it first, or give another --outfile")
-    n_layer = _library.describe_model(arguments.model).n_layer
+    n_layer = library.describe_model(arguments.model).n_layer
     llm, boundaries = open_model(arguments, arguments.boundary or list(range(max(1, n_layer // 3), n_layer)))
     task = tasks.of_file(
         Tokenizer(llm),
@@ -142,13 +142,13 @@ def _speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
     n_tokens = 512
     sized = PopLlama(str(model), pop=False, n_ctx=n_tokens, n_batch=n_tokens, verbose=False)
     n_layer, context = sized.pop.n_layer, sized._ctx.ctx
-    whole = _library.graph_flops(context, n_tokens, 1, n_layer, 1)
-    last = _library.graph_flops(context, 1, 1, n_layer, 1)
+    whole = native.graph_flops(context, boundary=n_layer, n_tokens=n_tokens, n_seqs=1, n_outputs=1)
+    last = native.graph_flops(context, boundary=n_layer, n_tokens=1, n_seqs=1, n_outputs=1)
 
     def speedup(boundary: int) -> float:
         if boundary == n_layer:
             return 1.0
-        pruned = _library.graph_flops(context, n_tokens, 1, boundary, 0)
+        pruned = native.graph_flops(context, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=0)
         return whole / (pruned + last * (n_layer - boundary) / n_layer)
 
     result = {boundary: speedup(boundary) for boundary in boundaries}

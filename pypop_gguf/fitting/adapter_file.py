@@ -39,7 +39,7 @@ def write_pairs(
             weights of layers above the boundary.
         architecture: The model's ``general.architecture``.
         boundary: The boundary that the differences were fitted for, 1..L.
-        fingerprint: The model's fingerprint, 16 hexadecimal digits, from ``_library.fingerprint``.
+        fingerprint: The model's fingerprint, 16 hexadecimal digits, from ``library.fingerprint``.
 
     Raises:
         PopError: The file cannot be written.

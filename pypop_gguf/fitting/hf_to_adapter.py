@@ -20,10 +20,10 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import save_file
 
-from pypop_gguf._library import vendor_dir
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting import adapter_file
 from pypop_gguf.fitting.fit import Difference
+from pypop_gguf.library import vendor_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def write_adapter(
         model: The Transformers model; its configuration tells the converter how the weights are laid out.
         boundary: The boundary that the differences were fitted for, 1..L.
         differences: The differences of the model's projections.
-        fingerprint: The fingerprint of the model's GGUF file, from ``_library.fingerprint``.
+        fingerprint: The fingerprint of the model's GGUF file, from ``library.fingerprint``.
 
     Raises:
         PopError: llama.cpp's converter cannot map the weights, or the file cannot be written.

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pypop_gguf._library import vendor_dir
 from pypop_gguf.errors import PopError
+from pypop_gguf.library import vendor_dir
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BAR = re.compile(r"Writing:[^\]]*\]")  # the converter's progress; an error starts on the same line, right behind it

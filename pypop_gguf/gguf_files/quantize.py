@@ -36,13 +36,13 @@ def quantize(source: Path, target: Path, outtype: str) -> None:
     Raises:
         PopError: llama.cpp refuses, for one because the source is quantized already, or the disk is full.
     """
-    from pypop_gguf import _library
+    from pypop_gguf import library
 
-    llama_cpp = _library.load()
+    llama_cpp = library.load()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
     parameters.nthread = os.cpu_count() or 1
-    with _library.captured_log() as errors:
+    with library.captured_log() as errors:
         status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters))
     if status != 0:
         reason = errors[0].split(": ", 1)[-1] if errors else "no reason given"

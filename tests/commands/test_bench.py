@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from pypop_gguf import PopError, PopLlama, _library
+from pypop_gguf import PopError, PopLlama, library
 from pypop_gguf.bench import report as bench_report
 from pypop_gguf.bench import runs as bench_runs
 from pypop_gguf.cli import main
@@ -291,7 +291,7 @@ def test_missing_files_are_refused_in_one_line(capsys):
 
 
 def test_patched_library_is_no_stock(tiny, capsys):
-    options = ["--stock", _library.vendor_dir(), "--prompt", "32", "--parallel", "1"]
+    options = ["--stock", library.vendor_dir(), "--prompt", "32", "--parallel", "1"]
     assert "its llama.cpp has POP" in refused(capsys, tiny["q8_0"], *options).splitlines()[-1]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pypop_gguf import PopError, PopLlama, _library, cli
+from pypop_gguf import PopError, PopLlama, cli, library, native
 from pypop_gguf.gguf_files.metadata import VERSION, read_metadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
 from tests.support.engine import Engine, llama_cpp
@@ -38,12 +38,9 @@ def test_inspect_prints_it(capsys):
 
 def test_native_library_reads_it_alike():
     with Engine(MODEL) as engine:
-        native, context = _library._native, _library._context(engine.context)
-        assert (
-            native.llama_pop_set_boundary(context, -1)
-            and native.llama_pop_get_boundary(context) == KEYS["pop.boundary"]
-        )
-        assert native.llama_pop_min_tokens(_library._model(engine.model)) == KEYS["pop.min_tokens"]
+        choice = native.open_context(engine.context, None)
+        assert native.get_boundary(engine.context) == choice.boundary == KEYS["pop.boundary"]
+        assert choice.min_tokens == KEYS["pop.min_tokens"]
         engine.prefill(TOKENS)
         assert engine.n_pruned == len(TOKENS) - KEYS["pop.head"] - KEYS["pop.tail"]
 
@@ -66,7 +63,7 @@ def test_pop_llama_takes_boundary_ends_and_the_adapter_beside_the_model(tmp_path
 
 
 def test_adapter_is_still_for_this_model():
-    assert _library.fingerprint(MODEL) == EXPECTED["fingerprint"]
+    assert library.fingerprint(MODEL) == EXPECTED["fingerprint"]
 
 
 @pytest.mark.parametrize("name", ["pop.colour", "pop.importance.of_heads", "pop.curve.newer"])
@@ -75,7 +72,7 @@ def test_key_that_a_later_version_added_is_ignored(tmp_path, name):
     insert_raw_key(path, name, ARRAY, struct.pack("<IQQ", STRING, 1, 3) + b"red")
     assert read_metadata(path).key_values() == read_metadata(MODEL).key_values()
     with Engine(path) as engine:
-        assert _library._native.llama_pop_set_boundary(_library._context(engine.context), -1)
+        assert native.open_context(engine.context, None).source == "file"
 
 
 def test_file_of_a_later_version_is_refused_in_one_line(tmp_path, capsys):
@@ -91,9 +88,8 @@ def test_file_of_a_later_version_is_refused_in_one_line(tmp_path, capsys):
     assert cli.main(["inspect", str(path)]) == 1
     output = capsys.readouterr()
     assert output.out == "" and reason in output.err and output.err.count("\n") == 1
-    with Engine(path) as engine:
-        assert not _library._native.llama_pop_set_boundary(_library._context(engine.context), -1)
-        assert "update pypop-gguf" in _library._last_error()
+    with Engine(path) as engine, pytest.raises(PopError, match="update pypop-gguf"):
+        native.open_context(engine.context, None)
 
 
 def test_adapter_of_a_later_version_is_refused_in_one_line(tmp_path):
@@ -102,7 +98,7 @@ def test_adapter_of_a_later_version_is_refused_in_one_line(tmp_path):
     path = tmp_path / "newer.gguf"
     path.write_bytes(raw[:at] + struct.pack("<I", 2) + raw[at + 4 :])
     with Engine(MODEL) as engine, pytest.raises(PopError, match="its version is 2, this build reads 1"):
-        _library.add_adapter(engine.context, engine.model, path)
+        native.load_adapter(engine.context, engine.model, path)
 
 
 def test_written_again_it_says_the_same(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz import gguf_cases
-from pypop_gguf import Cancelled, PopLlama, _library
+from pypop_gguf import Cancelled, PopLlama, native
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
@@ -67,7 +67,7 @@ def test_any_cut_into_calls_and_micro_batches_gives_the_same(reference_models, n
     results = []
     for at in ([0, length], data.draw(cuts(length), "cuts")):
         with Engine(model.gguf, boundary, n_ubatch=data.draw(st.sampled_from([1, 4, 7, 16, 64]), "n_ubatch")) as engine:
-            _library.set_ends(engine.context, head, 1)
+            native.set_ends(engine.context, n_head=head, n_tail=1)
             results.append(read_in_parts(engine, tokens, at, asks))
             assert engine.n_pruned == length - len(asks | set(range(min(head, length))))
     assert results[0].keys() == results[1].keys() == asks

@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from pypop_gguf import _library
+from pypop_gguf import PopError, native
 from tests.support.engine import F16, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
 from tools.architectures import identity_copy
@@ -291,8 +291,8 @@ def test_refused_boundary_changes_nothing(reference_models):
     model = reference_models["llama"]
     with Engine(model.gguf, BOUNDARY) as engine:
         expected = engine.prefill(model.tokens(30))
-        with pytest.raises(_library.PopError, match="choose 1 to 6"):
-            _library.set_boundary(engine.context, 7)
+        with pytest.raises(PopError, match="choose 1 to 6"):
+            native.set_boundary(engine.context, 7)
         llama_cpp.llama_memory_clear(engine.memory, True)
         assert np.array_equal(engine.prefill(model.tokens(30)), expected)
 
@@ -302,15 +302,14 @@ def test_a_sequence_can_run_whole_beside_pruned_ones(reference_models, name, mem
     model = reference_models[name]
     prompts = [model.tokens(count, seed=count) for count in (37, 52, 20)]
     with Engine(model.gguf, BOUNDARY, n_seq_max=3, **memory) as engine:
-        native, context = _library._native, _library._context(engine.context)
-        native.llama_pop_set_sequence(context, 1, False)
+        native.set_sequence(engine.context, 1, prunes=False)
         entries = interleaved(*(prompt(model, tokens, s) for s, tokens in enumerate(prompts)))
         logits = {entries[i][2]: row for i, row in engine.decode(entries).items()}
-        assert [native.llama_pop_n_pruned_in(context, s) for s in range(3)] == [36, 0, 19]
+        assert [native.n_pruned_in(engine.context, s) for s in range(3)] == [36, 0, 19]
         assert engine.n_pruned == 36 + 19
-        native.llama_pop_set_sequence(context, 1, True)
+        native.set_sequence(engine.context, 1, prunes=True)
         engine.decode(prompt(model, model.tokens(9), 1, first=52))
-        assert native.llama_pop_n_pruned_in(context, 1) == 8
+        assert native.n_pruned_in(engine.context, 1) == 8
     for s, tokens in enumerate(prompts):
         with (
             Engine(model.gguf, None if s == 1 else BOUNDARY) as alone,

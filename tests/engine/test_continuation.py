@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from pypop_gguf import _library
+from pypop_gguf import native
 from tests.support.engine import Engine, llama_cpp
 from tests.support.pop_reference import squared_error
 
@@ -19,7 +19,7 @@ CONTINUED = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "bundled"]
 
 def engine(model, continues, **parameters):
     result = Engine(model.gguf, BOUNDARY, **parameters)
-    _library.set_continuation(result.context, continues)
+    native.set_continuation(result.context, continues)
     return result
 
 
@@ -58,7 +58,7 @@ def test_continued_equals_repeated(reference_models, name, flash_attention):
         rows = []
         for continues in (True, False):
             with engine(model, continues, **options) as each:
-                assert _library.continues(each.context) == continues
+                assert native.continues(each.context) == continues
                 rows.append([each.prefill(tokens), *(each.step(7, count + i) for i in range(3))])
                 assert each.n_pruned == count - 1
         # flash attention rounds to F16, and not alike for one query and for many; so does the table of Gemma's GELU
@@ -95,7 +95,7 @@ def test_random_mixtures_of_sequences_continue_as_they_repeat(reference_models, 
 
 def test_recurrent_states_repeat(reference_models):
     with engine(reference_models["lfm2"], True) as hybrid:
-        assert not _library.continues(hybrid.context)
+        assert not native.continues(hybrid.context)
 
 
 def test_boundary_states_survive_a_change_of_boundary(reference_models):
@@ -104,7 +104,7 @@ def test_boundary_states_survive_a_change_of_boundary(reference_models):
     with Engine(model.gguf, 5) as moved:
         moved.prefill(tokens)
         llama_cpp.llama_memory_clear(moved.memory, True)
-        _library.set_boundary(moved.context, 2)
+        native.set_boundary(moved.context, 2)
         logits = moved.prefill(tokens)
     with Engine(model.gguf, 2) as fresh:
         assert np.array_equal(logits, fresh.prefill(tokens))

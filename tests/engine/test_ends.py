@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pypop_gguf import PopError, PopLlama, _library
+from pypop_gguf import PopError, PopLlama, native
 from tests.support import pop_reference
 from tests.support.engine import Engine
 from tests.support.pop_reference import squared_error
@@ -31,9 +31,9 @@ def test_head_and_tail_equal_pytorch(reference_models, name, head, tail, n_batch
         for ends in ((head, tail), ())
     )
     llm = open_model(model, pop_head=head, pop_tail=tail, n_batch=n_batch)
-    before = _library.n_pruned(llm._ctx.ctx)
+    before = native.n_pruned(llm._ctx.ctx)
     actual = llm.score(tokens[:N_PROMPT], [*tokens[N_PROMPT:], 0])
-    assert _library.n_pruned(llm._ctx.ctx) - before == N_PROMPT - head - tail
+    assert native.n_pruned(llm._ctx.ctx) - before == N_PROMPT - head - tail
     error = squared_error(actual, expected)
     assert error <= 1e-6
     assert squared_error(plain, expected) > 100 * error  # the ends do something
@@ -44,7 +44,7 @@ def test_tails_of_parallel_sequences_are_their_own(reference_models):
     model = reference_models["llama"]
     prompts = [model.tokens(count, seed=count) for count in (30, 12, 4)]
     with Engine(model.gguf, BOUNDARY, n_seq_max=3) as engine:
-        _library.set_ends(engine.context, 0, 6)
+        native.set_ends(engine.context, n_head=0, n_tail=6)
         entries = [
             (prompts[s][i], i, s, i == len(prompts[s]) - 1) for i in range(30) for s in range(3) if i < len(prompts[s])
         ]
@@ -52,7 +52,7 @@ def test_tails_of_parallel_sequences_are_their_own(reference_models):
         assert engine.n_pruned == 30 - 6 + 12 - 6
     for s, tokens in enumerate(prompts):
         with Engine(model.gguf, BOUNDARY) as alone:
-            _library.set_ends(alone.context, 0, 6)
+            native.set_ends(alone.context, n_head=0, n_tail=6)
             assert squared_error(logits[s], alone.prefill(tokens)) <= 1e-9
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pypop_gguf import PopError, PopLlama, _library
+from pypop_gguf import PopError, PopLlama, library, native
 from pypop_gguf.cli import main
 from pypop_gguf.fitting import distill, fit
 from pypop_gguf.fitting.hf_to_adapter import write_adapter
@@ -51,7 +51,7 @@ def write(model, target, boundary: int) -> dict:
     key = model.gguf, boundary
     if key not in _written:  # Writing takes seconds, so each file is kept.
         differences = make_differences(model, boundary)
-        write_adapter(target, model.torch_model, boundary, differences, _library.fingerprint(model.gguf))
+        write_adapter(target, model.torch_model, boundary, differences, library.fingerprint(model.gguf))
         _written[key] = target.read_bytes(), round_as_written(differences)
     content, added = _written[key]
     target.write_bytes(content)
@@ -157,7 +157,7 @@ def test_adapters_come_and_go_between_prompts(models, tmp_path):
     def logits(boundary, adapters):
         with Engine(model.gguf, boundary) as engine:
             for adapter in adapters:
-                _library.add_adapter(engine.context, engine.model, adapter)
+                native.load_adapter(engine.context, engine.model, adapter)
             return engine.prefill(tokens)
 
     with Engine(model.gguf, 1) as engine:
@@ -166,11 +166,11 @@ def test_adapters_come_and_go_between_prompts(models, tmp_path):
             llama_cpp.llama_memory_clear(engine.memory, True)
             if step == "add":
                 for path in paths:
-                    _library.add_adapter(engine.context, engine.model, path)
+                    native.load_adapter(engine.context, engine.model, path)
             elif step == "boundary":
-                _library.set_boundary(engine.context, 3)
+                native.set_boundary(engine.context, 3)
             else:
-                _library.clear_adapters(engine.context)
+                native.clear_adapters(engine.context)
             found.append(engine.prefill(tokens))
     expected = [logits(1, []), logits(1, paths), logits(3, paths), logits(3, [])]
     for actual, wanted in zip(found, expected):
@@ -251,7 +251,7 @@ def test_wrong_model_boundary_version_or_kind_is_refused_in_one_line(models, tmp
     assert "not within the file bounds" in refusal(model.gguf, adapter=tmp_path / "damaged.gguf")
     write_adapter(path, model.torch_model, B, make_differences(model, B), "0" * 16)
     assert "it was fitted for another model" in refusal(model.gguf)
-    write_adapter(path, model.torch_model, B + 1, make_differences(model, B), _library.fingerprint(model.gguf))
+    write_adapter(path, model.torch_model, B + 1, make_differences(model, B), library.fingerprint(model.gguf))
     assert "is no weight of a layer above its boundary 3" in refusal(model.gguf, B + 1)
     with pytest.raises(PopError, match="names no file"):
         PopLlama(str(model.gguf), pop_boundary=B, pop_adapter=True, **EXACT)

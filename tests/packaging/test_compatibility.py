@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pypop_gguf import PopLlama, _library, cli
+from pypop_gguf import PopLlama, cli, library, native
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
 from tests.support.gguf_files import raw_keys, raw_tensors
@@ -56,11 +56,11 @@ def tool():
 
 
 def by_library(source: Path, target: Path, **parameters) -> None:
-    llama_cpp = _library.load()
+    llama_cpp = library.load()
     wanted = llama_cpp.llama_model_quantize_default_params()
     for name, value in {"nthread": 1, **parameters}.items():
         setattr(wanted, name, value)
-    with _library.captured_log():
+    with library.captured_log():
         assert llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(wanted)) == 0
 
 
@@ -74,9 +74,9 @@ def assert_kept(model: Path, path: Path) -> None:
     llm = PopLlama(str(path), n_ctx=64, n_threads=1, verbose=False)
     status = llm.pop
     assert (status.boundary, status.source, status.head, status.tail, status.min_tokens) == (8, "file", 1, 2, 3)
-    before = _library.n_pruned(llm._ctx.ctx)
+    before = native.n_pruned(llm._ctx.ctx)
     llm.eval(TOKENS)
-    assert _library.n_pruned(llm._ctx.ctx) - before == len(TOKENS) - 3
+    assert native.n_pruned(llm._ctx.ctx) - before == len(TOKENS) - 3
     llm.close()
 
 
@@ -90,7 +90,7 @@ def shards(model, tmp_path, tool) -> list[Path]:
 
 @pytest.mark.parametrize("ftype", ["MOSTLY_Q8_0", "MOSTLY_Q4_K_M", "ALL_F32"])
 def test_quantizer_of_the_library_keeps_them(model, tmp_path, ftype):
-    by_library(model, tmp_path / "a.gguf", ftype=getattr(_library.load(), f"LLAMA_FTYPE_{ftype}"))
+    by_library(model, tmp_path / "a.gguf", ftype=getattr(library.load(), f"LLAMA_FTYPE_{ftype}"))
     assert_kept(model, tmp_path / "a.gguf")
 
 

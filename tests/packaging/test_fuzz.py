@@ -10,7 +10,7 @@ import sys
 import gguf
 import pytest
 
-from pypop_gguf import PopError, PopLlama, _library, cli
+from pypop_gguf import PopError, PopLlama, cli, native
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import read_metadata, trunk_layers
 from pypop_gguf.importance.calibration import load_samples
@@ -172,7 +172,7 @@ def test_boundary_can_be_set_where_a_micro_batch_is_smaller_than_the_number_of_s
 def test_sequence_left_out_of_a_micro_batch_is_not_brought_in_by_a_later_token(reference_models, name):
     """Separate caches take sequences in the order of their ids; 2's first token comes before 1's, and its second is of another kind."""
     with Engine(reference_models[name].gguf, 3, n_seq_max=3, kv_unified=False) as engine:
-        _library.set_continuation(engine.context, False)  # as recurrent memories are read always
+        native.set_continuation(engine.context, False)  # as recurrent memories are read always
         engine.decode([(5, 0, 0, False), (6, 0, 1, False)])
         entries = [
             (7, 1, 0, False),
@@ -211,11 +211,11 @@ def test_adapter_whose_texts_are_numbers_is_refused(tmp_path, key):
         (tmp_path / "adapter.gguf").write_bytes(raw.replace(text, name + struct.pack("<II", UINT32, 1)))
     code = """if True:
         from tests.support.engine import Engine
-        from pypop_gguf import _library
+        from pypop_gguf import native
         with Engine(sys.argv[1]) as engine:
             try:
-                _library.add_adapter(engine.context, engine.model, sys.argv[2])
-            except _library.PopError as error:
+                native.load_adapter(engine.context, engine.model, sys.argv[2])
+            except PopError as error:
                 print(error)"""
     done = in_a_process(code, write_model(tmp_path / "a.gguf"), tmp_path / "adapter.gguf")
     assert done.returncode == 0 and f"its {key} is not of type str" in done.stdout, done.stderr[-500:]
@@ -228,7 +228,7 @@ def test_text_of_an_adapter_stays_within_the_line_of_its_refusal(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     with Engine(write_model(tmp_path / "a.gguf")) as engine, pytest.raises(PopError) as caught:
-        _library.add_adapter(engine.context, engine.model, tmp_path / "adapter.gguf")
+        native.load_adapter(engine.context, engine.model, tmp_path / "adapter.gguf")
     assert "of two lines" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support.paths import ROOT
 
 SDIST = ROOT / "build" / "sdist" / "llama-cpp-python.tar.gz"
-MARK = "llama_pop_rewrite_graph(params, *llm->res);"  # a call site of patch 0002
+MARK = "pop_rewrite_graph(params, *llm->res);"  # a call site of patch 0002
 
 
 def fetch(target: Path, *arguments: object) -> subprocess.CompletedProcess:

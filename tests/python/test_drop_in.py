@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from pypop_gguf import PopLlama, _library
+from pypop_gguf import PopLlama, native
 from tests.engine.test_batches import write_lora
 from tests.support.gguf_files import STRING, insert_raw_key
 
@@ -225,10 +225,10 @@ def test_chat_with_tools_and_schemas(llm, plain, name, boundary):
         one.chat_format = "chatml-function-calling" if "tools" in CHATS[name] else "chatml"
         return one.create_chat_completion(PAINT_IT, max_tokens=64, temperature=0, **CHATS[name], **more)
 
-    before = _library.n_pruned(llm._ctx.ctx)
+    before = native.n_pruned(llm._ctx.ctx)
     try:
         (choice,) = ask(llm, boundary=boundary)["choices"]
-        assert _library.n_pruned(llm._ctx.ctx) - before > 15
+        assert native.n_pruned(llm._ctx.ctx) - before > 15
         if boundary == LOSSLESS:
             (expected,) = ask(plain)["choices"]
             for message in (choice["message"], expected["message"]):  # ids are drawn anew

@@ -340,9 +340,9 @@ def test_file_cut_short_before_it_is_loaded_is_refused_at_every_length(model, tm
 WITHOUT = """
 import shutil, sys
 from pathlib import Path
-from pypop_gguf import _library
-vendor = Path(shutil.copytree(_library.vendor_dir(), Path(sys.argv[1], "_vendor"), symlinks=True))
-_library.vendor_dir = lambda: vendor
+from pypop_gguf import library
+vendor = Path(shutil.copytree(library.vendor_dir(), Path(sys.argv[1], "_vendor"), symlinks=True))
+library.vendor_dir = lambda: vendor
 lib = vendor / "llama_cpp" / "lib"
 {fault}
 try: import pypop_gguf.llama

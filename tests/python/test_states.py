@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pypop_gguf import PopError, PopLlama, _library, states
+from pypop_gguf import PopError, PopLlama, library, states
 from pypop_gguf.fitting import fit as fit_kv
 from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.header import read_header
@@ -259,7 +259,7 @@ def write_adapter(model, target, seed: int):
         b = torch.zeros(n_out, 2)
         b[projection.rows] = torch.randn(len(b[projection.rows]), 2, generator=generator)
         differences.append(fit_kv.Difference(projection, torch.randn(2, n_in, generator=generator), b))
-    kv_adapter.write_adapter(target, model.torch_model, 2, differences, _library.fingerprint(model.gguf))
+    kv_adapter.write_adapter(target, model.torch_model, 2, differences, library.fingerprint(model.gguf))
     return target
 
 

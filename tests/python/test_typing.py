@@ -8,7 +8,7 @@ import venv
 
 import pytest
 
-from pypop_gguf import _library
+from pypop_gguf import library
 from tests.support.paths import ROOT
 
 pytest.importorskip("mypy", reason="mypy is not installed: pip install mypy")
@@ -56,7 +56,7 @@ def mypy(tmp_path_factory):
     shutil.copytree(
         ROOT / "pypop_gguf", packages / "pypop_gguf", ignore=shutil.ignore_patterns("__pycache__", "_vendor")
     )
-    (packages / "pypop_gguf" / "_vendor").symlink_to(_library.vendor_dir())
+    (packages / "pypop_gguf" / "_vendor").symlink_to(library.vendor_dir())
     shutil.copy(ROOT / "third_party" / "pypop_gguf.pth", packages)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 

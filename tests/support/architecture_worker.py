@@ -11,9 +11,9 @@ import sys
 import numpy as np
 
 if sys.argv[1] == "engine":
-    from pypop_gguf import _library
+    from pypop_gguf import library, native
 
-    llama_cpp = _library.load()
+    llama_cpp = library.load()
 else:
     import llama_cpp
 
@@ -83,19 +83,19 @@ def last_logits(model, context, tokens, last_alone=True) -> np.ndarray:
 
 def engine(path: str, out: str) -> dict:
     model = load(path)
-    n_layer, lossless = _library.n_layer(model), _library.lossless_boundary(model)
-    found = {"n_layer": n_layer, "lossless": lossless, "refusal": _library.refusal(model), "pruned": {}, "errors": {}}
+    n_layer, lossless = native.n_layer(model), native.lossless_boundary(model)
+    found = {"n_layer": n_layer, "lossless": lossless, "refusal": native.refusal(model), "pruned": {}, "errors": {}}
     if found["refusal"]:
         return found
     tokens, results = tokens_for(model), {}
     for boundary in sorted({n_layer, lossless, max(1, n_layer - n_layer // 3), max(1, n_layer // 2)}):
         context = new_context(model)
         try:
-            _library.set_boundary(context, boundary)
+            native.set_boundary(context, boundary)
             decode(context, tokens[: N_PROMPT - 1], 0, False)
             results[str(boundary)] = last_logits(model, context, tokens)
-            found["pruned"][boundary] = _library.n_pruned(context)
-            if _library.continues(context):
+            found["pruned"][boundary] = native.n_pruned(context)
+            if native.continues(context):
                 llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
                 results[f"{boundary} continued"] = last_logits(model, context, tokens, last_alone=False)
         except (RuntimeError, ValueError) as error:
@@ -103,8 +103,9 @@ def engine(path: str, out: str) -> dict:
         llama_cpp.llama_free(context)
     np.savez(out, **results)
     context = new_context(model, n_ctx=512, n_ubatch=512)
-    full = _library.graph_flops(context, 512, 1, n_layer, 1)
-    found["flop_bound"] = full / _library.graph_flops(context, 511, 1, max(1, n_layer - n_layer // 3), 0)
+    full = native.graph_flops(context, boundary=n_layer, n_tokens=512, n_seqs=1, n_outputs=1)
+    boundary = max(1, n_layer - n_layer // 3)
+    found["flop_bound"] = full / native.graph_flops(context, boundary=boundary, n_tokens=511, n_seqs=1, n_outputs=0)
     return found
 
 

@@ -4,9 +4,9 @@ import ctypes
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import library, native
 
-llama_cpp = _library.load()
+llama_cpp = library.load()
 F32, F16, Q8_0 = 0, 1, 8  # ggml types
 
 
@@ -47,7 +47,7 @@ class Engine:
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         if boundary is not None:
-            _library.set_boundary(self.context, boundary)
+            native.set_boundary(self.context, boundary)
 
     def __enter__(self):
         return self
@@ -59,7 +59,7 @@ class Engine:
 
     @property
     def n_pruned(self) -> int:
-        return _library.n_pruned(self.context)
+        return native.n_pruned(self.context)
 
     def decode(self, entries) -> dict[int, np.ndarray]:
         """Decodes a batch of (token, position, sequence, asks for logits).

@@ -180,9 +180,9 @@ def _add_unused_projections(weights: Path) -> None:
 
 
 def to_gguf(directories: list[Path]) -> None:
-    from pypop_gguf import _library
+    from pypop_gguf import library
 
     script = Path(__file__).parent / "convert_without_vocab.py"
-    command = [sys.executable, script, _library.vendor_dir() / "llama.cpp", *directories]
+    command = [sys.executable, script, library.vendor_dir() / "llama.cpp", *directories]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 
-from pypop_gguf import _library
+from pypop_gguf import native
 from tests.support.engine import Engine, llama_cpp
 
 TOKENS = np.random.default_rng(0).integers(3, 128, 90).tolist()
@@ -19,9 +19,9 @@ def work(engine: Engine, boundaries: tuple[int, ...]) -> np.ndarray:
     """F32 [rounds, n_vocab]: prompts at these boundaries in turn, each with a token written after it."""
     rows = []
     for i in range(ROUNDS):
-        _library.set_boundary(engine.context, boundaries[i % len(boundaries)])
-        _library.set_ends(engine.context, i % 3, 1 + i % 2)
-        _library.set_continuation(engine.context, i % 2 == 0)
+        native.set_boundary(engine.context, boundaries[i % len(boundaries)])
+        native.set_ends(engine.context, n_head=i % 3, n_tail=1 + i % 2)
+        native.set_continuation(engine.context, i % 2 == 0)
         llama_cpp.llama_memory_clear(engine.memory, True)
         engine.prefill(TOKENS[i:])
         rows.append(engine.step(5, len(TOKENS) - i))

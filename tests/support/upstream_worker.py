@@ -19,7 +19,7 @@ BOUNDARIES = {"qwen35.gguf": 5, "falcon-h1.gguf": 3, "mamba.gguf": 2, "lab.gguf"
 
 
 def pruning(forgetful: bool):
-    from pypop_gguf import PopLlama, _library
+    from pypop_gguf import PopLlama, native
 
     class Recorded(PopLlama):
         opened = []
@@ -35,7 +35,7 @@ def pruning(forgetful: bool):
         @classmethod
         def pruned(cls) -> int:
             models, cls.opened = cls.opened, []
-            return sum(_library.n_pruned(llm._ctx.ctx) for llm in models if llm.pop.enabled)
+            return sum(native.n_pruned(llm._ctx.ctx) for llm in models if llm.pop.enabled)
 
     return Recorded
 

@@ -1,0 +1,245 @@
+"""The C API of csrc/llama-pop.h as Python functions, one for each in the header's order. The header says what they do.
+
+The declarations are read from the header that is installed beside the library, so the two cannot differ. A model or a
+context is the address that llama-cpp-python has for it. A call that fails raises PopError with llama.cpp's reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cffi import FFI
+
+from pypop_gguf import library
+from pypop_gguf.errors import PopError
+
+# Values of a boundary besides 1..L: enum llama_pop_boundary.
+OFF, DEFAULT, LOSSLESS = 0, -1, -2
+
+# enum llama_pop_source, as PopStatus.source names it.
+SOURCES = ("off", "argument", "file", "lossless")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``open_context`` has chosen for a context.
+
+    Attributes:
+        boundary: First layer that prefill skips, 1..L; L where nothing is pruned.
+        source: Where it comes from, one of ``SOURCES``.
+        n_head: First tokens of a sequence that run every layer.
+        n_tail: Last tokens of a prompt that run every layer.
+        min_tokens: Prompts with fewer new tokens shall not be pruned.
+        has_adapter: Whether an adapter file lay beside the model and is in use.
+    """
+
+    boundary: int
+    source: str
+    n_head: int
+    n_tail: int
+    min_tokens: int
+    has_adapter: bool
+
+
+def declarations(header: str) -> str:
+    """The header without what only a preprocessor or a C++ compiler reads."""
+    without_cplusplus = re.sub(r"#ifdef __cplusplus.*?#endif", "", header, flags=re.DOTALL)
+    without_preprocessor = re.sub(r"^#.*$", "", without_cplusplus, flags=re.MULTILINE)
+    return without_preprocessor.replace("LLAMA_API ", "")
+
+
+@functools.cache
+def _bound() -> tuple[FFI, object]:
+    llama_cpp = library.load()
+    ffi = FFI()
+    ffi.cdef("typedef int32_t llama_seq_id; struct llama_context; struct llama_model; struct llama_adapter_lora;")
+    header = library.vendor_dir() / "llama_cpp" / "lib" / "llama-pop.h"
+    ffi.cdef(declarations(header.read_text(encoding="utf-8")))
+    return ffi, ffi.dlopen(llama_cpp.llama_cpp._lib._name)
+
+
+def _context(ctx: int):
+    return _bound()[0].cast("struct llama_context *", ctx)
+
+
+def _model(model: int):
+    return _bound()[0].cast("struct llama_model *", model)
+
+
+def _functions():
+    return _bound()[1]
+
+
+def _check(done: bool) -> None:
+    if not done:
+        raise PopError(last_error())
+
+
+def open_context(
+    ctx: int,
+    model_path: str | os.PathLike | None,
+    *,
+    boundary: int = DEFAULT,
+    n_head: int = -1,
+    n_tail: int = -1,
+    min_tokens: int = -1,
+) -> Choice:
+    """Decides which boundary, ends and adapter a context gets, and sets them: ``llama_pop_open``.
+
+    Args:
+        ctx: Context.
+        model_path: The model's file, beside which an adapter may lie; None loads no adapter.
+        boundary: 1..L, ``DEFAULT`` (the file's, else off or lossless), ``LOSSLESS`` or ``OFF``.
+        n_head: First tokens of a sequence that run every layer; -1 takes the file's value, as for the next two.
+        n_tail: Last tokens of a prompt that run every layer, 1 to ``n_batch``.
+        min_tokens: Prompts with fewer new tokens shall not be pruned.
+
+    Raises:
+        PopError: A value is out of range, the file's keys or its adapter are unusable, or the model cannot be pruned
+            there. The context keeps what it had.
+    """
+    ffi, functions = _bound()
+    request = ffi.new("struct llama_pop_request *", [boundary, n_head, n_tail, min_tokens])[0]
+    path = ffi.NULL if model_path is None else os.fsencode(model_path)
+    choice = ffi.new("struct llama_pop_choice *")
+    with library.captured_log():  # the error has the reason
+        _check(functions.llama_pop_open(_context(ctx), request, path, choice))
+    return Choice(
+        choice.boundary, SOURCES[choice.source], choice.n_head, choice.n_tail, choice.min_tokens, choice.has_adapter
+    )
+
+
+def adapter_path(model_path: str | os.PathLike, boundary: int) -> Path:
+    """The adapter file that belongs to a model file and a boundary."""
+    ffi, functions = _bound()
+    path = os.fsencode(model_path)
+    size = functions.llama_pop_adapter_path(path, boundary, ffi.NULL, 0)
+    _check(size >= 0)
+    text = ffi.new("char[]", size + 1)
+    functions.llama_pop_adapter_path(path, boundary, text, size + 1)
+    return Path(os.fsdecode(ffi.string(text)))
+
+
+def set_boundary(ctx: int, boundary: int) -> None:
+    """Sets a context's boundary, 1..L or ``OFF``."""
+    _check(_functions().llama_pop_set_boundary(_context(ctx), boundary))
+
+
+def get_boundary(ctx: int) -> int:
+    """The boundary in force, L where nothing is pruned."""
+    return _functions().llama_pop_get_boundary(_context(ctx))
+
+
+def set_ends(ctx: int, *, n_head: int, n_tail: int) -> None:
+    """Sets how many first tokens of a sequence and last tokens of a prompt run every layer."""
+    _check(_functions().llama_pop_set_ends(_context(ctx), n_head, n_tail))
+
+
+def set_sequence(ctx: int, seq_id: int, *, prunes: bool) -> None:
+    """Sets whether the tokens of one sequence are pruned at all."""
+    _check(_functions().llama_pop_set_sequence(_context(ctx), seq_id, prunes))
+
+
+def set_continuation(ctx: int, continues: bool) -> None:
+    """Sets whether tokens that run whole continue from the boundary; if not, a micro-batch of their own runs them."""
+    _check(_functions().llama_pop_set_continuation(_context(ctx), continues))
+
+
+def continues(ctx: int) -> bool:
+    """Whether tokens that run whole continue from the boundary in force."""
+    return _functions().llama_pop_continues(_context(ctx))
+
+
+def adapter_init(model: int, path: str | os.PathLike):
+    """Loads an adapter file for a model, which owns the result."""
+    adapter = _functions().llama_pop_adapter_init(_model(model), os.fsencode(path))
+    _check(adapter != _bound()[0].NULL)
+    return adapter
+
+
+def adapter_boundary(adapter) -> int:
+    """The boundary that an adapter was fitted for."""
+    return _functions().llama_pop_adapter_boundary(adapter)
+
+
+def add_adapter(ctx: int, adapter) -> None:
+    """Lets pruned tokens of a context use an adapter at its boundary."""
+    _check(_functions().llama_pop_add_adapter(_context(ctx), adapter))
+
+
+def clear_adapters(ctx: int) -> None:
+    """Takes all adapters of a context out of use."""
+    _check(_functions().llama_pop_clear_adapters(_context(ctx)))
+
+
+def fingerprint(model: int) -> int:
+    """A hash of the model's norm weights; ``library.fingerprint`` takes a file."""
+    value = _functions().llama_pop_fingerprint(_model(model))
+    _check(value != 0)
+    return value
+
+
+def n_layer(model: int) -> int:
+    """Number of layers, L."""
+    return _functions().llama_pop_n_layer(_model(model))
+
+
+def lossless_boundary(model: int) -> int:
+    """The last layer that writes to the cache."""
+    return _functions().llama_pop_lossless_boundary(_model(model))
+
+
+def refusal(model: int, boundary: int = 1) -> str | None:
+    """Why the architecture of this model cannot be pruned at a boundary, or None: ``llama_pop_supports``."""
+    return None if _functions().llama_pop_supports(_model(model), boundary) else last_error()
+
+
+def n_pruned(ctx: int) -> int:
+    """Tokens that were pruned since the context was made."""
+    return _functions().llama_pop_n_pruned(_context(ctx))
+
+
+def n_pruned_in(ctx: int, seq_id: int) -> int:
+    """Tokens of one sequence that were pruned."""
+    return _functions().llama_pop_n_pruned_in(_context(ctx), seq_id)
+
+
+def plan_us(ctx: int) -> int:
+    """Microseconds spent on building and planning graphs since the context was made."""
+    return _functions().llama_pop_plan_us(_context(ctx))
+
+
+def graph_flops(ctx: int, *, boundary: int, n_tokens: int, n_seqs: int, n_outputs: int) -> float:
+    """Floating-point operations of one micro-batch's matrix products and attentions, counted from its real graph.
+
+    Args:
+        ctx: Context; attention counts all its positions, so size ``n_ctx`` to the prompt.
+        boundary: 1..L; the graph is pruned there if ``n_outputs`` is 0.
+        n_tokens: Tokens of the micro-batch over all sequences, at most ``n_ubatch``.
+        n_seqs: Its sequences.
+        n_outputs: Tokens that ask for logits; if there is one, the graph is that of the whole model.
+    """
+    flops = _functions().llama_pop_graph_flops(_context(ctx), boundary, n_tokens, n_seqs, n_outputs)
+    _check(not math.isnan(flops))
+    return flops
+
+
+def last_error() -> str:
+    """The reason why the last call that failed on this thread did."""
+    ffi, functions = _bound()
+    return ffi.string(functions.llama_pop_last_error()).decode("utf-8", "replace")
+
+
+def load_adapter(ctx: int, model: int, path: str | os.PathLike) -> int:
+    """Loads an adapter file and lets a context use it; returns the boundary that it is for."""
+    adapter = adapter_init(model, path)
+    try:
+        add_adapter(ctx, adapter)
+    except PopError as error:
+        raise PopError(f"{path}: {error}") from error
+    return adapter_boundary(adapter)
