@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STOCK  := build/stock/package
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/* third_party/patches/*)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/* third_party/*.py third_party/*.txt third_party/*.pth third_party/patches/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
