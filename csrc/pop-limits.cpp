@@ -64,7 +64,8 @@ static const json * find(const json * object, const char * key) {
 static void check_schemas(const json & body) {
     pop_schema_budget budget;
     const json *      format = find(&body, "response_format");
-    for (const json * schema : { find(&body, "json_schema"), find(format, "schema"), find(find(format, "json_schema"), "schema") }) {
+    for (const json * schema :
+         { find(&body, "json_schema"), find(format, "schema"), find(find(format, "json_schema"), "schema") }) {
         if (schema) {
             pop_check_schema(*schema, "", false, budget);
         }
@@ -79,7 +80,8 @@ static void check_schemas(const json & body) {
             const json * name = find(holder, "name");
             for (const json * schema : { find(holder, "parameters"), find(holder, "input_schema") }) {
                 if (schema) {
-                    pop_check_schema(*schema, name && name->is_string() ? name->get<std::string>() : "tool", true, budget);
+                    pop_check_schema(*schema, name && name->is_string() ? name->get<std::string>() : "tool", true,
+                                     budget);
                 }
             }
         }
@@ -109,7 +111,8 @@ static void check_triggers(const json & triggers) {
     for (const auto & trigger : triggers) {
         const json * type  = find(&trigger, "type");
         const json * value = find(&trigger, "value");
-        if (!type || !type->is_number_integer() || (*type != COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN && *type != COMMON_GRAMMAR_TRIGGER_TYPE_WORD)) {
+        if (!type || !type->is_number_integer() ||
+            (*type != COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN && *type != COMMON_GRAMMAR_TRIGGER_TYPE_WORD)) {
             // the other types are regular expressions, which can take for ever or exhaust the stack
             refuse("a grammar trigger is neither a token (0) nor a word (1)");
         }

@@ -9,16 +9,19 @@
 
 using json = common_json;
 
-static constexpr size_t MAX_KEY_LENGTH = 256; // a property's name, in characters, where the schema allows other properties too
+// The length of a property's name, in characters, where the schema allows other properties too.
+static constexpr size_t MAX_KEY_LENGTH = 256;
 
 void pop_schema_budget::spend(size_t cost) {
     if (cost > left) {
-        throw std::invalid_argument("the schema is too large: give it fewer or shorter names, fewer optional properties, or fewer references");
+        throw std::invalid_argument(
+            "the schema is too large: give it fewer or shorter names, fewer optional properties, or fewer references");
     }
     left -= cost;
 }
 
-// All characters that a rule's name cannot have become "-". Rules that then want one name get numbers, which upstream tries one by one.
+// Characters that the name of a rule cannot have become "-". Where several rules then want the same name, upstream adds a
+// number, and tries one number after the other.
 void pop_schema_budget::add_rule(const std::string & name) {
     std::string rule;
     for (const char c : name) {
@@ -36,7 +39,8 @@ static json type_of(const json & schema) {
     return schema.is_object() && schema.contains("type") ? schema.at("type") : json();
 }
 
-// The order of these questions is that of common_chat_schema_builder::build_node(). The type is one of the schema's, or all of them.
+// The order of these questions is that of common_chat_schema_builder::build_node(). Where a schema has a list of types,
+// upstream treats it as one schema for each type, so the type is a parameter of its own.
 static schema_kind kind_of(const json & schema, const json & type) {
     if (!schema.is_object()) {
         return NONE;
@@ -53,10 +57,10 @@ static schema_kind kind_of(const json & schema, const json & type) {
     if (schema.contains("const") || schema.contains("enum")) {
         return LITERALS;
     }
-    const std::string name = type.is_string() ? type.get<std::string>() : "";
-    const bool has_all_of = schema.contains("allOf");
-    const bool has_properties = schema.contains("properties") ||
-        (schema.contains("additionalProperties") && schema.at("additionalProperties") != true);
+    const std::string name           = type.is_string() ? type.get<std::string>() : "";
+    const bool        has_all_of     = schema.contains("allOf");
+    const bool        has_properties = schema.contains("properties") ||
+                                (schema.contains("additionalProperties") && schema.at("additionalProperties") != true);
     if (name.empty() ? has_properties : name == "object" && (has_properties || !has_all_of)) {
         return OBJECT;
     }
@@ -80,18 +84,17 @@ static std::string prefix(const std::string & name) {
 // Walks through a schema as upstream's code does, but only counts. There are two passes, because upstream makes two:
 //   BUILD   as common_chat_schema_builder in common/json-schema.cpp
 //   CONVERT as common_chat_schema_converter in common/json-schema-to-grammar.cpp
-// Where upstream would refuse a schema, the walk just goes on.
+// Where upstream would refuse a schema, the walk just goes on, and upstream writes the error.
 class schema_walk {
 public:
     enum walk_pass { BUILD, CONVERT };
 
     // With follows_types, the walk also counts what common_chat_schema::value_types() does for each schema.
-    schema_walk(const json & root, const std::string & name, walk_pass pass, bool follows_types, pop_schema_budget & budget) :
+    schema_walk(
+        const json & root, const std::string & name, walk_pass pass, bool follows_types, pop_schema_budget & budget) :
         root(root), root_name(name), pass(pass), follows_types(follows_types), budget(budget) {}
 
-    void run() {
-        visit(root, type_of(root), root_name);
-    }
+    void run() { visit(root, type_of(root), root_name); }
 
 private:
     struct level {
@@ -121,18 +124,19 @@ private:
         }
 
         const schema_kind kind = kind_of(schema, type);
-        if (follows_types && (kind == REF || kind == ANY_OF || kind == ALL_OF)) {
-            follow(schema);
+        if (follows_types && (kind == REF || kind == ANY_OF || kind == TYPES || kind == ALL_OF)) {
+            follow(schema, type);
         }
         switch (kind) {
-            case REF: {
-                const std::string ref    = schema.at("$ref").get<std::string>();
-                const json *      target = resolve(ref);
-                if (target && visited.insert(ref).second) {
-                    visit(*target, type_of(*target), prefix(root_name) + "ref" + ref.substr(1));
+            case REF:
+                {
+                    const std::string ref    = schema.at("$ref").get<std::string>();
+                    const json *      target = resolve(ref);
+                    if (target && visited.insert(ref).second) {
+                        visit(*target, type_of(*target), prefix(root_name) + "ref" + ref.substr(1));
+                    }
+                    break;
                 }
-                break;
-            }
             case ANY_OF:
                 visit_all(alternatives_of(schema), prefix(name) + "alternative-");
                 break;
@@ -155,18 +159,20 @@ private:
                     convert_all_of(schema.at("allOf"), name);
                 }
                 break;
-            case ARRAY: {
-                const std::string key = schema.contains("items") ? "items" : "prefixItems";
-                if (schema.contains(key) && schema.at(key).is_array()) {
-                    visit_all(schema.at(key), prefix(name) + "tuple-");
-                } else if (schema.contains(key)) {
-                    visit(schema.at(key), type_of(schema.at(key)), prefix(name) + "item");
+            case ARRAY:
+                {
+                    const std::string key = schema.contains("items") ? "items" : "prefixItems";
+                    if (schema.contains(key) && schema.at(key).is_array()) {
+                        visit_all(schema.at(key), prefix(name) + "tuple-");
+                    } else if (schema.contains(key)) {
+                        visit(schema.at(key), type_of(schema.at(key)), prefix(name) + "item");
+                    }
+                    break;
                 }
-                break;
-            }
             case STRING:
                 if (schema.contains("pattern") && schema.at("pattern").is_string()) {
-                    budget.spend(schema.at("pattern").get<std::string>().size() + budget.rules.size()); // upstream copies all rules
+                    budget.spend(schema.at("pattern").get<std::string>().size() +
+                                 budget.rules.size()); // upstream copies all rules
                 }
                 break;
             case NONE:
@@ -210,22 +216,28 @@ private:
         return targets[ref] = target;
     }
 
-    // As common_chat_schema::value_types(), which follows a reference anew wherever it meets it, unless it is inside it.
-    void follow(const json & schema) {
+    // As common_chat_schema::value_types(), which follows a reference again wherever it meets it, unless it is inside it.
+    void follow(const json & schema, const json & type) {
         const level nested(depth);
         budget.spend(16);
-        switch (kind_of(schema, type_of(schema))) {
-            case REF: {
-                const std::string ref    = schema.at("$ref").get<std::string>();
-                const json *      target = resolve(ref);
-                if (target && open.insert(ref).second) {
-                    follow(*target);
-                    open.erase(ref);
+        switch (kind_of(schema, type)) {
+            case REF:
+                {
+                    const std::string ref    = schema.at("$ref").get<std::string>();
+                    const json *      target = resolve(ref);
+                    if (target && open.insert(ref).second) {
+                        follow(*target, type_of(*target));
+                        open.erase(ref);
+                    }
+                    break;
                 }
-                break;
-            }
             case ANY_OF:
                 follow_all(alternatives_of(schema));
+                break;
+            case TYPES:
+                for (const auto & one : type) {
+                    follow(schema, one);
+                }
                 break;
             case ALL_OF:
                 follow_all(schema.at("allOf"));
@@ -238,7 +250,7 @@ private:
     void follow_all(const json & schemas) {
         if (schemas.is_array()) {
             for (const auto & schema : schemas) {
-                follow(schema);
+                follow(schema, type_of(schema));
             }
         }
     }
@@ -254,7 +266,7 @@ private:
     void visit_object(const json & schema, const std::string & name) {
         std::vector<std::string> names;
         visit_properties(schema, name, names);
-        const json other = schema.contains("additionalProperties") ? schema.at("additionalProperties") : json();
+        const json other      = schema.contains("additionalProperties") ? schema.at("additionalProperties") : json();
         const bool open_ended = other.is_object() || (other.is_boolean() && other.get<bool>());
         if (open_ended) {
             visit(other, type_of(other), prefix(name) + "additional-value");
@@ -297,20 +309,24 @@ private:
                 length += (c & 0xc0) != 0x80; // the first byte of a character in UTF-8
             }
             if (length > MAX_KEY_LENGTH) {
-                throw std::invalid_argument("the schema has a name of more than " + std::to_string(MAX_KEY_LENGTH) +
+                throw std::invalid_argument(
+                    "the schema has a name of more than " + std::to_string(MAX_KEY_LENGTH) +
                     " characters beside which it allows other names: shorten it, or set additionalProperties to false");
             }
         }
     }
 
-    // Each optional property may be the first one that is there: for each, upstream writes the rules of all that follow it and copies
-    // the list of their names for each of these rules.
-    void spend_optional(const std::vector<std::string> & names, const std::unordered_set<std::string> & required, bool open_ended, const std::string & name) {
+    // Each optional property may be the first one that is there. For each of them, upstream writes the rules of all that
+    // follow it, and for each of these rules it copies the list of the names that follow.
+    void spend_optional(const std::vector<std::string> &        names,
+                        const std::unordered_set<std::string> & required,
+                        bool                                    open_ended,
+                        const std::string &                     name) {
         size_t n     = open_ended;
         size_t bytes = 0;
         for (const auto & key : names) {
             if (!required.count(key)) {
-                n     += 1;
+                n += 1;
                 bytes += 3 * (name.size() + key.size());
             }
         }
@@ -319,8 +335,8 @@ private:
         }
     }
 
-    // As common_chat_schema_converter::_visit_all_of(), which takes the properties of all components together. It follows a reference
-    // to a component anew each time.
+    // As common_chat_schema_converter::_visit_all_of(), which takes the properties of all components together. It follows
+    // a reference to a component each time it meets it.
     void convert_all_of(const json & components, const std::string & name) {
         std::vector<std::string>        names;
         std::unordered_set<std::string> required;
@@ -334,6 +350,7 @@ private:
                     convert_component(alternative, name, names);
                 }
             } else if (kind == TYPES) {
+                budget.spend(component.at("type").size() * component.dump().size());
                 for (size_t i = 0; i < component.at("type").size(); ++i) {
                     visit_properties(component, name, names);
                 }

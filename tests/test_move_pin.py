@@ -33,7 +33,11 @@ def pinned(tmp_path_factory) -> Path:
     for patch in PATCHES.glob("*/*.patch"):
         touched |= set(re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE))
     with tarfile.open(SDIST) as archive:
-        wanted = [m for m in archive if m.name.partition("/vendor/llama.cpp/")[2] in touched or m.name.endswith("/llama_cpp/__init__.py")]
+        wanted = [
+            m
+            for m in archive
+            if m.name.partition("/vendor/llama.cpp/")[2] in touched or m.name.endswith("/llama_cpp/__init__.py")
+        ]
         archive.extractall(base, members=wanted)
     return next(base.iterdir())
 
@@ -46,7 +50,11 @@ def source(pinned, tmp_path) -> Path:
 @pytest.fixture
 def move_pin(tmp_path):
     """Run the tool in a copy of third_party, which it may change."""
-    copy = Path(shutil.copytree(ROOT / "third_party", tmp_path / "tree" / "third_party", ignore=shutil.ignore_patterns("__pycache__")))
+    copy = Path(
+        shutil.copytree(
+            ROOT / "third_party", tmp_path / "tree" / "third_party", ignore=shutil.ignore_patterns("__pycache__")
+        )
+    )
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, copy / "move_pin.py", *arguments]
@@ -76,7 +84,15 @@ def test_pinned_source_takes_every_patch_where_it_is(move_pin, source):
 
 def test_patched_text_is_what_the_build_makes(move_pin, source, tmp_path):
     move_pin("--source", source)
-    command = [sys.executable, ROOT / "third_party" / "fetch_source.py", tmp_path / "built", "--cache", tmp_path, "--source", source]
+    command = [
+        sys.executable,
+        ROOT / "third_party" / "fetch_source.py",
+        tmp_path / "built",
+        "--cache",
+        tmp_path,
+        "--source",
+        source,
+    ]
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
     ours = move_pin.third_party.parent / "build" / "pin" / "tree"
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
@@ -94,10 +110,20 @@ def test_patches_are_written_for_lines_that_have_moved(move_pin, source, tmp_pat
     done = move_pin("--source", sdist, "--write")
     assert done.returncode == 0, done.stdout + done.stderr
     pin = (move_pin.third_party / "llama-cpp-python.txt").read_text()
-    assert re.search(rf"^llama-cpp-python==9\.\S+ --hash=sha256:{hashlib.sha256(sdist.read_bytes()).hexdigest()}$", pin, re.MULTILINE)
+    assert re.search(
+        rf"^llama-cpp-python==9\.\S+ --hash=sha256:{hashlib.sha256(sdist.read_bytes()).hexdigest()}$", pin, re.MULTILINE
+    )
     written = move_pin.third_party / "patches" / SERIES[0]
     assert int(first_hunk.search(written.read_text())[1]) >= before + 7
-    command = [sys.executable, move_pin.third_party / "fetch_source.py", tmp_path / "built", "--cache", tmp_path, "--source", sdist]
+    command = [
+        sys.executable,
+        move_pin.third_party / "fetch_source.py",
+        tmp_path / "built",
+        "--cache",
+        tmp_path,
+        "--source",
+        sdist,
+    ]
     built = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
 
@@ -119,7 +145,9 @@ def test_changed_lines_are_named_for_every_patch_at_once(move_pin, source):
     done = move_pin("--source", source)
     lines = done.stdout.splitlines()
     assert done.returncode == 1
-    assert re.fullmatch(r"    src/llama-batch\.cpp:\d+ has other lines", lines[lines.index(f"{SERIES[0]}: does not apply") + 1])
+    assert re.fullmatch(
+        r"    src/llama-batch\.cpp:\d+ has other lines", lines[lines.index(f"{SERIES[0]}: does not apply") + 1]
+    )
     assert lines[lines.index(f"{SERIES[1]}: does not apply") + 1] == "    src/llama-model.cpp is not there any more"
     assert f"{SERIES[-1]}: applies" in lines
     assert re.fullmatch(rf"\d of {len(SERIES)} patches do not apply: rebase them as .*", lines[-1])
@@ -137,7 +165,15 @@ def test_cure_of_an_upstream_fault_that_no_longer_applies_is_left_out(move_pin, 
     sdist = pack(source, tmp_path / "newer.tar.gz")
     done = move_pin("--source", sdist, "--write")
     assert f"{name}: does not apply" in done.stdout.splitlines() and "wrote the pin and the patches" in done.stdout
-    command = [sys.executable, move_pin.third_party / "fetch_source.py", tmp_path / "built", "--cache", tmp_path, "--source", sdist]
+    command = [
+        sys.executable,
+        move_pin.third_party / "fetch_source.py",
+        tmp_path / "built",
+        "--cache",
+        tmp_path,
+        "--source",
+        sdist,
+    ]
     assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
     again = move_pin("--source", sdist)
     assert again.stdout.splitlines()[1:] == [f"{other}: applies" for other in SERIES if other != name]
@@ -154,7 +190,10 @@ def test_each_cure_of_an_upstream_fault_applies_without_the_others(move_pin, sou
 def test_version_that_does_not_exist_is_refused(move_pin):
     done = move_pin("0.0.0", PIP_NO_INDEX="1")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "move_pin: pip has no source of llama-cpp-python==0.0.0; give another version, or --source FILE"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "move_pin: pip has no source of llama-cpp-python==0.0.0; give another version, or --source FILE"
+    )
 
 
 @pytest.mark.parametrize("version", [[], ["0.3.36"]], ids=["newest", "named"])

@@ -70,14 +70,21 @@ def resident_bytes(server) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's table of sockets")
 def test_server_listens_on_this_machine_alone(server):
-    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
     listening = [row[1] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port(server)]
     assert listening == [f"0100007F:{port(server):04X}"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "warned"),
-    [([], False), (["--host", "0.0.0.0"], True), (["--host", "127.0.0.1,::"], True), (["--host", "0.0.0.0", "--api-key-file", "{keys}"], False)],
+    [
+        ([], False),
+        (["--host", "0.0.0.0"], True),
+        (["--host", "127.0.0.1,::"], True),
+        (["--host", "0.0.0.0", "--api-key-file", "{keys}"], False),
+    ],
 )
 def test_open_address_without_a_key_is_told(model, tmp_path, capsys, monkeypatch, arguments, warned):
     (tmp_path / "keys").write_text("secret\n")
@@ -88,14 +95,38 @@ def test_open_address_without_a_key_is_told(model, tmp_path, capsys, monkeypatch
 
 
 PATHS = ["/props", "/slots", "/metrics", "/models", "/v1/models", "/lora-adapters", "/v1/stream"]
-POSTED = ["/completion", "/completions", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/infill", "/v1/embeddings"]
-POSTED += ["/rerank", "/tokenize", "/detokenize", "/apply-template", "/props", "/slots/0?action=erase", "/lora-adapters", "/v1/streams/lookup"]
+POSTED = [
+    "/completion",
+    "/completions",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/infill",
+    "/v1/embeddings",
+]
+POSTED += [
+    "/rerank",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/props",
+    "/slots/0?action=erase",
+    "/lora-adapters",
+    "/v1/streams/lookup",
+]
 
 
 def test_key_is_asked_for_everywhere_but_health(model, tmp_path):
     (tmp_path / "keys").write_text("open sesame\n")
     with serve(model, tmp_path / "log.txt", "--api-key-file", tmp_path / "keys", *OPTIONS[:-1]) as server:
-        for headers in ({}, {"Authorization": "Bearer open"}, {"Authorization": "Bearer "}, {"X-Api-Key": "open sesame, open"}, {"Cookie": "open sesame"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer open"},
+            {"Authorization": "Bearer "},
+            {"X-Api-Key": "open sesame, open"},
+            {"Cookie": "open sesame"},
+        ):
             assert {ask(server, path, None, headers)[0] for path in PATHS} == {401}
             assert {ask(server, path, b'{"prompt": "a"}', headers)[0] for path in POSTED} == {401}
         assert ask(server, "/health")[0] == 200
@@ -105,7 +136,13 @@ def test_key_is_asked_for_everywhere_but_health(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("origin", "allowed"),
-    [("http://localhost:3000", True), ("http://127.0.0.1", True), ("https://example.com", False), ("http://localhost.example.com", False), ("null", False)],
+    [
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1", True),
+        ("https://example.com", False),
+        ("http://localhost.example.com", False),
+        ("null", False),
+    ],
 )
 def test_pages_of_other_origins_cannot_read_answers(server, origin, allowed):
     for path, body in (("/props", None), ("/completion", b'{"prompt": "a", "n_predict": 1}')):
@@ -121,7 +158,9 @@ def test_pages_of_other_origins_cannot_read_answers(server, origin, allowed):
 def test_body_over_100_mb_is_refused(server, length):
     before = resident_bytes(server)
     with connect(server) as client:
-        client.sendall(f"POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode())
+        client.sendall(
+            f"POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
         for _ in range(101):  # the rest of the longer one never comes
             client.sendall(b"[" * min(2**20, length))
             length -= 2**20
@@ -155,9 +194,13 @@ def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
     """The cache of prompts is for a slot's next request, not for the one that is being answered."""
 
     def body(prompt: str, n: int) -> bytes:
-        return json.dumps({"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": 1, "ignore_eos": True}).encode()
+        return json.dumps(
+            {"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": 1, "ignore_eos": True}
+        ).encode()
 
-    others = [body(f"{name} sat on the tree and said a long word to all of the birds", 1) for name in ("Dogs", "Cats", "Cows")]
+    others = [
+        body(f"{name} sat on the tree and said a long word to all of the birds", 1) for name in ("Dogs", "Cats", "Cows")
+    ]
     victim = body("Once upon a time there was a", 200)
     for other in others:  # the next one puts it into the cache
         ask(server, "/completion", other)
@@ -173,7 +216,12 @@ def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
 def test_slow_clients_are_timed_out_and_others_served_meanwhile(server):
     """Each stops in the middle: of its headers, of its body, of a chunk."""
     head = "POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    pieces = ["POST /compl", head, head + 'Content-Length: 999\r\n\r\n{"prompt"', head + "Transfer-Encoding: chunked\r\n\r\n9\r\n{"]
+    pieces = [
+        "POST /compl",
+        head,
+        head + 'Content-Length: 999\r\n\r\n{"prompt"',
+        head + "Transfer-Encoding: chunked\r\n\r\n9\r\n{",
+    ]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server)) for _ in range(100)]
         began = time.monotonic()
@@ -188,7 +236,7 @@ def test_slow_clients_are_timed_out_and_others_served_meanwhile(server):
 
 
 def answer_to(server, raw: bytes) -> bytes:
-    """The start of the answer to bytes that a client sends before it hangs up; empty if the server just closes the connection."""
+    """Return the start of the answer to what a client sends before it hangs up. It is empty if the server hangs up."""
     with connect(server) as client, contextlib.suppress(ConnectionError):
         client.settimeout(TIMEOUT_S + 8)
         client.sendall(raw)
@@ -209,7 +257,9 @@ def test_requests_that_are_no_http_or_no_json_do_no_harm(server, seed):
         answer = answer_to(server, bytes(raw) if chance.random() < 0.8 else chance.randbytes(500))
         assert not answer or re.match(rb"HTTP/1\.1 [245]\d\d ", answer), answer
         statuses.add(answer[9:10])
-    assert b"4" in statuses or b"5" in statuses  # some were refused, and the connection stayed open long enough to say so
+    assert (
+        b"4" in statuses or b"5" in statuses
+    )  # some were refused, and the connection stayed open long enough to say so
     assert answer_to(server, good).startswith(b"HTTP/1.1 200 ")
 
 
@@ -252,7 +302,9 @@ def test_endpoints_that_reach_further_are_off(server, path, body, status):
     assert ask(server, path, json.dumps(body).encode())[0] == status
 
 
-@pytest.mark.parametrize("path", ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/%2e%2e/etc/passwd", "/index.html"])
+@pytest.mark.parametrize(
+    "path", ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/%2e%2e/etc/passwd", "/index.html"]
+)
 def test_no_file_is_served(server, path):
     with connect(server) as client:
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
@@ -260,13 +312,18 @@ def test_no_file_is_served(server, path):
     assert answer.startswith(b"HTTP/1.1 404 ") and b"root:" not in answer
 
 
-@pytest.mark.parametrize("fields", [{"model": "/etc/passwd"}, {"lora": [{"id": 0, "scale": 1.0, "path": "/etc/passwd"}]}, {"mmproj": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"model": "/etc/passwd"}, {"lora": [{"id": 0, "scale": 1.0, "path": "/etc/passwd"}]}, {"mmproj": "/etc/passwd"}],
+)
 def test_names_in_a_request_open_no_file(server, fields):
     status, text, _ = ask(server, "/completion", json.dumps({"prompt": "a", "n_predict": 1, **fields}).encode())
     assert status == 200 and json.loads(text)["tokens_predicted"] == 1
 
 
-@pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside.bin", "a/../../outside.bin", "..", "", "a\x00b", "..\\outside.bin"])
+@pytest.mark.parametrize(
+    "name", ["../outside.bin", "/tmp/outside.bin", "a/../../outside.bin", "..", "", "a\x00b", "..\\outside.bin"]
+)
 def test_slots_are_saved_in_their_directory_alone(model, tmp_path_factory, name):
     base = tmp_path_factory.mktemp("slots")
     (base / "inside").mkdir()
@@ -330,7 +387,10 @@ def test_another_template_starts_a_server_whose_file_has_an_endless_one(model, t
     endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
     path = with_template(model, tmp_path / "evil.gguf", endless)
     with serve(path, tmp_path / "log.txt", *OPTIONS, "--chat-template", "chatml") as server:
-        assert ask(server, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}')[0] == 200
+        assert (
+            ask(server, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}')[0]
+            == 200
+        )
 
 
 # Models from Hugging Face
@@ -363,9 +423,17 @@ def with_code(directory: Path, marker: Path, config: dict, **tokenizer) -> Path:
         f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
         "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer\n"
     )
-    (directory / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
-    own = json.loads((directory / "tokenizer_config.json").read_text()) if (directory / "tokenizer_config.json").exists() else {}
-    (directory / "tokenizer_config.json").write_text(json.dumps({**own, **tokenizer, "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}))
+    (directory / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}})
+    )
+    own = (
+        json.loads((directory / "tokenizer_config.json").read_text())
+        if (directory / "tokenizer_config.json").exists()
+        else {}
+    )
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({**own, **tokenizer, "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}})
+    )
     return directory
 
 
@@ -373,7 +441,17 @@ def test_code_beside_a_model_is_not_run(tmp_path):
     """Importance by Transformers, conversion by llama.cpp's converter: both have a class of their own for this model."""
     model = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
     with_code(model, tmp_path / "marker", json.loads((model / "config.json").read_text()))
-    command = ["convert", str(model), "--importance", "--calibration-samples", "2", "--calibration-tokens", "16", "--outfile", str(tmp_path / "a.gguf")]
+    command = [
+        "convert",
+        str(model),
+        "--importance",
+        "--calibration-samples",
+        "2",
+        "--calibration-tokens",
+        "16",
+        "--outfile",
+        str(tmp_path / "a.gguf"),
+    ]
     assert main(command) == 0
     assert not (tmp_path / "marker").exists()
 
@@ -383,10 +461,19 @@ def test_code_of_a_tokenizer_runs_only_where_it_is_trusted(tmp_path, capsys, tru
     """llama.cpp's converter asks Transformers to trust the tokenizers of many kinds of models, this one among them."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     directory = Path(shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
-    (directory / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}')
+    (directory / "tokenizer.json").write_text(
+        '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}'
+    )
     config = {**json.loads((directory / "config.json").read_text()), "architectures": ["DreamModel"]}
     with_code(directory, tmp_path / "marker", config, tokenizer_class="EvilTokenizer")
-    command = ["convert", str(directory), "--no-importance", "--outfile", str(tmp_path / "a.gguf"), *["--trust-remote-code"] * trusted]
+    command = [
+        "convert",
+        str(directory),
+        "--no-importance",
+        "--outfile",
+        str(tmp_path / "a.gguf"),
+        *["--trust-remote-code"] * trusted,
+    ]
     assert main(command) == 1  # either way: nobody knows this tokenizer's kind
     assert (tmp_path / "marker").exists() is trusted
     assert ("which is not run: give --trust-remote-code where you trust it" in capsys.readouterr().err) is not trusted

@@ -15,7 +15,14 @@ MARK = "llama_pop_rewrite_graph(params, *llm->res);"  # a call site of pop/0002
 
 
 def fetch(target: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "third_party" / "fetch_source.py", target, "--cache", ROOT / "build" / "sdist", *arguments]
+    command = [
+        sys.executable,
+        ROOT / "third_party" / "fetch_source.py",
+        target,
+        "--cache",
+        ROOT / "build" / "sdist",
+        *arguments,
+    ]
     return subprocess.run([*map(str, command)], capture_output=True, text=True)
 
 

@@ -1,8 +1,8 @@
 """Lay out the pinned llama-cpp-python source (with llama.cpp inside), optionally patched.
 
 Called by CMakeLists.txt (patched, for the product) and tests/stock/CMakeLists.txt (pristine, for comparison).
-The tree is unpacked and patched, then stamped with a hash of everything that went in. A tree with the right stamp is left
-alone and any other is replaced, so a tree that is only half patched cannot be built.
+The tree is unpacked and patched, then stamped with a hash of everything that went in. A tree with the right stamp is
+left alone and any other is replaced, so a tree that is only half patched cannot be built.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def apply_series(target: Path) -> None:
     for file in patch_files():
         patches = patch_ng.fromfile(str(file))
         if not patches or not patches.apply(root=str(target / "vendor" / "llama.cpp")):
-            sys.exit(
-                f"pypop_gguf: {patch_name(file)} does not apply to this llama.cpp; see third_party/README.md for the pin"
-            )
+            name = patch_name(file)
+            sys.exit(f"pypop_gguf: {name} does not apply to this llama.cpp; see third_party/README.md for the pin")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Move the pin: `python third_party/move_pin.py VERSION` tries the patches on another llama-cpp-python. `make pin` calls it.
+"""Move the pin: `python third_party/move_pin.py VERSION` tries the patches on another llama-cpp-python.
 
-git applies them, one commit each, in a repository in build/pin/tree/vendor/llama.cpp. Every patch that does not apply is
-named, with the file and the line. The patches in patches/upstream can be left out: --build and --write go on without those
-that do not apply. --build builds and runs the architecture table in a copy of this tree, build/pin/copy. --write changes the
-pin and the patches of this tree. Needs git and pip, and make for --build.
+git applies them, one commit each, in a repository in build/pin/tree/vendor/llama.cpp. Every patch that does not apply
+is named, with the file and the line. The patches in patches/upstream can be left out: --build and --write go on without
+those that do not apply. --build builds and runs the architecture table in a copy of this tree, build/pin/copy. --write
+changes the pin and the patches of this tree. `make pin` calls this script. It needs git and pip, and make for --build.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def start_repository(source: Path) -> None:
 
 
 def learn_pinned_source(repository: Path) -> None:
-    """Let the repository know the files that the patches were made for, so that git can merge where lines have changed."""
+    """Give git the files that the patches were made for, so that it can merge where lines have changed."""
     sdist = ROOT / "build" / "sdist" / "llama-cpp-python.tar.gz"
     if not sdist.exists():
         return
@@ -86,7 +86,9 @@ def try_patch(repository: Path, patch: Tried) -> Tried:
         return patch
     git(repository, "am", "--abort")
     errors = git(repository, "apply", "--check", patch.file).stderr
-    for failed, missing in re.findall(r"^error: (?:patch failed: (.+)|(.+): No such file or directory)$", errors, re.MULTILINE):
+    for failed, missing in re.findall(
+        r"^error: (?:patch failed: (.+)|(.+): No such file or directory)$", errors, re.MULTILINE
+    ):
         patch.reasons.append(f"{failed} has other lines" if failed else f"{missing} is not there any more")
     patch.reasons = patch.reasons or ["it changes nothing: its change is already there"]
     return patch
@@ -136,7 +138,9 @@ def write(patches: list[Tried], third_party: Path, sdist: Path, version: str) ->
 def build(patches: list[Tried], copy: Path, sdist: Path, version: str) -> bool:
     """Build a copy of this tree with the new pin and run the architecture table. Return whether both went well."""
     shutil.rmtree(copy, ignore_errors=True)
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(lambda name: (ROOT / name).is_file(), files):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
@@ -160,13 +164,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", nargs="?", default="newest", help="of llama-cpp-python (default: the newest)")
     parser.add_argument("--source", type=Path, help="its sdist, or an unpacked tree, instead of asking pip")
-    parser.add_argument("--build", action="store_true", help="then build and run the architecture table in a copy of this tree")
+    parser.add_argument(
+        "--build", action="store_true", help="then build and run the architecture table in a copy of this tree"
+    )
     parser.add_argument("--write", action="store_true", help="then change the pin and the patches of this tree")
     arguments = parser.parse_args()
     if arguments.source and not arguments.source.exists():
         sys.exit(f"move_pin: {arguments.source} does not exist")
     if arguments.source and arguments.source.is_dir() and (arguments.build or arguments.write):
-        sys.exit("move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or --source with a .tar.gz")
+        sys.exit(
+            "move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or a .tar.gz as --source"
+        )
     base = ROOT / "build" / "pin"
     source = arguments.source or fetch(arguments.version, base / "sdist")
     version = unpack(source, base / "tree")
