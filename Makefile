@@ -5,8 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STOCK  := build/stock/package
 # what the native build is made of: editing a page of documentation builds nothing
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp third_party/*.py third_party/*.txt) \
-          $(wildcard third_party/patches/* third_party/patches/*/*)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
+          $(wildcard csrc/*.h csrc/*.cpp third_party/*.py third_party/*.txt third_party/*.pth third_party/patches/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores

@@ -1,5 +1,5 @@
 // POP in llama-server: the boundary of the server's model, which part of a cached prompt a request may use, and how
-// many tokens were pruned. Patch 0008 calls this from tools/server; it uses the C API alone.
+// many tokens were pruned. Patch pop/0006 calls this from tools/server; it uses the C API alone.
 
 #pragma once
 

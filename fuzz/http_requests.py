@@ -2,9 +2,10 @@
 
     python -m fuzz.http_requests --cases 5000 --seed 1
 
-Each case is one request to `pop-gguf serve` with fields of llama-server's and OpenAI's requests, their values drawn from those that are
-none, too large, too many, too long, or follow one another without end. The server is started anew where a case ended or stopped it. The
-time that a grammar takes is not bounded (SECURITY.md): such cases are counted apart.
+Each case is one request to `pop-gguf serve` with fields of llama-server's and OpenAI's requests. Their values are
+invalid, too large, too many, too long, or lead to one another without end. The server is started again after a case that
+ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of a
+grammar are counted apart.
 """
 
 from __future__ import annotations
@@ -226,8 +227,10 @@ def texts(chance: random.Random) -> list:
 
 
 def schema(chance: random.Random, depth: int = 0) -> object:
-    kind = chance.choice(["object", "object", "array", "string", "integer", "ref", "any", "const", "pattern", "wild"])
-    if depth > 4 and kind in ("object", "array", "any"):
+    kind = chance.choice(
+        ["object", "object", "array", "string", "integer", "ref", "any", "const", "pattern", "types", "circle", "wild"]
+    )
+    if depth > 4 and kind in ("object", "array", "any", "types", "circle"):
         kind = "string"
     inner = lambda: schema(chance, depth + 1)
     if kind == "object":
@@ -263,6 +266,22 @@ def schema(chance: random.Random, depth: int = 0) -> object:
         made = {chance.choice(["anyOf", "oneOf", "allOf"]): [inner() for _ in range(chance.randint(0, 4))]}
     elif kind == "const":
         made = {chance.choice(["const", "enum"]): anything(chance, 2)}
+    elif kind == "types":
+        made = {
+            "type": [chance.choice(["object", "null", "integer", ["array"]]) for _ in range(3)],
+            "properties": {"x": inner()},
+        }
+    elif kind == "circle":
+        count = chance.choice([2, 3, 12])
+        references = [{"$ref": f"#/$defs/c{i}"} for i in range(count)]
+        keyword = lambda: chance.choice(["anyOf", "allOf"])  # noqa: E731
+        made = {
+            "$defs": {
+                f"c{i}": {keyword(): [*chance.sample(references, chance.randint(1, count)), inner()]}
+                for i in range(count)
+            }
+        }
+        made |= {keyword(): references}
     elif kind == "pattern":
         patterns = ["(a|b)", "(" * 500, "[a-z]{1,9999}", "((a{0,99}){0,99}){0,99}", "\\d+", ".*", text(chance)]
         made = {"type": "string", "pattern": chance.choice(["^", ""]) + chance.choice(patterns) + "$"}
@@ -359,7 +378,7 @@ def messages(chance: random.Random) -> list:
 
 
 def field(chance: random.Random) -> dict:
-    """One or several that belong together."""
+    """Return one field, or several that belong together."""
     made = {
         "flag": lambda: {chance.choice(_FLAGS): chance.random() < 0.5},
         "amount": lambda: {chance.choice(_AMOUNTS): number(chance)},
@@ -435,20 +454,21 @@ def body(chance: random.Random, path: str) -> dict:
 
 
 class NoAnswer(Exception):
-    """In time, or none at all; says whether the server lives."""
+    """No answer came in time, but the server still runs."""
 
 
 class Running:
-    """A server that is there again after a case has ended it."""
+    """A server that is started again for the case after one that ended it."""
 
     def __init__(self, model: Path, log: Path) -> None:
         self._model, self._log, self._open, self._server = model, log, contextlib.ExitStack(), None
 
     def ask(self, path: str, content: bytes) -> int:
-        """The status of the answer, read to its end.
+        """Send the request and read its answer to the end; return its status.
 
         Raises:
-            NoAnswer: To this request, or to a plain one after it.
+            NoAnswer: This request, or a plain one after it, got no answer in time.
+            Failure: The server ended, or the plain request got an error.
         """
         if self._server is None:
             self._server = self._open.enter_context(serve(self._model, self._log, *_OPTIONS))

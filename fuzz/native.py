@@ -24,7 +24,7 @@ import numpy as np
 from fuzz import harness
 from fuzz.gguf_cases import File, Key, Kind, mutated, number, string, valid
 from fuzz.harness import Failure
-from pypop_gguf import PopError, _library
+from pypop_gguf import PopError, library
 from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import read_metadata
@@ -187,7 +187,7 @@ def main() -> int:
     with harness.directory() as directory:
         good = write_model(directory / "good.gguf", n_layer=N_LAYER)
         base = base_of(good)
-        adapter = base_of(write_adapter(directory / "adapter.gguf", _library.fingerprint(good)))
+        adapter = base_of(write_adapter(directory / "adapter.gguf", library.fingerprint(good)))
         worker, path = Worker(good), directory / "case.gguf"
 
         def one(chance: random.Random) -> str:

@@ -1,8 +1,8 @@
 """Lay out the pinned llama-cpp-python source (with llama.cpp inside), optionally patched.
 
 Called by CMakeLists.txt (patched, for the product) and tests/stock/CMakeLists.txt (pristine, for comparison).
-The tree is unpacked whole and patched whole, then stamped with a hash of everything that went in; a tree
-with the right stamp is left alone, any other is thrown away, so a half-applied series cannot be built.
+The tree is unpacked and patched, then stamped with a hash of everything that went in. A tree with the right stamp is
+left alone and any other is replaced, so a tree that is only half patched cannot be built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PIN = HERE / "llama-cpp-python.txt"
-SERIES = HERE / "patches" / "series"
+PATCHES = HERE / "patches"
+SERIES = ("pop", "upstream")  # what POP needs comes first; cures of faults in llama.cpp apply on top
 
 
 def pinned_sha256() -> str:
@@ -26,12 +27,20 @@ def pinned_sha256() -> str:
 
 
 def patch_files() -> list[Path]:
-    names = [line.strip() for line in SERIES.read_text().splitlines()]
-    return [SERIES.parent / name for name in names if name and not name.startswith("#")]
+    """The patches of both series, in the order in which they apply."""
+    files = []
+    for series in SERIES:
+        names = [line.strip() for line in (PATCHES / series / "series").read_text().splitlines()]
+        files += [PATCHES / series / name for name in names if name and not name.startswith("#")]
+    return files
+
+
+def patch_name(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
 
 
 def download(cache: Path) -> Path:
-    """The sdist, from ``cache`` or through pip, which verifies the pinned hash."""
+    """Return the sdist, which lies in ``cache`` or comes through pip, which verifies the pinned hash."""
     kept = cache / "llama-cpp-python.tar.gz"
     if not (kept.exists() and hashlib.sha256(kept.read_bytes()).hexdigest() == pinned_sha256()):
         cache.mkdir(parents=True, exist_ok=True)
@@ -65,7 +74,8 @@ def apply_series(target: Path) -> None:
     for file in patch_files():
         patches = patch_ng.fromfile(str(file))
         if not patches or not patches.apply(root=str(target / "vendor" / "llama.cpp")):
-            sys.exit(f"pypop_gguf: {file.name} does not apply to this llama.cpp; see third_party/README.md for the pin")
+            name = patch_name(file)
+            sys.exit(f"pypop_gguf: {name} does not apply to this llama.cpp; see third_party/README.md for the pin")
 
 
 def main() -> None:
@@ -73,7 +83,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="directory to lay the source out in (replaced when outdated)")
     parser.add_argument("--cache", type=Path, required=True, help="directory that keeps the downloaded sdist")
     parser.add_argument("--source", type=Path, help="an sdist or unpacked tree to use instead of downloading")
-    parser.add_argument("--pristine", action="store_true", help="do not apply the patch series")
+    parser.add_argument("--pristine", action="store_true", help="apply no patches")
     arguments = parser.parse_args()
 
     recipe = hashlib.sha256(PIN.read_bytes())

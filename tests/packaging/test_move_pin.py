@@ -1,4 +1,4 @@
-"""Moving the pin: hunks that stand elsewhere are found, and what no longer applies is named with its patch, file and line."""
+"""Moving the pin: patches apply to moved lines too, and those that do not apply are named with their file and line."""
 
 import hashlib
 import os
@@ -14,16 +14,24 @@ import pytest
 from tests.support.paths import ROOT
 
 SDIST = ROOT / "build" / "sdist" / "llama-cpp-python.tar.gz"
-BATCH = Path("vendor/llama.cpp/src/llama-batch.cpp")  # patch 0001 changes it, in several places
-SERIES = [name for name in (ROOT / "third_party" / "patches" / "series").read_text().split() if name.endswith(".patch")]
+PATCHES = ROOT / "third_party" / "patches"
+SERIES = [
+    f"{series}/{name}"
+    for series in ("pop", "upstream")
+    for name in (PATCHES / series / "series").read_text().splitlines()
+    if name.endswith(".patch")
+]
+LLAMA_CPP = Path("vendor/llama.cpp")
+BATCH = LLAMA_CPP / "src/llama-batch.cpp"  # pop/0001 changes it in several places
+VOCAB = LLAMA_CPP / "src/llama-vocab.cpp"  # upstream/0011 is the only patch that changes it
 
 
 @pytest.fixture(scope="module")
 def pinned(tmp_path_factory) -> Path:
-    """What the patches touch of the pinned source, and where its version stands."""
+    """The files of the pinned source that the patches touch, and the file that holds its version."""
     base = tmp_path_factory.mktemp("pinned")
     touched = set()
-    for patch in (ROOT / "third_party" / "patches").glob("*.patch"):
+    for patch in PATCHES.glob("*/*.patch"):
         touched |= set(re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE))
     with tarfile.open(SDIST) as archive:
         wanted = [
@@ -42,7 +50,7 @@ def source(pinned, tmp_path) -> Path:
 
 @pytest.fixture
 def move_pin(tmp_path):
-    """Runs the tool in a copy of third_party, which it may change."""
+    """Run the tool in a copy of third_party, which it may change."""
     copy = Path(
         shutil.copytree(
             ROOT / "third_party", tmp_path / "tree" / "third_party", ignore=shutil.ignore_patterns("__pycache__")
@@ -93,21 +101,21 @@ def test_patched_text_is_what_the_build_makes(move_pin, source, tmp_path):
     assert all((ours / path).read_bytes() == (tmp_path / "built" / path).read_bytes() for path in files)
 
 
-def test_moved_lines_are_found_and_the_patches_written_for_them(move_pin, source, tmp_path):
-    before = (source / BATCH).read_text()
-    (source / BATCH).write_text("// a line more\n" * 7 + before)
+def test_patches_are_written_for_lines_that_have_moved(move_pin, source, tmp_path):
+    (source / BATCH).write_text("// a line more\n" * 7 + (source / BATCH).read_text())
     edit(source, "void llama_batch_allocr::clear() {", "// and one more\n" * 40 + "void llama_batch_allocr::clear() {")
     edit(source, '__version__ = "', '__version__ = "9.', Path("llama_cpp/__init__.py"))
     sdist = pack(source, tmp_path / "newer.tar.gz")
+    first_hunk = re.compile(r"^@@ -(\d+)", re.MULTILINE)
+    before = int(first_hunk.search((PATCHES / SERIES[0]).read_text())[1])
     done = move_pin("--source", sdist, "--write")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"^{SERIES[0]}: applies, \d+ hunks at other lines$", done.stdout, re.MULTILINE)
     pin = (move_pin.third_party / "llama-cpp-python.txt").read_text()
     assert re.search(
         rf"^llama-cpp-python==9\.\S+ --hash=sha256:{hashlib.sha256(sdist.read_bytes()).hexdigest()}$", pin, re.MULTILINE
     )
-    again = move_pin("--source", sdist)
-    assert again.stdout.splitlines()[1:] == [f"{name}: applies" for name in SERIES]  # at their lines now
+    written = move_pin.third_party / "patches" / SERIES[0]
+    assert int(first_hunk.search(written.read_text())[1]) >= before + 7
     command = [
         sys.executable,
         move_pin.third_party / "fetch_source.py",
@@ -121,34 +129,63 @@ def test_moved_lines_are_found_and_the_patches_written_for_them(move_pin, source
     assert built.returncode == 0, built.stderr
 
 
+def test_lines_beside_a_change_are_merged_where_the_pinned_source_is_known(move_pin, source, tmp_path):
+    """The line is in the context of a hunk, so the patch alone does not apply."""
+    edit(source, "if (p == rev_merge.end()) {", "if (rev_merge.end() == p) {", VOCAB)
+    assert f"{SERIES[-2]}: does not apply" in move_pin("--source", source).stdout.splitlines()
+    cache = move_pin.third_party.parent / "build" / "sdist"
+    cache.mkdir(parents=True)
+    shutil.copy(SDIST, cache)
+    assert move_pin("--source", source).stdout.splitlines()[1:] == [f"{name}: applies" for name in SERIES]
+
+
 def test_changed_lines_are_named_for_every_patch_at_once(move_pin, source):
     edit(source, "split_simple", "split_plain")
-    (source / "vendor/llama.cpp/src/llama-model.cpp").unlink()
+    (source / LLAMA_CPP / "src/llama-model.cpp").unlink()
     pins = (move_pin.third_party / "llama-cpp-python.txt").read_text()
-    done = move_pin("--source", source, "--build")
-    assert "need an sdist" in done.stderr and done.returncode == 1
     done = move_pin("--source", source)
     lines = done.stdout.splitlines()
     assert done.returncode == 1
-    at = lines.index(f"{SERIES[0]}: does not apply")
-    number = next(i for i, line in enumerate((source / BATCH).read_text().splitlines(), 1) if "split_plain" in line)
-    assert re.search(
-        rf"src/llama-batch\.cpp, hunk at line \d+: line {number} is '.*split_plain.*', not '.*split_simple.*'",
-        "\n".join(lines[at:]),
+    assert re.fullmatch(
+        r"    src/llama-batch\.cpp:\d+ has other lines", lines[lines.index(f"{SERIES[0]}: does not apply") + 1]
     )
-    assert (
-        f"{SERIES[1]}: does not apply" in lines
-        and "src/llama-model.cpp" in lines[lines.index(f"{SERIES[1]}: does not apply") + 1]
-    )
-    assert f"{SERIES[4]}: applies" in lines
-    assert re.match(rf"\d of {len(SERIES)} patches do not apply: rebase them", lines[-1])
+    assert lines[lines.index(f"{SERIES[1]}: does not apply") + 1] == "    src/llama-model.cpp is not there any more"
+    assert f"{SERIES[-1]}: applies" in lines
+    assert re.fullmatch(rf"\d of {len(SERIES)} patches do not apply: rebase them as .*", lines[-1])
     assert (move_pin.third_party / "llama-cpp-python.txt").read_text() == pins
 
 
-def test_file_that_is_gone_is_named(move_pin, source):
-    (source / BATCH).unlink()
+def test_build_needs_an_sdist(move_pin, source):
+    done = move_pin("--source", source, "--build")
+    assert "need an sdist" in done.stderr and done.returncode == 1
+
+
+def test_cure_of_an_upstream_fault_that_no_longer_applies_is_left_out(move_pin, source, tmp_path):
+    edit(source, "            output.reserve(output.size() + symbol.n);\n", "", VOCAB)  # upstream has cured it
+    name = SERIES[-2]
+    sdist = pack(source, tmp_path / "newer.tar.gz")
+    done = move_pin("--source", sdist, "--write")
+    assert f"{name}: does not apply" in done.stdout.splitlines() and "wrote the pin and the patches" in done.stdout
+    command = [
+        sys.executable,
+        move_pin.third_party / "fetch_source.py",
+        tmp_path / "built",
+        "--cache",
+        tmp_path,
+        "--source",
+        sdist,
+    ]
+    assert subprocess.run([*map(str, command)], capture_output=True).returncode == 0
+    again = move_pin("--source", sdist)
+    assert again.stdout.splitlines()[1:] == [f"{other}: applies" for other in SERIES if other != name]
+
+
+@pytest.mark.parametrize("name", [name for name in SERIES if name.startswith("upstream/")])
+def test_each_cure_of_an_upstream_fault_applies_without_the_others(move_pin, source, name):
+    (move_pin.third_party / "patches" / "upstream" / "series").write_text(name.removeprefix("upstream/") + "\n")
     done = move_pin("--source", source)
-    assert done.returncode == 1 and "    src/llama-batch.cpp is not there any more" in done.stdout.splitlines()
+    expected = [other for other in SERIES if other.startswith("pop/")] + [name]
+    assert done.stdout.splitlines()[1:] == [f"{other}: applies" for other in expected]
 
 
 def test_version_that_does_not_exist_is_refused(move_pin):
@@ -160,25 +197,18 @@ def test_version_that_does_not_exist_is_refused(move_pin):
     )
 
 
-@pytest.mark.parametrize("version", ["newest", "0.3.36"])
+@pytest.mark.parametrize("version", [[], ["0.3.36"]], ids=["newest", "named"])
 def test_source_comes_from_pip(move_pin, tmp_path, version):
     (tmp_path / "links").mkdir()
     shutil.copy(SDIST, tmp_path / "links" / "llama_cpp_python-0.3.36.tar.gz")
-    done = move_pin(
-        *([version] if version != "newest" else []), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "links")
-    )
+    done = move_pin(*version, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "links"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["llama-cpp-python 0.3.36", *(f"{name}: applies" for name in SERIES)]
 
 
 DAMAGED = {
     "missing": (lambda path, whole: None, "does not exist"),
-    "empty": (lambda path, whole: path.write_bytes(b""), "is no whole source"),
     "cut short": (lambda path, whole: path.write_bytes(whole[: len(whole) // 2]), "is no whole source"),
-    "damaged": (
-        lambda path, whole: path.write_bytes(whole[:3000] + b"\xff" * 3000 + whole[6000:]),
-        "is no whole source",
-    ),
     "another archive": (lambda path, whole: pack(ROOT / "docs" / "assets", path), "is no whole source"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support.paths import ROOT
 
 SDIST = ROOT / "build" / "sdist" / "llama-cpp-python.tar.gz"
-MARK = "pop_rewrite_graph(params, *llm->res);"  # a call site of patch 0002
+MARK = "pop_rewrite_graph(params, *llm->res);"  # a call site of pop/0002
 
 
 def fetch(target: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -32,7 +32,7 @@ def tree(tmp_path_factory) -> Path:
     """The parts of the pinned source that the patches touch, as an offline user would have them unpacked."""
     base = tmp_path_factory.mktemp("offline")
     touched = set()
-    for patch in (ROOT / "third_party" / "patches").glob("*.patch"):
+    for patch in (ROOT / "third_party" / "patches").glob("*/*.patch"):
         touched |= set(re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE))
     with tarfile.open(SDIST) as archive:
         members = [member for member in archive if member.name.partition("/vendor/llama.cpp/")[2] in touched]
@@ -71,7 +71,7 @@ def test_source_that_the_series_does_not_fit_is_refused_with_the_patch(tree, tmp
     file.write_text(file.read_text().replace("split_simple", "split_plain"))
     done = fetch(tmp_path / "source", "--source", tmp_path / "other")
     assert done.returncode != 0
-    assert "0001-batch-label.patch does not apply" in done.stderr.splitlines()[-1]
+    assert "pop/0001-batch-label.patch does not apply" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "source" / ".pop-stamp").exists()
 
 
