@@ -1,6 +1,7 @@
 """Means and ratios with 95% intervals by the bootstrap, for everything that the commands measure.
 
-The draws are the same at every call with as many values: results are reproducible, and ratios of two columns are paired.
+The draws are the same at every call with as many values: results are reproducible, and ratios of two columns are
+paired.
 """
 
 from __future__ import annotations

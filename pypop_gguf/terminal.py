@@ -13,7 +13,7 @@ _BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, {remain
 
 
 class Progress(tqdm):
-    """A progress bar. Use it in a ``with`` block: the end of the block removes the bar, so an error starts a clean line."""
+    """A progress bar. Use it in a ``with`` block, which removes the bar, so that an error starts on a clean line."""
 
     def update_to(self, done: int, total: int) -> None:
         """Moves the bar to ``done`` of ``total``. A function that reports its progress can call this directly."""

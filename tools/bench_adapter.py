@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from pypop_gguf import _library
-from pypop_gguf.bench.plan import cores
+from pypop_gguf.terminal import available_cores
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.llama import PopLlama
 
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--prompt", default="512,2048")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
     prompts = [int(n) for n in arguments.prompt.split(",")]
     with tempfile.TemporaryDirectory() as directory:

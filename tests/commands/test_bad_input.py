@@ -1,4 +1,4 @@
-"""What goes wrong for users: one line that says what to do, exit status 1, and nothing new in the target's directory."""
+"""Errors of users: one line that says what to do, exit status 1, and nothing new in the target's directory."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from pypop_gguf import PopError, PopLlama, cli
 from tests.support.gguf_files import write_keys, write_model
 from tests.support.paths import BUNDLED
 
-PROGRESS = ("converting ", "quantizing ", "Writing", "Loading weights", "Converting and de-quantizing", "importance ")
+PROGRESS = ("converting ", "quantizing ", "writing ", "Loading weights", "Converting and de-quantizing", "importance: ")
 
 
 @pytest.fixture
@@ -284,14 +284,18 @@ def test_full_disk_leaves_the_old_file_alone(bundled_gguf, out, source, argument
 @posix_only
 @pytest.mark.parametrize(
     ("source", "sign"),
-    [("hf", b"with llama.cpp's converter"), ("gguf", b"importance 1/")],
+    [("hf", b"with llama.cpp's converter"), ("gguf", b"| 1/")],
     ids=["converter", "importance"],
 )
 def test_ctrl_c_leaves_nothing_behind(bundled_gguf, out, source, sign):
+    import fcntl
+    import termios
+
     model = bundled_gguf if source == "gguf" else BUNDLED
     before = contents(out)
     command = [sys.executable, "-c", LIMITED, "0", "convert", model, "--importance", "--outfile", out / "old.gguf"]
     terminal, stderr = os.openpty()  # each sample's progress is shown on a terminal only
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     with subprocess.Popen(command, stderr=stderr, start_new_session=True) as process:
         os.close(stderr)
         seen, interrupted = b"", False
@@ -303,6 +307,6 @@ def test_ctrl_c_leaves_nothing_behind(bundled_gguf, out, source, sign):
                     interrupted = True
     os.close(terminal)
     assert interrupted and process.returncode == 130
-    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; nothing was written\r\n")
+    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; no file was left half-written\r\n")
     assert b"Traceback" not in seen
     assert contents(out) == before

@@ -257,7 +257,7 @@ def test_bound_is_the_share_of_operations_plus_one_token(engine, flops_ratio, bo
     assert case.speedup.low <= case.speedup.value <= case.speedup.high
     assert (case.bound, case.reached) == (pytest.approx(bound), pytest.approx(reached))
     assert case.planning == pytest.approx(0.01)
-    assert ("N/A" in bench_report.tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
+    assert ("N/A" in bench_report.format_tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
 
 
 def refused(capsys, *arguments: object) -> str:

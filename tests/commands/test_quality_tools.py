@@ -20,7 +20,10 @@ from pypop_gguf.quality.score import Score, Tokenizer
 from tests.support import pop_reference
 
 N_LAYER = 12
-STORY = "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. One day the dog took the ball and ran to the park. "
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. "
+    "One day the dog took the ball and ran to the park. "
+)
 
 
 @pytest.fixture
@@ -205,8 +208,6 @@ def test_tune_writes_boundary_and_curve_and_draws_them(bundled_gguf, texts, tmp_
     assert stored.curve.speedup == sorted(stored.curve.speedup) and stored.curve.speedup[0] > 1
     assert (stored.curve.samples, stored.curve.source) == (3, "stories.jsonl")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "curve.html").read_text()
-    assert page.count("<circle") == 4 and "http" not in page  # whole model and three boundaries; opens offline
     llm = PopLlama(str(tmp_path / "tuned.gguf"), verbose=False)
     assert (llm.pop.boundary, llm.pop.tail, llm.pop.source) == (stored.boundary, 2, "file")
     llm.close()
@@ -356,7 +357,7 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
 
     def questions(line: dict, run_code: bool = False):
         (tmp_path / "task.jsonl").write_text(json.dumps(line))
-        return tasks.of_file(Tokenizer(llm), tmp_path / "task.jsonl", run_code=run_code, **common).questions
+        return tasks.read_task(Tokenizer(llm), tmp_path / "task.jsonl", run_code=run_code, **common).questions
 
     (sum_up,) = questions({"question": "How much is 1200 + 34?", "answer": "It is 1,234.\n#### 1,234"})
     assert sum_up.prompt == "Question: How much is 1200 + 34?\nAnswer:"
@@ -386,12 +387,17 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
 def test_code_that_does_not_end_fails():
     assert not code_runner.passes("while True: pass", seconds=1)
     assert not code_runner.passes("open('big', 'w').write('x' * (2 << 20))")
-    assert not code_runner.passes("#" * 200_000)  # longer than an argument may be
+    assert not code_runner.passes("print('a\0b')")
+
+
+def test_code_of_any_length_is_run():
+    assert code_runner.passes("#" * 200_000 + "\nif __name__ == '__main__': print(len(input.__name__))")
+    assert not code_runner.passes("#" * 200_000 + "\nraise ValueError")
 
 
 def test_recall_hides_its_codes_at_every_depth(bundled_gguf):
     llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-    task = tasks.recall(Tokenizer(llm), 8, 400, seed=1)
+    task = tasks.make_recall_task(Tokenizer(llm), 8, 400, seed=1)
     depths = []
     for sample, question in zip(task.samples, task.questions):
         asked = question.prompt.rsplit("code of the ", 1)[1].split()[0]
@@ -423,7 +429,10 @@ def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
     )
     data.write_text("".join(f'{{"prompt": "{prompt}", "answer": 1, "text": " 17"}}\n' for _ in range(3)))
     choices = 'doc_to_choice: ["41", "17", "99"]\nmetric_list: [{metric: acc}]'
-    written = 'generation_kwargs: {until: ["."], max_gen_toks: 4}\nmetric_list: [{metric: exact_match, ignore_punctuation: true}]'
+    written = (
+        'generation_kwargs: {until: ["."], max_gen_toks: 4}\n'
+        "metric_list: [{metric: exact_match, ignore_punctuation: true}]"
+    )
     for name, kind, target, extra in (
         ("choose", "multiple_choice", "answer", choices),
         ("write", "generate_until", "text", written),
