@@ -241,8 +241,8 @@ def format_tables(setting: Setting, cases: list[Case]) -> str:
 
 _OFF = "our library with POP off (no --stock given)"
 _TIMES = (
-    "Time to first token, medians. bound: the speed-up that the operations left allow (from the two real graphs, and the",
-    "pass of one token through the layers that remain for it). planning: the share of building and planning graphs.",
+    "Time to first token, medians. bound: the speed-up that the operations left allow (from the two real graphs, and",
+    "the pass of one token through the layers that remain for it). planning: the share that planning graphs took.",
 )
 _OTHERS = (
     "What POP must leave alone, as {name} time / other time: two {name} processes (the machine's own spread), POP off",
@@ -250,7 +250,7 @@ _OTHERS = (
 )
 _MIXES = (
     "Half of the sequences read their prompts while the others write: tokens per second of both, and how long a writer",
-    "waits for each token (a step has a token of each writer, and as much of the prompts as fits into the micro-batch).",
+    "waits for each token (a step has a token of each writer, and as much of the prompts as the micro-batch holds).",
 )
 
 

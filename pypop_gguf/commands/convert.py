@@ -188,7 +188,9 @@ def run(arguments: argparse.Namespace) -> int:
             boundary=arguments.boundary,
             max_importance_loss=arguments.max_importance_loss,
         )
-        choose(importance=np.ones(support.n_layer))  # A boundary that this model has not is refused before the work.
+        choose(
+            importance=np.ones(support.n_layer)
+        )  # This refuses a boundary that the model does not have before the work begins.
         calibration = Calibration(
             CalibrationOptions(
                 source,

@@ -45,6 +45,8 @@ def writing(target: Path) -> Iterator[Path]:
     Raises:
         PopError: Another run writes the same target, or the directory is missing or cannot be written to.
     """
+    if target.is_dir():
+        raise PopError(f"cannot write {target}: it is a directory; give a file")
     part = part_path(target)
     try:
         file = _open_locked(part)

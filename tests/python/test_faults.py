@@ -168,7 +168,7 @@ print(step - 1, len(states))
 
 
 @pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
-def test_run_stopped_at_any_step_leaves_a_model_with_its_own_companions_or_none(tmp_path, how):
+def test_run_killed_or_interrupted_at_any_step_leaves_a_model_with_its_own_companions_or_none(tmp_path, how):
     result = python(STOPPED_AT_EACH_STEP, tmp_path, how)
     assert result.returncode == 0, result.stderr
     steps, states = map(int, result.stdout.split())
