@@ -26,7 +26,7 @@ from fuzz.harness import Failure
 from pypop_gguf import PopError, cli
 from pypop_gguf.commands import inspect as inspect_gguf
 from pypop_gguf.gguf_files.header import read_header
-from pypop_gguf.gguf_files.metadata import PopMetadata, metadata_of
+from pypop_gguf.gguf_files.metadata import PopMetadata, parse_metadata
 
 _LONGEST_LINE = 400  # characters, the file's name left out
 
@@ -43,7 +43,7 @@ def case(chance: random.Random, directory: Path) -> str:
     refusal, metadata = None, None
     try:
         header = read_header(path)
-        metadata = metadata_of(header, path)
+        metadata = parse_metadata(header, path)
     except PopError as error:
         refusal = str(error)
         check_line(refusal, path)

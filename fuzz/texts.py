@@ -155,7 +155,7 @@ def case(chance: random.Random, directory: Path) -> str:
         max_samples=chance.choice([1, 2, 200]), max_tokens=chance.choice([8, 20, 512]), seed=chance.randrange(3)
     )
     outcomes = []
-    for read in (load_samples, tasks.of_file):
+    for read in (load_samples, tasks.read_task):
         more = {} if read is load_samples else {"run_code": chance.random() < 0.5}
         try:
             found = read(Bytes(), path, **limits, **more)

@@ -1,25 +1,30 @@
-"""Chooses the boundary from what the user asked for. Estimating importance is done elsewhere; this only decides."""
+"""Chooses the boundary from what the user asked for. Importance and quality are measured elsewhere."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pypop_gguf.errors import PopError
 
-DEFAULT_PRUNE_RATIO = 1 / 3  # the paper's deployed rule
+if TYPE_CHECKING:
+    from pypop_gguf.gguf_files.metadata import PopMetadata
+    from pypop_gguf.library import ModelSupport
+
+DEFAULT_PRUNE_RATIO = 1 / 3  # the rule that the paper deploys
 
 
 @dataclass(frozen=True)
 class BoundaryChoice:
-    """A boundary and what it skips.
+    """A boundary, and what a prompt loses by it.
 
     Attributes:
         boundary: First layer that prefill skips, 1..L; L skips none.
-        skipped_share: Share of the prefill importance that lies in the skipped layers, 0..1; None where unknown.
-        rule: The rule that chose it, for people.
+        skipped_share: Share of the prefill importance that lies in the skipped layers, 0..1; None where it is unknown.
+        rule: The rule that chose the boundary, as text for the user.
     """
 
     boundary: int
@@ -30,10 +35,10 @@ class BoundaryChoice:
 def check_rule(
     prune_ratio: float | None = None, boundary: str | None = None, max_importance_loss: float | None = None
 ) -> None:
-    """Refuses what no model could satisfy, before any work is done.
+    """Checks the rules for values that no model could satisfy, before any work is done.
 
     Raises:
-        PopError: An argument out of range.
+        PopError: A value is out of range.
     """
     if prune_ratio is not None and not 0 <= prune_ratio < 1:
         raise PopError(f"--prune-ratio {prune_ratio:g} is out of range: give at least 0 and less than 1")
@@ -45,6 +50,23 @@ def check_rule(
         )
 
 
+def check_support(model: object, support: ModelSupport) -> None:
+    """Checks that a model can be pruned.
+
+    Raises:
+        PopError: Its architecture has no prefill to prune. The message names ``model``.
+    """
+    if support.refusal:
+        raise PopError(f"{model} ({support.architecture}): {support.refusal}")
+
+
+def default_boundary(n_layer: int, stored: PopMetadata | None) -> int:
+    """Returns the boundary to measure where the user names none: the file's, else that of the default prune ratio."""
+    if stored is not None and stored.boundary is not None:
+        return stored.boundary
+    return choose_boundary(n_layer, n_layer).boundary
+
+
 def choose_boundary(
     n_layer: int,
     lossless_boundary: int,
@@ -54,18 +76,18 @@ def choose_boundary(
     max_importance_loss: float | None = None,
     importance: np.ndarray | None = None,
 ) -> BoundaryChoice:
-    """Applies the one rule that is given; with none, a prune ratio of a third.
+    """Applies the one rule that is given; without a rule, a prune ratio of a third.
 
     Args:
         n_layer: Layers of the model, L.
         lossless_boundary: The last layer that writes to the cache.
         prune_ratio: R in [0, 1): skip floor(L R) layers.
         boundary: A number 1..L or ``"lossless"``.
-        max_importance_loss: S in [0, 1]: the deepest cut whose skipped share of prefill importance is at most S.
+        max_importance_loss: S in [0, 1]: the lowest boundary whose skipped share of prefill importance is at most S.
         importance: Prefill importance of each layer, [L].
 
     Raises:
-        PopError: An argument out of range, or a rule that needs importance without it.
+        PopError: A value is out of range, or the rule needs importance and there is none.
     """
     check_rule(prune_ratio, boundary, max_importance_loss)
     if boundary is not None:
@@ -78,23 +100,23 @@ def choose_boundary(
             raise PopError("--max-importance-loss needs importance: leave out --no-importance")
         if not np.any(importance):
             raise PopError("prefill importance is 0 everywhere, so it tells no layer from another: give --boundary")
-        chosen = min(b for b in range(1, n_layer + 1) if skipped_share(importance, b) <= max_importance_loss)
+        chosen = next(b for b in range(1, n_layer + 1) if skipped_share(importance, b) <= max_importance_loss)
         rule = f"--max-importance-loss {max_importance_loss:g}"
     else:
         ratio = DEFAULT_PRUNE_RATIO if prune_ratio is None else prune_ratio
-        # a hair above, so that a third of 12 layers is 4 however the ratio was rounded
+        # The small number makes a third of 12 layers 4, however the ratio was rounded.
         chosen = max(1, n_layer - math.floor(n_layer * ratio + 1e-6))
         if lossless_boundary < chosen < n_layer:
-            chosen = lossless_boundary  # where upper layers share a cache, skipping them is free
+            chosen = lossless_boundary  # Layers above it share the cache of lower ones, so skipping them costs nothing.
         rule = f"--prune-ratio {ratio:.4g}"
     return BoundaryChoice(chosen, None if importance is None else skipped_share(importance, chosen), rule)
 
 
 def check_budget(max_kl: float | None, max_loss_increase: float | None) -> None:
-    """Refuses a budget that means nothing.
+    """Checks the budget of :func:`choose_by_curve`.
 
     Raises:
-        PopError: A number out of range.
+        PopError: A number is out of range.
     """
     for name, value in (("--max-kl", max_kl), ("--max-loss-increase", max_loss_increase)):
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -108,18 +130,21 @@ def choose_by_curve(
     max_kl: float | None = None,
     max_loss_increase: float | None = None,
 ) -> BoundaryChoice:
-    """The deepest cut that keeps a budget, and above which every measured one keeps it too.
+    """Chooses the lowest boundary that keeps the budget, as all measured boundaries above it do too.
 
     Args:
         n_layer: Layers of the model, L.
-        curve: Boundary -> (KL divergence, relative increase of the loss), measured; L counts as within any budget.
+        curve: KL divergence and relative increase of the loss, measured at each boundary. L keeps any budget.
         max_kl: Largest divergence, nats a token.
-        max_loss_increase: Largest increase of the loss, percent; one of the two is given.
+        max_loss_increase: Largest increase of the loss, percent. One of the two is given.
     """
+
+    def keeps_budget(kl: float, increase: float) -> bool:
+        return (max_kl is None or kl <= max_kl) and (max_loss_increase is None or 100 * increase <= max_loss_increase)
+
     chosen = n_layer
     for boundary in sorted(curve, reverse=True):
-        kl, increase = curve[boundary]
-        if boundary != n_layer and not (kl <= max_kl if max_kl is not None else 100 * increase <= max_loss_increase):
+        if boundary != n_layer and not keeps_budget(*curve[boundary]):
             break
         chosen = boundary
     rule = f"--max-kl {max_kl:g}" if max_kl is not None else f"--max-loss-increase {max_loss_increase:g}"
@@ -127,6 +152,6 @@ def choose_by_curve(
 
 
 def skipped_share(importance: np.ndarray, boundary: int) -> float:
-    """Share of the prefill importance that lies in layers ``boundary`` and above, 0..1."""
+    """Returns the share of the prefill importance that lies in layers ``boundary`` and above, 0..1."""
     total = float(np.sum(importance, dtype=np.float64))
     return float(np.sum(importance[boundary:], dtype=np.float64)) / total if total > 0 else 0.0

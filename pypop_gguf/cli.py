@@ -1,4 +1,4 @@
-"""The command ``pop-gguf``. Each subcommand is a module of pypop_gguf/commands/ with ``add_arguments(parser)`` and ``run(arguments)``."""
+"""The command ``pop-gguf``. Each subcommand is a module of pypop_gguf/commands/ with ``add_arguments`` and ``run``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from pypop_gguf import PopError, __version__
+from pypop_gguf.terminal import clear_line
 
 # name -> (module of pypop_gguf.commands, one line of help)
 COMMANDS = {
@@ -46,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's texts in a terminal that lacks their letters
             stream.reconfigure(errors="replace")
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
     try:
         return arguments.run(arguments)
     except (PopError, ImportError) as error:  # ImportError: no native library, or another one in its place
-        print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
+        clear_line()
+        print(f"pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{clear}pop-gguf: interrupted; nothing was written", file=sys.stderr)
+        clear_line()
+        print("pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has left; keep the interpreter from flushing into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,7 @@ from pypop_gguf import arguments, library, native, states
 from pypop_gguf.calls import Calls
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
-from pypop_gguf.gguf_files.metadata import metadata_of
+from pypop_gguf.gguf_files.metadata import parse_metadata
 from pypop_gguf.status import PopStatus, Timings
 
 llama_cpp = library.load()
@@ -83,7 +83,7 @@ class PopLlama(Calls):
         self.timings = Timings()
 
         header = read_header(model_path)  # before the model: it tells a bad file from a bad key in one line
-        stored = metadata_of(header, model_path)
+        stored = parse_metadata(header, model_path)
         self._load(model_path, llama_kwargs)
 
         self._digest = states.model_digest(self, header)

@@ -1,9 +1,76 @@
-"""Tables on a terminal."""
+"""What the commands share of a terminal: progress, tables, a list of numbers as an argument, the number of cores."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
 
-def aligned(rows: list[tuple]) -> list[str]:
-    """A line for each row, cells right-aligned in columns."""
+from tqdm import tqdm
+
+_BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
+
+
+class Progress(tqdm):
+    """A progress bar. Use it in a ``with`` block, which removes the bar, so that an error starts on a clean line."""
+
+    def update_to(self, done: int, total: int) -> None:
+        """Moves the bar to ``done`` of ``total``. A function that reports its progress can call this directly."""
+        self.total = total
+        self.update(done - self.n)
+
+
+def progress(
+    iterable: Iterable | None = None, *, total: int, description: str, unit: str = "", in_log: bool = True
+) -> Progress:
+    """Starts a progress bar on stderr. Where stderr is no terminal, one line says what starts, and no bar follows.
+
+    Args:
+        iterable: Iterating over the bar yields its items and counts them. Without it, call ``update`` or ``update_to``.
+        total: Number of steps.
+        description: What is being done.
+        unit: What a step is, in the plural. "B" stands for bytes, which are shown with a prefix such as M or G.
+        in_log: Whether a log gets the line.
+    """
+    on_terminal = sys.stderr.isatty()
+    if in_log and not on_terminal:
+        count = f"{tqdm.format_sizeof(total)}B" if unit == "B" else f"{total} {unit}"
+        print(f"{description}: {count}" if unit else description, file=sys.stderr, flush=True)
+    return Progress(
+        iterable,
+        total=total,
+        desc=description,
+        unit=unit if unit == "B" else f" {unit}" if unit else "",
+        unit_scale=unit == "B",
+        bar_format=_BAR,
+        file=sys.stderr,
+        disable=not on_terminal,
+        leave=False,
+        dynamic_ncols=True,
+    )
+
+
+def clear_line() -> None:
+    """Clears the current line of the terminal, for a message that may come while another library shows a bar there."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Returns one line of text for each row, with the cells right-aligned in columns."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell!s:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def integer_list(text: str) -> list[int]:
+    """Converts an argument such as ``20,22`` to its numbers, sorted and each once. Give it to argparse as ``type``."""
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 20,22") from None
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import library, native
-from pypop_gguf.bench.plan import cores
 from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.llama import PopLlama
+from pypop_gguf.terminal import available_cores
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--prompt", default="512,2048")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
     prompts = [int(n) for n in arguments.prompt.split(",")]
     with tempfile.TemporaryDirectory() as directory:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import Cancelled, PopError, PopLlama
-from pypop_gguf.bench.plan import cores
+from pypop_gguf.terminal import available_cores
 
 N_ANSWER = 8  # tokens, compared as such: a random model's are no text
 SEEDS = 2**31  # of prompts that are asked in the end; those of aborted calls are below
@@ -60,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--aborts", type=int, default=50)
     parser.add_argument("--engines", default="python,server")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     try:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf.bench.plan import cores
+from pypop_gguf.terminal import available_cores
 
 PYTHON_SERVER = """
 import sys
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", default="native,python")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     layers = json.loads(

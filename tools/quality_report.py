@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import library
-from pypop_gguf.bench.plan import cores
 from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.cli import main as pop_gguf
-from pypop_gguf.commands.eval import answers, exact_matches
 from pypop_gguf.fitting.distill import distill
 from pypop_gguf.fitting.fit import fit_values
 from pypop_gguf.fitting.hf_to_adapter import write_adapter
@@ -29,7 +27,10 @@ from pypop_gguf.importance.load_model import load_for_importance
 from pypop_gguf.importance.scores import compute_importance
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality import tasks
-from pypop_gguf.quality.score import Mean, Quality, Tokenizer, bootstrap_mean, compare, score_samples, summarize
+from pypop_gguf.quality.answers import answer_questions, share_of_right_answers
+from pypop_gguf.quality.score import Quality, Tokenizer, compare, score_samples, summarize
+from pypop_gguf.statistics import Mean, bootstrap_mean
+from pypop_gguf.terminal import available_cores
 from tools.ablations import Variant, block_influence, continuation_log_probs, variants, wanda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
         "![KL over the boundary, by file type](quality/curves.png)",
         _curve_table(curves, n_layer),
         _choices(curves, n_layer),
-        "`pop-gguf tune` on the Q8_0 file and the stories: ![tune](quality/tune.png) [with figures under the pointer](quality/tune.html).",
+        "`pop-gguf tune` on the Q8_0 file and the stories: ![tune](quality/tune.png).",
     ]
     parts += [
         "## Generated answers, exact match",
@@ -108,7 +109,7 @@ def _page(arguments: argparse.Namespace, plots: Path, scratch: Path) -> str:
         "## Fitted projections",
         f"F16. `pop-gguf convert --fit-kv --rank {RANK} --calibration calibration.jsonl` ({N_CALIBRATION} texts, none of them measured on), "
         f"closed form, and with `--distill-steps {DISTILL_STEPS}`. KL without / closed form / distilled. Times: fit and distillation, on "
-        f"{cores()} cores. The adapter's size is that of the distilled one.",
+        f"{available_cores()} cores. The adapter's size is that of the distilled one.",
         _fits_table(curves["f16"], fits, TASKS),
         f"The share of the KL that the fit takes away, at half of the layers: {_fit_reading(curves['f16'], fits, n_layer // 2)}.",
         *([f"`{arguments.other.stem}`:", _fits_table(other, other_fits, ("stories",))] if other else []),
@@ -148,13 +149,13 @@ def _engine(
         pop_adapter=list(adapters),
         n_ctx=CONTEXT,
         n_batch=CONTEXT,
-        n_threads=cores(),
-        n_threads_batch=cores(),
+        n_threads=available_cores(),
+        n_threads_batch=available_cores(),
         verbose=False,
     )
     result = {}
     for name in only:
-        task = tasks.of_file(
+        task = tasks.read_task(
             Tokenizer(llm), data / f"{name}.jsonl", max_samples=N_SAMPLES, max_tokens=CONTEXT, seed=0, run_code=False
         )
         print(f"{path.stem} {name} head {head} tail {tail}", file=sys.stderr)
@@ -231,8 +232,8 @@ def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[st
         pop_boundary=1,
         n_ctx=CONTEXT,
         n_batch=CONTEXT,
-        n_threads=cores(),
-        n_threads_batch=cores(),
+        n_threads=available_cores(),
+        n_threads_batch=available_cores(),
         verbose=False,
     )
     tokenizer = Tokenizer(llm)
@@ -245,14 +246,14 @@ def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[st
         ]
         arithmetic.write_text("".join(json.dumps(record) + "\n" for record in as_gsm8k))
         chosen = [
-            tasks.of_file(tokenizer, data / "recall.jsonl", **common),
-            tasks.of_file(tokenizer, arithmetic, **common),
+            tasks.read_task(tokenizer, data / "recall.jsonl", **common),
+            tasks.read_task(tokenizer, arithmetic, **common),
         ]
-    chosen.append(tasks.recall(tokenizer, N_SAMPLES, 400, seed=0))
+    chosen.append(tasks.make_recall_task(tokenizer, N_SAMPLES, 400, seed=0))
     result = {}
     for task in chosen:
         print(f"{path.stem} {task.name}, answers", file=sys.stderr)
-        result[task.name] = exact_matches(list(answers(llm, task, boundaries)))
+        result[task.name] = share_of_right_answers(list(answer_questions(llm, task, boundaries)))
     llm.close()
     return result
 

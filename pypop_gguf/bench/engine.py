@@ -1,4 +1,4 @@
-"""The parent's end of a benchmark worker (pypop_gguf/bench/worker.py): starts it, asks it, turns its failures into PopError."""
+"""Starts a worker process of the benchmark (worker.py), asks it, and turns its failures into PopError."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Engine:
     """A worker process with a model loaded and a context for one case.
 
     Args:
-        name: For error messages.
+        name: The engine's name in error messages.
         model: GGUF file.
         stock: Directory with an unpatched llama_cpp package; None for our library.
-        n_threads: Of prefill and decode.
+        n_threads: Threads of prefill and decode.
         n_ubatch: Tokens of a micro-batch.
         flash_attn: On or off, never llama.cpp's automatic choice.
         n_prompt: Tokens of each sequence's prompt.
-        n_decode: Tokens generated after it.
-        n_parallel: Sequences.
-        unified: One cache for all sequences instead of one each.
+        n_decode: Tokens generated after the prompt.
+        n_parallel: Number of sequences.
+        unified: Whether all sequences share one cache.
 
     Raises:
-        PopError: The worker fails, here or at any of its requests.
+        PopError: The worker fails, now or at a later request.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Engine:
         if stock:
             path = [str(stock.resolve()), environment.get("PYTHONPATH")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-            for variable in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"):  # would replace the library inside the package
+            for variable in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"):  # They would replace the library in the package.
                 environment.pop(variable, None)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
             [sys.executable, _WORKER],
             stdin=subprocess.PIPE,
@@ -83,6 +83,7 @@ class Engine:
 
     def ask(self, request: str, **parameters: object) -> dict:
         """Sends one request, by the name of a ``Worker`` method, and waits for its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         answer = ""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"request": request, **parameters}) + "\n")
@@ -99,7 +100,7 @@ class Engine:
         return result
 
     def warm_up(self, n_prompt: int, boundary: int | None = None) -> None:
-        """Reads a prompt and generates one token, untimed."""
+        """Reads a prompt and generates one token without timing them."""
         self.ask("prefill", n_prompt=n_prompt, boundary=boundary)
         self.ask("decode", n=1)
 

@@ -1,34 +1,30 @@
-"""The figure of ``pop-gguf bench``: speed-up over prompt length, a line for each boundary and way, with the bound and the machine's spread.
+"""The figure of ``pop-gguf bench``: speed-up over prompt length, with the bound and the machine's own spread.
 
-One panel for each setting and number of sequences.
+It has one panel for each setting and number of sequences, and one line for each boundary and way of the last token.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pypop_gguf.bench.report import Case
 from pypop_gguf.bench.runs import Setting
-from pypop_gguf.errors import PopError
+from pypop_gguf.plotting import save_figure, style_axes
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
-
-
-def check(path: Path) -> None:
-    """Refuses before anything is measured what could not be drawn afterwards.
-
-    Raises:
-        PopError: matplotlib is missing, or there is no such directory.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PopError("--plot needs matplotlib: pip install 'pypop-gguf[bench]'")
-    if not path.absolute().parent.is_dir():
-        raise PopError(f"--plot {path}: no such directory")
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Colour-blind readers can tell them apart.
 
 
-def plot(summary: dict[Setting, list[Case]], path: Path) -> None:
-    """Writes ``path`` as PNG and, beside it, as SVG.
+def plot_speedups(summary: dict[Setting, list[Case]], path: Path) -> None:
+    """Writes the figure as PNG and, beside it, as SVG.
 
     Raises:
         PopError: A file cannot be written.
@@ -46,33 +42,30 @@ def plot(summary: dict[Setting, list[Case]], path: Path) -> None:
     figure = Figure(figsize=(5.4 * n_columns, 0.9 + 3.4 * n_rows), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes, (setting, n_parallel, cases) in zip(grid, panels):
-        _panel(axes, setting, cases)
+        _draw_panel(axes, setting, cases)
         sequences = "" if n_parallel == 1 else f", {n_parallel} prompts at once"
         axes.set_title(f"{setting.model}, {setting.threads} threads{sequences}", fontsize=10)
-        axes.set_ylabel(f"speed-up over {_baseline(setting)}")
+        axes.set_ylabel(f"speed-up over {_name_baseline(setting)}")
         axes.set_xlabel("prompt tokens")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle("Time to first token", fontsize=12)
-    figure.legend(*_legend(grid), loc="outside lower center", ncols=n_columns, fontsize=8, frameon=False)
-    # a fixed salt and no date, so that the same numbers give the same file
+    figure.legend(*_merge_legends(grid), loc="outside lower center", ncols=n_columns, fontsize=8, frameon=False)
+    save_figure(figure, path.with_suffix(".png"), dpi=150)
+    # The salt is fixed and there is no date, so the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "pop-gguf"}):
-        try:
-            figure.savefig(path.with_suffix(".png"), dpi=150)
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        except OSError as error:
-            raise PopError(f"cannot write {path}: {error.strerror or error}") from error
+        save_figure(figure, path.with_suffix(".svg"), metadata={"Date": None})
 
 
-def _panel(axes, setting: Setting, cases: list[Case]) -> None:
-    spread = sorted({case.n_prompt: case.control for case in cases if case.control}.items())
+def _draw_panel(axes: Any, setting: Setting, cases: list[Case]) -> None:
+    spread = {case.n_prompt: case.control for case in cases if case.control}
     if spread:
-        prompts, ratios = zip(*spread, strict=True)
-        if len(prompts) == 1:  # a band needs a width
-            prompts, ratios = (prompts[0] * 0.9, prompts[0] * 1.1), ratios * 2
-        label = f"{_baseline(setting)} against itself"
-        lows, highs = [ratio.low for ratio in ratios], [ratio.high for ratio in ratios]
-        axes.fill_between(prompts, lows, highs, color="#bbbbbb", alpha=0.6, linewidth=0, label=label)
+        band = sorted((float(n_prompt), ratio.low, ratio.high) for n_prompt, ratio in spread.items())
+        if len(band) == 1:  # A band needs a width.
+            [(n_prompt, low, high)] = band
+            band = [(n_prompt * 0.9, low, high), (n_prompt * 1.1, low, high)]
+        label = f"{_name_baseline(setting)} against itself"
+        axes.fill_between(*zip(*band, strict=True), color="#bbbbbb", alpha=0.6, linewidth=0, label=label)
     axes.axhline(1, color="#666666", linewidth=0.8)
     lines = sorted({(case.boundary, case.way) for case in cases})
     for i, (boundary, way) in enumerate(lines):
@@ -80,7 +73,7 @@ def _panel(axes, setting: Setting, cases: list[Case]) -> None:
         of_boundary = sorted(
             (case for case in cases if (case.boundary, case.way) == (boundary, way)), key=lambda case: case.n_prompt
         )
-        # side by side, so that error bars stay apart
+        # The lines are shifted a little, so that their error bars stay apart.
         shift = 1.03 ** (i - (len(lines) - 1) / 2)
         prompts = [case.n_prompt * shift for case in of_boundary]
         values = [case.speedup.value for case in of_boundary]
@@ -92,7 +85,7 @@ def _panel(axes, setting: Setting, cases: list[Case]) -> None:
         axes.errorbar(prompts, values, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
         bounds = [(case.n_prompt * shift, case.bound) for case in of_boundary if case.bound]
         if bounds:
-            marker = "_" if len(bounds) == 1 else None  # a single point draws no line
+            marker = "_" if len(bounds) == 1 else None  # A single point draws no line.
             axes.plot(*zip(*bounds, strict=True), color=colour, linestyle="--", linewidth=1, marker=marker)
     if any(case.bound for case in cases):
         axes.plot([], [], color="#444444", linestyle="--", linewidth=1, label="bound (operations left)")
@@ -101,17 +94,16 @@ def _panel(axes, setting: Setting, cases: list[Case]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.08)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, grid="y")
 
 
-def _legend(panels) -> tuple[list, list[str]]:
-    """Every label once."""
+def _merge_legends(panels: Iterable[Any]) -> tuple[list, list[str]]:
+    """Returns the handles and labels of all panels, each label once."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     return list(entries.values()), list(entries)
 
 
-def _baseline(setting: Setting) -> str:
+def _name_baseline(setting: Setting) -> str:
     return "stock" if setting.baseline == "stock" else "POP off"

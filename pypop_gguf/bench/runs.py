@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pypop_gguf.errors import PopError
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs of one table have in common."""
+    """The conditions that the runs of one table have in common."""
 
     machine: str
     model: str
@@ -25,7 +25,7 @@ class Setting:
     flash_attn: str
     n_decode: int
     version: str
-    baseline: str  # "stock", or "off": our library with POP off in a process of its own
+    baseline: str  # "stock", or "off" for our library with POP off in a process of its own
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,23 @@ class Run:
 
     Attributes:
         session: When the command started; rounds are paired within one session.
-        phase: "control": two baseline processes; "before": POP off in the POP process, before any pruned pass; "main"; "mixed":
-            half of the sequences read while the others write.
-        engine: "stock" or "off" (the baseline) and the same with "-2"; "pop": the last prompt tokens go on from the boundary;
-            "pop-repeat": they repeat the layers below it; "pop-off": off in the POP process.
-        boundary: Of a "pop" or "pop-repeat" run; 0 for the others.
+        timestamp: When the run ended.
+        setting: The conditions.
+        phase: "control": two baseline processes; "before": POP off in the POP process, before any pruned pass; "main":
+            all engines in turn; "mixed": half of the sequences read while the others write.
+        engine: "stock" or "off" is the baseline, with "-2" a second process of it. "pop": the last prompt tokens
+            continue from the boundary; "pop-repeat": they repeat the layers below it; "pop-off": POP off in the POP
+            process.
+        boundary: Boundary of a "pop" or "pop-repeat" run; 0 for the others.
         n_prompt: Tokens of each sequence's prompt.
-        n_parallel: Sequences.
+        n_parallel: Number of sequences.
         run: Round within its phase.
-        ttft_ms: Until the logits after every prompt are there. "mixed": until all prompts are read.
-        decode_ms_per_token: Mean over the tokens generated after the prompt. "mixed": a writing sequence's wait for each token.
-        flops_ratio: Of a POP run: operations of the pruned pass over those of stock's whole prefill.
-        plan_ms: Of the time to first token, spent on building and planning graphs. Not known of stock.
-        peak_bytes: The most memory the engine's process has held so far.
+        ttft_ms: Time until the logits after every prompt are there; for "mixed", until all prompts are read.
+        decode_ms_per_token: Mean over the tokens generated after the prompt; for "mixed", how long a writing sequence
+            waits for each token.
+        flops_ratio: Operations of the pruned pass of a POP run over those of stock's whole prefill.
+        plan_ms: Part of the time to first token that building and planning graphs took; not known for stock.
+        peak_bytes: The most memory that the engine's process has held so far.
     """
 
     session: str
@@ -71,10 +75,10 @@ COLUMNS = [*_OWN[:2], *_SETTING, *_OWN[2:]]
 
 
 class Recorder:
-    """Keeps runs, and appends each to a CSV file at once, so that whatever ends the command leaves what it has measured.
+    """Keeps runs, and appends each to a CSV file at once, so that nothing measured is lost if the command is ended.
 
     Args:
-        path: None keeps them in memory only; an existing file is continued.
+        path: File to append to; None keeps the runs in memory only.
 
     Raises:
         PopError: The file cannot be written or has other columns.
@@ -82,7 +86,8 @@ class Recorder:
 
     def __init__(self, path: Path | None) -> None:
         self.runs: list[Run] = []
-        self._path, self._file = path, None
+        self._path = path
+        self._file: IO[str] | None = None
         if path is None:
             return
         try:
@@ -93,22 +98,22 @@ class Recorder:
         except OSError as error:
             raise self._failure(error) from error
         if not self._file.tell():
-            self._write(COLUMNS)
+            self._write(self._file, COLUMNS)
 
     def add(self, run: Run) -> None:
         self.runs.append(run)
         if self._file:
             values = {**vars(run), **vars(run.setting)}
-            self._write(["" if values[name] is None else values[name] for name in COLUMNS])
+            self._write(self._file, ["" if values[name] is None else values[name] for name in COLUMNS])
 
     def close(self) -> None:
         if self._file:
             self._file.close()
 
-    def _write(self, row: Sequence[object]) -> None:
+    def _write(self, file: IO[str], row: Sequence[object]) -> None:
         try:
-            csv.writer(self._file).writerow(row)
-            self._file.flush()
+            csv.writer(file).writerow(row)
+            file.flush()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -131,8 +136,8 @@ def read_csv(path: Path) -> list[Run]:
     runs = []
     for number, row in enumerate(rows, 2):
         try:
-            setting = Setting(**{name: int(row[name]) if name in _INTEGERS else row[name] for name in _SETTING})
-            own = {name: _parsed(name, row[name]) for name in _OWN}
+            setting = Setting(**{name: _parse(name, row[name]) for name in _SETTING})
+            own = {name: _parse(name, row[name]) for name in _OWN}
         except (TypeError, ValueError):
             raise PopError(f"{path}: line {number} is damaged: delete it") from None
         runs.append(Run(setting=setting, **own))
@@ -143,7 +148,7 @@ _INTEGERS = {"n_layer", "threads", "ubatch", "n_decode", "boundary", "n_prompt",
 _FLOATS = {"ttft_ms", "decode_ms_per_token", "flops_ratio", "plan_ms"}
 
 
-def _parsed(name: str, text: str) -> int | float | str | None:
+def _parse(name: str, text: str) -> Any:
     if not text and name in ("flops_ratio", "plan_ms", "peak_bytes"):
         return None
     return int(text) if name in _INTEGERS else float(text) if name in _FLOATS else text
@@ -152,7 +157,7 @@ def _parsed(name: str, text: str) -> int | float | str | None:
 def _check_columns(file: IO[str], path: Path) -> None:
     try:
         columns = next(csv.reader(file), None)
-    except (UnicodeDecodeError, csv.Error):  # a model, say
+    except (UnicodeDecodeError, csv.Error):  # The file is no text, but a model for example.
         columns = None
     if columns != COLUMNS:
         raise PopError(f"{path} is not a table of this version of `pop-gguf bench`: give another file")

@@ -1,14 +1,14 @@
-"""One engine of ``pop-gguf bench`` in a process of its own: JSON requests on stdin, one JSON answer each on stdout.
+"""One engine of ``pop-gguf bench`` in a process of its own: it reads JSON requests from stdin and answers on stdout.
 
-Run as a script, so that it works with an unpatched llama-cpp-python where pypop_gguf is not imported at all. Stock and
-ours go through the same calls of llama.h's bindings; ours sets the boundary in addition. Times nothing but the decode.
+It runs as a script, so that it also works with an unpatched llama-cpp-python. Stock llama.cpp and our library go
+through the same calls of llama.h's bindings; only the boundary is set in addition. Nothing but llama_decode is timed.
 """
 
 from __future__ import annotations
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and ends this process.
 
 import ctypes
 import hashlib
@@ -17,10 +17,13 @@ import os
 import random
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
-_PAUSE_S = 0.02  # the engine before this one has threads that spin for some milliseconds after their last pass
+from pypop_gguf.memory import peak_bytes
+
+_PAUSE_S = 0.02  # Threads of the engine that ran before this one spin for some milliseconds after their last pass.
 _ACCELERATOR_DEVICES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
@@ -29,8 +32,10 @@ class Worker:
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.native = None  # pypop_gguf.native, for our engine only
-        self.ctx = None
+        self.native: Any = None  # pypop_gguf.native if this is our engine
+        self.ctx: Any = None
+        self.n_vocab = self.n_parallel = 0
+        self.tokens: list[list[int]] = []  # of each sequence
 
     def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: bool) -> dict:
         """Loads the model.
@@ -63,13 +68,13 @@ class Worker:
         }
 
     def context(self, n_prompt: int, n_decode: int, n_parallel: int, unified: bool) -> dict:
-        """Makes a context that holds the case and no more; the prompt goes in with a single llama_decode.
+        """Makes a context that holds the case and no more. A prompt is read by a single llama_decode.
 
         Args:
             n_prompt: Tokens of each sequence's prompt.
-            n_decode: Tokens after it.
-            n_parallel: Sequences.
-            unified: One cache for all sequences, as servers have it, instead of one each.
+            n_decode: Tokens generated after the prompt.
+            n_parallel: Number of sequences.
+            unified: Whether all sequences share one cache, as in a server.
         """
         if self.ctx:
             self.llama.llama_free(self.ctx)
@@ -92,7 +97,7 @@ class Worker:
         return {}
 
     def boundary(self, boundary: int) -> dict:
-        """Sets the boundary. ``continues``: tokens that ask for logits go on from there instead of repeating what is below."""
+        """Sets the boundary. ``continues`` is whether tokens that ask for logits continue from it there."""
         self.native.set_boundary(self.ctx, boundary)
         return {"continues": self.native.continues(self.ctx)}
 
@@ -101,41 +106,41 @@ class Worker:
 
         Args:
             n_prompt: Tokens of each sequence.
-            boundary: For our engine; None leaves the context as it is, off from its start on.
-            continues: Whether tokens that ask for logits go on from the boundary, where they can.
+            boundary: Boundary of our engine. None leaves the context as it is; at its start, POP is off.
+            continues: Whether tokens that ask for logits continue from the boundary, where they can.
 
         Returns:
-            ``ttft_ms``: until the logits after every prompt are there; ``pruned``: tokens that POP pruned in it;
-            ``plan_ms``: spent on building and planning graphs in it, None for stock; ``logits_sha256``: of the last
+            ``ttft_ms``: time until the logits after every prompt are there; ``pruned``: tokens that were pruned;
+            ``plan_ms``: time spent on building and planning graphs, None for stock; ``logits_sha256``: hash of the last
             sequence's logits.
         """
         self._begin(boundary, continues)
-        pruned, plan_ms = self._counters()
+        pruned_before, plan_ms_before = self._counters()
         time.sleep(_PAUSE_S)
         ttft_ms = self._decode(n_prompt)
-        pruned, plan_ms = (after and after - before for after, before in zip(self._counters(), (pruned, plan_ms)))
+        pruned, plan_ms = self._counters()
         row = np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, -1), shape=(self.n_vocab,))
         if not np.isfinite(row).all():
             raise RuntimeError("the logits are not finite: timings of this model would mean nothing")
         return {
             "ttft_ms": ttft_ms,
-            "pruned": pruned,
-            "plan_ms": plan_ms,
+            "pruned": pruned - pruned_before,
+            "plan_ms": plan_ms - plan_ms_before if self.native else None,
             "logits_sha256": hashlib.sha256(row.tobytes()).hexdigest(),
         }
 
     def decode(self, n: int) -> dict:
-        """Decodes ``n`` steps of one token a sequence after the prefill; ``ms_per_token`` is a step's mean time."""
+        """Decodes ``n`` steps of one token a sequence after the prefill. ``ms_per_token`` is the mean of a step."""
         return {"ms_per_token": sum(self._decode(1) for _ in range(n)) / n}
 
     def mixed(self, n_prompt: int, boundary: int | None, continues: bool = True) -> dict:
-        """One half of the sequences reads its prompts, one after the other, while the other half writes a token each step.
+        """Lets one half of the sequences read their prompts, one after the other, while the other half writes.
 
-        The writers' prompts are in the cache. A step is one llama_decode: a token of each writer, and as much of the prompts as
-        fits into the micro-batch.
+        The writers' prompts are in the cache. A step is one llama_decode with a token of each writer, and as much of
+        the prompts as fits into the micro-batch.
 
         Returns:
-            ``ms``: until all prompts are read; ``steps``; ``pruned``: tokens that POP pruned in them.
+            ``ms``: time until all prompts are read; ``steps``: number of steps; ``pruned``: tokens that were pruned.
         """
         self._begin(boundary, continues)
         writers, readers = range(self.n_parallel // 2), range(self.n_parallel // 2, self.n_parallel)
@@ -151,30 +156,13 @@ class Worker:
             steps += 1
         return {"ms": ms, "steps": steps, "pruned": self._counters()[0] - pruned}
 
-    def flops(self, micro_batches: list[list[int]]) -> dict:
-        """Floating-point operations of these micro-batches' graphs in all, [n_tokens, n_seqs, boundary, n_outputs] each."""
-        if self.native is None:
-            return {"flops": None}
-        names = ("n_tokens", "n_seqs", "boundary", "n_outputs")
-        return {
-            "flops": sum(
-                self.native.graph_flops(self.ctx, **dict(zip(names, micro_batch))) for micro_batch in micro_batches
-            )
-        }
+    def flops(self, micro_batches: list[dict[str, int]]) -> dict:
+        """Counts the operations of these micro-batches in all; each has the arguments of ``graph_flops``."""
+        return {"flops": sum(self.native.graph_flops(self.ctx, **micro_batch) for micro_batch in micro_batches)}
 
     def memory(self) -> dict:
-        """``peak_bytes``: the most memory this process has held, mapped model pages included."""
-        try:
-            with open("/proc/self/status") as status:
-                return {"peak_bytes": next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))}
-        except (OSError, StopIteration):
-            pass
-        try:
-            import resource  # not on Windows
-        except ImportError:
-            return {"peak_bytes": None}
-        scale = 1 if sys.platform == "darwin" else 1024
-        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
+        """Reads ``peak_bytes``, the most memory that this process has held, mapped model pages included."""
+        return {"peak_bytes": peak_bytes()}
 
     def _begin(self, boundary: int | None, continues: bool) -> None:
         self.llama.llama_memory_clear(self.llama.llama_get_memory(self.ctx), True)
@@ -183,12 +171,12 @@ class Worker:
             self.native.set_continuation(self.ctx, continues)
         self.n_past = 0
 
-    def _counters(self) -> tuple[int, float | None]:
-        """Tokens pruned, and milliseconds spent on graphs, since the context was made."""
-        return (self.native.n_pruned(self.ctx), self.native.plan_us(self.ctx) / 1e3) if self.native else (0, None)
+    def _counters(self) -> tuple[int, float]:
+        """Returns the tokens that were pruned and the milliseconds spent on graphs since the context was made."""
+        return (self.native.n_pruned(self.ctx), self.native.plan_us(self.ctx) / 1e3) if self.native else (0, 0.0)
 
     def _decode(self, n_tokens: int) -> float:
-        """The next ``n_tokens`` of every sequence, logits for the last of each. Returns milliseconds."""
+        """Decodes the next ``n_tokens`` of every sequence, with logits for the last of each. Returns milliseconds."""
         last = self.n_past + n_tokens - 1
         entries = [
             (tokens[i], i, s, i == last) for s, tokens in enumerate(self.tokens) for i in range(self.n_past, last + 1)
@@ -197,7 +185,7 @@ class Worker:
         return self._run(entries)
 
     def _run(self, entries: list[tuple[int, int, int, bool]]) -> float:
-        """One llama_decode of (token, position, sequence, asks for logits). Returns milliseconds."""
+        """Calls llama_decode for a batch of (token, position, sequence, asks for logits). Returns milliseconds."""
         batch = self.llama.llama_batch_init(len(entries), 0, 1)
         batch.n_tokens = len(entries)
         for i, (token, position, sequence, asks) in enumerate(entries):
@@ -220,8 +208,10 @@ class Worker:
         return self.errors[0].split(": ", 1)[-1] if self.errors else "no reason given"
 
     def _devices(self) -> list[str]:
-        """What llama.cpp computes on besides the CPU: the names of its graphics devices."""
-        ggml = self.llama.llama_cpp._lib  # finds the symbols of the libraries it is linked with, except on Windows
+        """Returns the names of the graphics devices that llama.cpp computes on."""
+        ggml = (
+            self.llama.llama_cpp._lib
+        )  # It also has the symbols of the libraries that it is linked with, except on Windows.
         try:
             ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
             ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -239,13 +229,13 @@ class Worker:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    os.dup2(2, 1)  # What a library prints must not get between the answers.
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("request"))(**request)
-        except Exception as error:  # every failure is the parent's to report
+        except Exception as error:  # The parent reports every failure.
             answer = {"error": str(error) or type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)
 

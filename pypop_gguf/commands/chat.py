@@ -1,19 +1,21 @@
-"""``pop-gguf chat``: a conversation in the terminal, with the prompt's progress and the time to first token of each turn."""
+"""``pop-gguf chat``: a conversation in the terminal, which shows how far a prompt is read, and how long that took."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from pypop_gguf import PopLlama
-from pypop_gguf.bench.plan import cores
 from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.terminal import Progress, available_cores, progress
 
 DESCRIPTION = """\
-Talks with a model. Answers stream; while a prompt is read stderr shows how far. Ctrl-C stops reading or answering, a second one at the
-prompt, Ctrl-D or /bye ends. From a pipe the whole input is one question, and only the answer goes to stdout."""
+Talks with a model. Answers are shown as they come; while a prompt is read, stderr shows how far. Ctrl-C stops reading
+or answering. Ctrl-C at the prompt, Ctrl-D or /bye ends. From a pipe the whole input is one question, and only the
+answer goes to stdout."""
 
 HELP = """\
 /pop on|off|N  read prompts with the file's boundary, with every layer, or with the layers below N
@@ -33,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the conversation at most (default: 4096, or what the model was trained for)",
     )
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="T", help="(default: 0.7; 0: the likeliest token)"
+        "--max-tokens", type=int, default=512, metavar="N", help="tokens of an answer at most (default: 512)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0 takes the likeliest token (default: 0.7)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,32 +56,32 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give at least 1")
-    threads = arguments.threads or cores()
+    threads = arguments.threads or available_cores()
     llm = PopLlama(
         str(arguments.model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, verbose=False
     )
-    chat = Chat(llm, arguments)
+    chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)
     if not sys.stdin.isatty():
         question = sys.stdin.read().strip()
         if not question:
             raise PopError("nothing to read on stdin: pipe a question in, or start it in a terminal")
-        return chat.turn(question)
-    print(f"{arguments.model.stem}, {_how(llm, None)}. /help lists commands.", file=sys.stderr)
-    while (line := _ask()) is not None:
+        return chat.answer(question)
+    print(f"{arguments.model.stem}, {_describe_reading(llm, None)}. /help lists commands.", file=sys.stderr)
+    while (line := _read_line()) is not None:
         if line.startswith("/"):
             if line == "/bye":
                 break
-            chat.command(line)
+            chat.obey(line)
         elif line:
             try:
-                chat.turn(line)
+                chat.answer(line)
             except PopError as error:
                 print(error, file=sys.stderr)
     return 0
 
 
-def _ask() -> str | None:
-    """A line, None at the end of the input."""
+def _read_line() -> str | None:
+    """Returns the next line, or None at the end of the input."""
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):
@@ -83,7 +89,7 @@ def _ask() -> str | None:
         return None
 
 
-def _how(llm: PopLlama, boundary: int | None) -> str:
+def _describe_reading(llm: PopLlama, boundary: int | None) -> str:
     boundary = llm.pop.boundary if boundary is None else boundary
     if boundary == llm.pop.n_layer:
         return f"prompts are read by all {llm.pop.n_layer} layers"
@@ -91,57 +97,59 @@ def _how(llm: PopLlama, boundary: int | None) -> str:
 
 
 class Chat:
-    """A conversation: its messages, and how prompts are read."""
+    """A conversation: its messages, and the boundary that prompts are read with."""
 
-    def __init__(self, llm: PopLlama, arguments: argparse.Namespace) -> None:
-        self._llm, self._arguments = llm, arguments
-        self._boundary: int | None = None  # the model's own
-        self._begin()
+    def __init__(self, llm: PopLlama, system: str | None, max_tokens: int, temperature: float) -> None:
+        self._llm, self._max_tokens, self._temperature = llm, max_tokens, temperature
+        self._boundary: int | None = None  # None is the model's own.
+        self._first_messages = [{"role": "system", "content": system}] if system else []
+        self._messages: list[Any] = list(self._first_messages)
 
-    def _begin(self) -> None:
-        self._messages = [{"role": "system", "content": self._arguments.system}] if self._arguments.system else []
-
-    def command(self, line: str) -> None:
-        """One that starts with a slash; says what it did, or what it could not do."""
+    def obey(self, line: str) -> None:
+        """Carries out a command, which starts with a slash, and says what it has done or could not do."""
         name, _, value = line.partition(" ")
         if name == "/new":
-            self._begin()
+            self._messages = list(self._first_messages)
             print("a new conversation", file=sys.stderr)
         elif name == "/pop" and value in ("on", "off"):
             self._boundary = None if value == "on" else self._llm.pop.n_layer
-            print(_how(self._llm, self._boundary), file=sys.stderr)
+            print(_describe_reading(self._llm, self._boundary), file=sys.stderr)
         elif name == "/pop" and value.isascii() and value.isdigit() and 1 <= int(value) <= self._llm.pop.n_layer:
             self._boundary = int(value)
-            print(_how(self._llm, self._boundary), file=sys.stderr)
+            print(_describe_reading(self._llm, self._boundary), file=sys.stderr)
         elif name == "/pop":
             print(f"give /pop on, /pop off or /pop 1 to {self._llm.pop.n_layer}", file=sys.stderr)
         else:
             print(HELP, file=sys.stderr)
 
-    def turn(self, question: str) -> int:
-        """One question and its answer, which is forgotten where Ctrl-C stops it; 0, or 130 where it did."""
+    def answer(self, question: str) -> int:
+        """Answers a question. Returns 0, or 130 where Ctrl-C has stopped it; then the question is forgotten.
+
+        Raises:
+            PopError: The conversation does not fit into the context, for example.
+        """
         self._messages.append({"role": "user", "content": question})
-        parts, stopped = [], False
+        parts: list[str] = []
+        stopped = False
         try:
-            stream = self._llm.create_chat_completion(
-                self._messages,
-                stream=True,
-                max_tokens=self._arguments.max_tokens,
-                temperature=self._arguments.temperature,
-                boundary=self._boundary,
-                progress=_show_progress,
-            )
-            for chunk in stream:
-                if text := chunk["choices"][0]["delta"].get("content"):
-                    parts.append(text)
-                    print(one_line(text, allowed="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+            with _ReadingBar() as bar:
+                stream: Any = self._llm.create_chat_completion(
+                    self._messages,
+                    stream=True,
+                    max_tokens=self._max_tokens,
+                    temperature=self._temperature,
+                    boundary=self._boundary,
+                    progress=bar.show,
+                )
+                for chunk in stream:
+                    if text := chunk["choices"][0]["delta"].get("content"):
+                        parts.append(text)
+                        print(one_line(text, allowed="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
-        except ValueError as error:  # the conversation is longer than the context, for one
+        except ValueError as error:
             self._messages.pop()
             raise PopError(f"{error}; /new begins a new conversation") from error
-        if not parts:
-            _clear_line()  # stopped while reading
         print(flush=True)
         if stopped:
             self._messages.pop()
@@ -149,28 +157,26 @@ class Chat:
             return 130
         self._messages.append({"role": "assistant", "content": "".join(parts)})
         if sys.stdin.isatty():
-            print(_summary(self._llm), file=sys.stderr)
+            print(_format_timings(self._llm), file=sys.stderr)
         return 0
 
 
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() and done < total:
-        count = f"{done}/{total}"
-        width = max(
-            0, min(20, shutil.get_terminal_size().columns - len(f"reading [] {count}") - 1)
-        )  # a line that wraps is not wiped
-        filled = width * done // total
-        print(f"\r\033[Kreading [{'#' * filled}{'.' * (width - filled)}] {count}", end="", file=sys.stderr, flush=True)
-    elif done == total:
-        _clear_line()
+class _ReadingBar(contextlib.ExitStack):
+    """Shows how far a prompt is read. The bar is gone when the answer begins, and when the block ends."""
+
+    _bar: Progress | None = None
+
+    def show(self, done: int, total: int) -> None:
+        if done == total:
+            self.close()
+            return
+        if self._bar is None:
+            bar = progress(total=total, description="reading", unit="tokens", in_log=False)
+            self._bar = self.enter_context(bar)
+        self._bar.update_to(done, total)
 
 
-def _clear_line() -> None:
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _summary(llm: PopLlama) -> str:
+def _format_timings(llm: PopLlama) -> str:
     timings = llm.timings
     speed = f", {1e3 / timings.decode_ms_per_token:.1f} tokens/s" if timings.decode_ms_per_token else ""
     first = f"{timings.time_to_first_token_ms:.0f} ms" if timings.time_to_first_token_ms is not None else "N/A"

@@ -1,23 +1,41 @@
-"""``pop-gguf convert``: a Hugging Face model or a GGUF becomes a GGUF that says where prefill may stop.
+"""``pop-gguf convert``: turns a Hugging Face model or a GGUF into a GGUF that says where prefill may stop.
 
-Conversion and quantization are llama.cpp's own; this adds layer importance, the boundary and the ``pop.*`` keys.
+llama.cpp itself converts and quantizes. This adds layer importance (pypop_gguf/importance/estimate.py), the boundary
+(pypop_gguf/boundary_rules.py) and the ``pop.*`` keys (pypop_gguf/gguf_files/writer.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pypop_gguf import library
-from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, choose_boundary
+from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, check_support, choose_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files import hf_to_gguf, quantize
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
-from pypop_gguf.gguf_files.writer import adapter_path, check_free_space, copy_with_metadata, replacing, scratch
+from pypop_gguf.gguf_files.writer import (
+    adapter_path,
+    check_free_space,
+    part_path,
+    replace_together,
+    write_copy,
+    writing,
+)
+from pypop_gguf.importance.estimate import Calibration, CalibrationOptions
+from pypop_gguf.memory import peak_bytes
+from pypop_gguf.terminal import progress
+
+if TYPE_CHECKING:
+    from pypop_gguf.fitting.fit import Difference
 
 DESCRIPTION = """\
 Writes a GGUF with pop.* metadata: where prefill may stop, and the layer importance behind it. A GGUF is copied with its
@@ -26,8 +44,9 @@ result still loads in any llama.cpp, which then runs it unpruned."""
 
 EPILOG = """\
 Importance takes one forward and one backward pass a sample with torch: about the model's size in its --dtype plus the
-activations of --calibration-tokens tokens in memory. --boundary with --no-importance needs no torch for a GGUF. --fit-kv keeps
-sums in float64 beside the model, 16 n_in (n_in + n_out) bytes for each fitted layer: 5.0 GB for half of an 8B Llama."""
+activations of --calibration-tokens tokens in memory. --boundary with --no-importance needs no torch for a GGUF.
+--fit-kv keeps sums in float64 beside the model, 16 n_in (n_in + n_out) bytes for each fitted layer: 5.0 GB for half of
+an 8B Llama."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="Hugging Face directory, hub id, or GGUF file")
     parser.add_argument(
-        "--outfile", type=Path, help="file to write; {ftype} is replaced by the outtype; may be the input GGUF"
+        "--outfile", type=Path, help="file to write; {ftype} becomes the outtype; may be the input GGUF"
     )
     parser.add_argument(
         "--outtype",
         choices=("auto", *quantize.FLOAT_TYPES, *quantize.QUANTIZER_TYPES),
         default="auto",
-        help="auto: the highest-fidelity 16-bit type for a Hugging Face model, as it is for a GGUF (default: auto)",
+        help="type of the weights; auto is the best 16-bit type for a Hugging Face model, and leaves a GGUF as it is "
+        "(default: auto)",
     )
     parser.add_argument("--model-name", help="name of the model, for the file's metadata")
     parser.add_argument(
@@ -77,28 +97,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text, or JSONL with text, prompt and response, or messages (default: bundled prompts)",
     )
-    importance.add_argument("--calibration-samples", type=int, default=200, metavar="N", help="at most (default: 200)")
+    importance.add_argument(
+        "--calibration-samples", type=int, default=200, metavar="N", help="samples at most (default: 200)"
+    )
     importance.add_argument(
         "--calibration-tokens", type=int, default=512, metavar="N", help="tokens of a sample at most (default: 512)"
     )
     importance.add_argument(
-        "--seed", type=int, default=0, help="of the choice of samples and the sampled labels (default: 0)"
+        "--seed", type=int, default=0, help="seed of the choice of samples and of the sampled labels (default: 0)"
     )
-    importance.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    importance.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device of torch (default: auto)"
+    )
     importance.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights (default: auto, float32 on the CPU)",
+        help="type of the weights (default: auto, float32 on the CPU)",
     )
 
     fit = parser.add_argument_group("fitted projections")
     fit.add_argument(
         "--fit-kv",
         action="store_true",
-        help="fit what skipped layers write to their caches, as OUTFILE's stem with .pop-bN.gguf; on the calibration texts",
+        help="fit what skipped layers write to their caches, on the calibration texts, and write it beside OUTFILE as "
+        ".pop-bN.gguf",
     )
-    fit.add_argument("--rank", type=int, default=32, metavar="R", help="of the fitted differences (default: 32)")
+    fit.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the fitted differences (default: 32)")
     fit.add_argument(
         "--distill-steps",
         type=int,
@@ -112,61 +137,103 @@ def run(arguments: argparse.Namespace) -> int:
     """Carries out one conversion.
 
     Raises:
-        PopError: Nothing is left at the target then, or what stood there before.
+        PopError: The conversion failed. What stood at the target before is still there.
     """
     started = time.perf_counter()
     check_rule(arguments.prune_ratio, arguments.boundary, arguments.max_importance_loss)
     _check_arguments(arguments)
     is_gguf = arguments.model.endswith(".gguf") or Path(arguments.model).is_file()
-    n_shard = _count_shards(arguments.model) if is_gguf else 1
+    n_shards = _count_shards(arguments.model) if is_gguf else 1
     source = (
         Path(arguments.model) if is_gguf else hf_to_gguf.model_directory(arguments.model, arguments.trust_remote_code)
     )
-    target = _target(arguments, source, is_gguf)
+    target = _choose_target(source, is_gguf, arguments.outfile, arguments.outtype)
+    if is_gguf and (arguments.outtype in quantize.FLOAT_TYPES or arguments.mmproj or arguments.model_name):
+        raise PopError(
+            "a GGUF keeps its tensors: --outtype takes a quantized type, --mmproj and --model-name a Hugging Face model"
+        )
     if not target.parent.is_dir():
         raise PopError(f"{target.parent}: no such directory; make it first, or give another --outfile")
-    shard = f"-00001-of-{n_shard:05}.gguf"  # llama.cpp finds the others by this name
-    if n_shard > 1 and arguments.outtype == "auto" and not target.name.endswith(shard):
-        raise PopError(
-            f"{source} is split: give --outfile, the file itself or another *{shard} beside the other shards"
+    if n_shards > 1 and arguments.outtype == "auto":
+        _check_shard_name(source, target, n_shards)
+
+    with writing(target) as part:
+        plain = source if is_gguf else part_path(target, "16bit")
+        convert = functools.partial(
+            hf_to_gguf.convert,
+            source,
+            outtype=arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto",
+            verbose=arguments.verbose,
+            trust_remote_code=arguments.trust_remote_code,
         )
-
-    with scratch(target.parent) as directory:
-        plain = source if is_gguf else directory / "model.gguf"
         if not is_gguf:
-            _convert(arguments, source, plain, target.parent)
+            _check_weights_fit(source, target.parent)
+            print(f"converting {source} with llama.cpp's converter", file=sys.stderr)
+            convert(plain, options=["--model-name", arguments.model_name] if arguments.model_name else [])
         support = library.describe_model(plain)
-        if support.refusal:
-            raise PopError(f"{arguments.model} ({support.architecture}): {support.refusal}")
+        check_support(arguments.model, support)
+        companions = {}
         if arguments.mmproj:
-            _convert_projector(arguments, source, directory / "projector.gguf")
-        _choose(arguments, support, None if arguments.max_importance_loss is None else [1.0] * support.n_layer)
+            projector = companions[target.with_name(f"mmproj-{target.name}")] = part_path(target, "projector")
+            try:
+                convert(projector, options=["--mmproj"])
+            except PopError as error:
+                raise PopError(f"no projector, leave out --mmproj: {error}") from error
 
-        calibration = _Calibration(arguments, source)
-        metadata = _importance(arguments, calibration, source, is_gguf, support)
-        choice = _choose(arguments, support, metadata.importance_prefill)
+        choose = functools.partial(
+            choose_boundary,
+            support.n_layer,
+            support.lossless_boundary,
+            prune_ratio=arguments.prune_ratio,
+            boundary=arguments.boundary,
+            max_importance_loss=arguments.max_importance_loss,
+        )
+        choose(
+            importance=np.ones(support.n_layer)
+        )  # This refuses a boundary that the model does not have before the work begins.
+        calibration = Calibration(
+            CalibrationOptions(
+                source,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                trust_remote_code=arguments.trust_remote_code,
+                texts=arguments.calibration,
+                max_samples=arguments.calibration_samples,
+                max_tokens=arguments.calibration_tokens,
+                seed=arguments.seed,
+            )
+        )
+        metadata = _read_stored(source) if is_gguf else PopMetadata()
+        if _wants_importance(arguments, is_gguf, metadata):
+            metadata = calibration.estimate_importance(support.n_layer)
+        choice = choose(importance=metadata.importance_prefill)
         metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 
         adapter = adapter_path(target, choice.boundary)
+        fits: list[Difference] = []
         if arguments.fit_kv:
-            fits = _fit(arguments, calibration, choice.boundary, plain, directory / "adapter.gguf")
+            companions[adapter] = part_path(target, "adapter")
+            fits = calibration.fit_projections(
+                choice.boundary,
+                companions[adapter],
+                rank=arguments.rank,
+                distill_steps=arguments.distill_steps,
+                fingerprint=library.fingerprint(plain),
+            )
         if arguments.outtype in quantize.QUANTIZER_TYPES and (
             is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES
         ):
             print(f"quantizing to {arguments.outtype}", file=sys.stderr)
-            quantize.quantize(plain, directory / "quantized.gguf", arguments.outtype)
-            metadata = dataclasses.replace(metadata, curve=None)  # measured on other weights
-            plain = directory / "quantized.gguf"
-        copy_with_metadata(plain, target, metadata, _bytes_progress)
-        if arguments.mmproj:
-            with replacing(target.with_name(f"mmproj-{target.name}")) as beside:
-                (directory / "projector.gguf").rename(beside)
-        if arguments.fit_kv:
-            with replacing(adapter) as beside:
-                (directory / "adapter.gguf").rename(beside)
-    _summary(arguments, target, support, choice, time.perf_counter() - started)
+            quantized = part_path(target, "quantized")
+            quantize.quantize(plain, quantized, arguments.outtype)
+            metadata = dataclasses.replace(metadata, curve=None)  # It was measured on other weights.
+            plain = quantized
+        with progress(total=plain.stat().st_size, description=f"writing {target.name}", unit="B") as bar:
+            write_copy(plain, target, metadata, bar.update_to)
+        replace_together({target: part, **companions})
+    _print_summary(target, support.n_layer, choice, time.perf_counter() - started)
     if arguments.fit_kv:
-        _fit_summary(adapter, fits)
+        _print_fits(adapter, fits)
     return 0
 
 
@@ -190,197 +257,64 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise PopError(f"{arguments.calibration}: no such calibration file")
 
 
+def _wants_importance(arguments: argparse.Namespace, is_gguf: bool, stored: PopMetadata) -> bool:
+    if arguments.importance is not None:
+        return arguments.importance
+    if not is_gguf:
+        return True
+    needs_scores = arguments.max_importance_loss is not None and stored.importance_prefill is None
+    return needs_scores or (arguments.calibration is not None and not arguments.fit_kv)
+
+
 def _count_shards(path: str) -> int:
-    count = read_header(path).get_field("split.count")  # opening tells a missing or damaged file apart
+    count = read_header(path).get_field("split.count")  # Reading the header reports a missing or damaged file.
     return count.contents() if count else 1
 
 
-def _target(arguments: argparse.Namespace, source: Path, is_gguf: bool) -> Path:
-    ftype = "" if arguments.outtype == "auto" else arguments.outtype
+def _check_shard_name(source: Path, target: Path, n_shards: int) -> None:
+    suffix = f"-00001-of-{n_shards:05}.gguf"  # llama.cpp finds the other shards by this name.
+    if not target.name.endswith(suffix):
+        raise PopError(
+            f"{source} is split: give --outfile, the file itself or another *{suffix} beside the other shards"
+        )
+
+
+def _choose_target(source: Path, is_gguf: bool, outfile: Path | None, outtype: str) -> Path:
+    ftype = "" if outtype == "auto" else outtype
     if is_gguf:
-        name = f"{source.stem}-{ftype or 'pop'}.gguf"
-        directory = source.parent
-        if arguments.outtype in quantize.FLOAT_TYPES or arguments.mmproj or arguments.model_name:
-            raise PopError(
-                "a GGUF keeps its tensors: --outtype takes a quantized type, --mmproj and --model-name a Hugging Face model"
-            )
+        name, directory = f"{source.stem}-{ftype or 'pop'}.gguf", source.parent
     else:
         name, directory = f"{source.resolve().name}-{ftype or '16bit'}.gguf", source
-    target = arguments.outfile or directory / name
-    target = Path(str(target).replace("{ftype}", ftype or "auto"))
+    target = Path(str(outfile or directory / name).replace("{ftype}", ftype or "auto"))
     return target / name if target.is_dir() else target
 
 
-def _convert(arguments: argparse.Namespace, source: Path, plain: Path, directory: Path) -> None:
+def _check_weights_fit(source: Path, directory: Path) -> None:
     weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    check_free_space(directory, 2 * weights)  # the converter's file and the final one
-    outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
-    options = ["--model-name", arguments.model_name] if arguments.model_name else []
-    print(f"converting {source} with llama.cpp's converter", file=sys.stderr)
-    hf_to_gguf.convert(source, plain, outtype, options, arguments.verbose, arguments.trust_remote_code)
+    check_free_space(directory, 2 * weights)  # There are two files at a time: the converter's and the final one.
 
 
-def _convert_projector(arguments: argparse.Namespace, source: Path, target: Path) -> None:
-    outtype = arguments.outtype if arguments.outtype in quantize.CONVERTER_TYPES else "auto"
-    try:
-        hf_to_gguf.convert(source, target, outtype, ["--mmproj"], arguments.verbose, arguments.trust_remote_code)
-    except PopError as error:
-        raise PopError(f"no projector, leave out --mmproj: {error}") from error
-
-
-def _choose(arguments: argparse.Namespace, support: library.ModelSupport, importance) -> BoundaryChoice:
-    return choose_boundary(
-        support.n_layer,
-        support.lossless_boundary,
-        prune_ratio=arguments.prune_ratio,
-        boundary=arguments.boundary,
-        max_importance_loss=arguments.max_importance_loss,
-        importance=importance,
-    )
-
-
-class _Calibration:
-    """The model in torch and the texts, loaded when first asked for."""
-
-    def __init__(self, arguments: argparse.Namespace, source: Path) -> None:
-        self._arguments, self._source, self._loaded = arguments, source, None
-
-    def load(self) -> tuple:
-        """Model, samples, and what they were made of."""
-        if self._loaded is None:
-            from pypop_gguf.importance.calibration import load_samples
-            from pypop_gguf.importance.load_model import load_for_importance
-
-            arguments = self._arguments
-            model, tokenizer = load_for_importance(
-                self._source,
-                device=arguments.device,
-                dtype=arguments.dtype,
-                trust_remote_code=arguments.trust_remote_code,
-            )
-            samples, info = load_samples(
-                tokenizer,
-                arguments.calibration,
-                max_samples=arguments.calibration_samples,
-                max_tokens=arguments.calibration_tokens,
-                seed=arguments.seed,
-            )
-            for note in info.skipped:
-                print(f"{info.source}: {note}", file=sys.stderr)
-            self._loaded = model, samples, info
-        return self._loaded
-
-
-def _importance(
-    arguments: argparse.Namespace,
-    calibration: _Calibration,
-    source: Path,
-    is_gguf: bool,
-    support: library.ModelSupport,
-) -> PopMetadata:
-    stored = _stored(source) if is_gguf else PopMetadata()
-    wanted = arguments.max_importance_loss is not None and stored.importance_prefill is None
-    asked = arguments.importance or (arguments.calibration and not arguments.fit_kv) or wanted
-    if arguments.importance is False or (is_gguf and not asked):
-        return stored
-
-    model, samples, info = calibration.load()
-    from pypop_gguf.importance.scores import compute_importance  # imports torch, whose absence the loader has told
-
-    scores = compute_importance(model, samples, seed=arguments.seed, progress=_progress("importance", "samples"))
-    if len(scores.prefill) != support.n_layer:
-        raise PopError(f"torch sees {len(scores.prefill)} layers, llama.cpp {support.n_layer}: use --no-importance")
-    return PopMetadata(
-        importance_prefill=scores.prefill,
-        importance_decode=scores.decode,
-        calibration_source=info.source,
-        calibration_samples=info.n_samples,
-        calibration_tokens=info.n_tokens,
-        calibration_seed=info.seed,
-        calibration_sha256=info.sha256,
-    )
-
-
-def _fit(arguments: argparse.Namespace, calibration: _Calibration, boundary: int, plain: Path, target: Path) -> list:
-    """Fits the projections above the boundary and writes them; returns the differences."""
-    model, samples, _ = calibration.load()
-    from pypop_gguf.fitting.distill import distill
-    from pypop_gguf.fitting.fit import find_projections, fit_values, memory_bytes
-    from pypop_gguf.fitting.hf_to_adapter import write_adapter
-
-    needed = memory_bytes(find_projections(model, boundary))
-    print(f"fitting needs {needed / 1e9:.2f} GB beside the model", file=sys.stderr)
-    fits = fit_values(model, samples, boundary, rank=arguments.rank, progress=_progress("fit", "texts"))
-    trained = fits
-    if arguments.distill_steps:
-        trained = distill(
-            model,
-            samples,
-            boundary,
-            fits,
-            steps=arguments.distill_steps,
-            rank=arguments.rank,
-            seed=arguments.seed,
-            progress=_progress("distill", "steps"),
-        )
-    write_adapter(target, model, boundary, trained, library.fingerprint(plain))
-    return fits
-
-
-def _fit_summary(adapter: Path, fits: list) -> None:
-    print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.2f} MB)")
-    for fit in fits:
-        print(
-            f"  {fit.projection.name}: error on held-out texts {fit.error_before:.3f} -> {fit.error_after:.3f} (lambda {fit.lam:g})"
-        )
-
-
-def _stored(source: Path) -> PopMetadata:
-    """What the file has already; keys that make no sense are there to be replaced."""
+def _read_stored(source: Path) -> PopMetadata:
+    """Returns the metadata that the file already has. Invalid keys will be replaced, so they are no error."""
     try:
         return read_metadata(source) or PopMetadata()
     except PopError:
         return PopMetadata()
 
 
-def _progress(what: str, of: str):
-    started = time.perf_counter()
-
-    def show(done: int, total: int) -> None:
-        left = (time.perf_counter() - started) / done * (total - done)
-        _show(f"{what} {done}/{total} {of}, {left:.0f} s left", done == total)
-
-    return show
-
-
-def _bytes_progress(done: int, total: int) -> None:
-    _show(f"writing {done / 1e6:.0f}/{total / 1e6:.0f} MB", done == total)
-
-
-def _show(text: str, last: bool) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-    elif last:
-        print(text, file=sys.stderr)
-
-
-def _summary(
-    arguments: argparse.Namespace, target: Path, support: library.ModelSupport, choice: BoundaryChoice, seconds: float
-) -> None:
-    skipped = support.n_layer - choice.boundary
+def _print_summary(target: Path, n_layer: int, choice: BoundaryChoice, seconds: float) -> None:
+    skipped = n_layer - choice.boundary
     share = "unknown (no importance)" if choice.skipped_share is None else f"{choice.skipped_share:.1%}"
+    peak = peak_bytes(children=True)
     print(f"file             {target} ({target.stat().st_size / 1e6:.1f} MB)")
-    print(f"boundary         layer {choice.boundary} of {support.n_layer}: prefill skips {skipped} ({choice.rule})")
+    print(f"boundary         layer {choice.boundary} of {n_layer}: prefill skips {skipped} ({choice.rule})")
     print(f"importance lost  {share} of prefill importance lies in the skipped layers")
-    print(f"took             {seconds:.1f} s{_peak_memory()}")
+    print(f"took             {seconds:.1f} s" + (f", peak memory {peak / 1e9:.2f} GB" if peak else ""))
     print(f"next             pop-gguf inspect {target}")
 
 
-def _peak_memory() -> str:
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return ""
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * scale
-    return f", peak memory {peak / 1e9:.2f} GB"
+def _print_fits(adapter: Path, fits: list[Difference]) -> None:
+    print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.2f} MB)")
+    for fit in fits:
+        errors = f"{fit.error_before:.3f} -> {fit.error_after:.3f}"
+        print(f"  {fit.projection.name}: error on held-out texts {errors} (lambda {fit.lam:g})")

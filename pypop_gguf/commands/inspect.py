@@ -1,4 +1,4 @@
-"""``pop-gguf inspect``: what a GGUF file says about POP, with both importance profiles as bars."""
+"""``pop-gguf inspect``: prints what a GGUF file says about POP, with both importance profiles as bars."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gguf import GGUFValueType
 from pypop_gguf.boundary_rules import skipped_share
 from pypop_gguf.errors import one_line
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
-from pypop_gguf.gguf_files.metadata import PopMetadata, metadata_of, trunk_layers
+from pypop_gguf.gguf_files.metadata import PopMetadata, parse_metadata, trunk_layers
 
 _BAR_WIDTH = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Prints a file's pop.* metadata. Loads neither weights nor the native library."
-    parser.add_argument("file", type=Path, help="GGUF file; of a split one the first shard")
+    parser.add_argument("file", type=Path, help="GGUF file; the first shard of a split one")
     parser.add_argument("--json", action="store_true", help="print the metadata as JSON")
 
 
@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the metadata.
 
     Raises:
-        PopError: The file cannot be read, or its ``pop.*`` keys make no sense.
+        PopError: The file cannot be read, or its ``pop.*`` keys are not valid.
     """
     reader = read_header(arguments.file)
-    metadata = metadata_of(reader, arguments.file)
+    metadata = parse_metadata(reader, arguments.file)
     n_layer = trunk_layers(reader)
     if arguments.json:
         print(json.dumps(_as_json(metadata, n_layer), indent=2))
@@ -40,16 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     file = one_line(str(arguments.file))
     print(f"file         {file} ({arguments.file.stat().st_size / 1e6:.1f} MB)")
-    name, architecture = (one_line(_text(reader, f"general.{key}") or "unnamed") for key in ("name", "architecture"))
-    print(f"model        {name} ({architecture}, {_file_type(reader)})")
+    name, architecture = (
+        one_line(_read_text(reader, f"general.{key}") or "unnamed") for key in ("name", "architecture")
+    )
+    print(f"model        {name} ({architecture}, {_name_file_type(reader)})")
     if metadata is None:
         print(f"layers       {n_layer}")
         print(f"boundary     none: prompts are read by all layers. `pop-gguf convert {file}` writes one")
         return 0
     boundary = n_layer if metadata.boundary is None else metadata.boundary
-    print(
-        f"boundary     layer {boundary} of {n_layer}: prefill skips {n_layer - boundary} ({(n_layer - boundary) / n_layer:.0%})"
-    )
+    skipped = n_layer - boundary
+    print(f"boundary     layer {boundary} of {n_layer}: prefill skips {skipped} ({skipped / n_layer:.0%})")
     if metadata.calibration_source is not None:
         print(
             f"calibration  {one_line(metadata.calibration_source)}: {metadata.calibration_samples} samples, "
@@ -66,18 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_profiles(metadata: PopMetadata, boundary: int) -> None:
-    profiles = [metadata.importance_prefill, metadata.importance_decode]
+    profiles = [scores for scores in (metadata.importance_prefill, metadata.importance_decode) if scores is not None]
     print(f"\nlayer  {'prefill':<{_BAR_WIDTH + 10}}  decode")
     for il in range(len(profiles[0])):
         if il == boundary:
             print(f"{' boundary: prefill skips from here on ':-^78}")
-        cells = [
-            f"{_bar(scores[il], scores):<{_BAR_WIDTH}} {scores[il]:9.3g}" for scores in profiles if scores is not None
-        ]
+        cells = [f"{_draw_bar(scores[il], scores):<{_BAR_WIDTH}} {scores[il]:9.3g}" for scores in profiles]
         print(f"{il:5}  " + "  ".join(cells))
 
 
-def _bar(value: float, scores: np.ndarray) -> str:
+def _draw_bar(value: float, scores: np.ndarray) -> str:
     share = float(value) / float(scores.max()) if scores.max() > 0 else 0.0
     eighths = round(share * _BAR_WIDTH * 8)
     blocks = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
@@ -93,7 +92,7 @@ def _as_json(metadata: PopMetadata | None, n_layer: int) -> dict:
     return {"n_layer": n_layer, **keys}
 
 
-def _text(reader: GGUFHeader, key: str) -> str | None:
+def _read_text(reader: GGUFHeader, key: str) -> str | None:
     field = reader.get_field(key)
     return (
         field.raw[field.start + 8 :].decode("utf-8", "replace")
@@ -102,9 +101,11 @@ def _text(reader: GGUFHeader, key: str) -> str | None:
     )
 
 
-def _file_type(reader: GGUFHeader) -> str:
+def _name_file_type(reader: GGUFHeader) -> str:
     field = reader.get_field("general.file_type")
+    if field is None:
+        return "unknown type"
     try:
         return gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except (AttributeError, ValueError):
+    except ValueError:
         return "unknown type"

@@ -1,8 +1,8 @@
-"""``pop-gguf random-model``: a GGUF of a known model's geometry with random weights, for speed measurements.
+"""``pop-gguf random-model``: writes a GGUF with the geometry of a known model and random weights, to measure speed on.
 
-A model's speed depends on its shapes and types, not on what it has learned, so a benchmark needs no download. The text such
-a model writes means nothing. Weights come from a small pool of random blocks that every tensor reads from a place of its
-own: an 8B file is written at the disk's speed in little memory.
+The speed of a model depends on its shapes and types, not on what it has learned, so a benchmark needs no download. The
+text that such a model writes means nothing. The weights come from a small pool of random blocks, and each tensor starts
+to read it at another place, so a file of 8B weights is written at the speed of the disk and in little memory.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pypop_gguf.gguf_files.metadata import MAX_LAYERS
 from pypop_gguf.gguf_files.writer import check_free_space, replacing
 
 DESCRIPTION = """\
-Writes a GGUF with the geometry of a known model and random weights: good for measuring speed and memory, for nothing else.
-Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
+Writes a GGUF with the geometry of a known model and random weights: good for measuring speed and memory, for nothing
+else. Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
 
-_WEIGHT_STD = 0.02  # keeps activations of every geometry here far from F16's limits
+_WEIGHT_STD = 0.02  # It keeps the activations of every geometry here far from the limits of F16.
 _WRITE_BYTES = 16 << 20
 
 
@@ -43,10 +43,10 @@ class Geometry:
     n_vocab: int
     n_ctx_train: int
     rope_base: float
-    tied: bool = False  # the output layer is the token embedding
+    tied: bool = False  # whether the output layer is the token embedding
     rms_eps: float = 1e-5
-    sliding_window: int | None = None  # llama.cpp's own pattern for gemma3: every sixth layer sees everything
-    rope_scaling: float | None = None  # linear
+    sliding_window: int | None = None  # In gemma3, llama.cpp lets every sixth layer see all tokens.
+    rope_scaling: float | None = None  # factor of linear scaling
 
     @property
     def head_norms(self) -> bool:
@@ -92,9 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("geometry", choices=GEOMETRIES, help=", ".join(GEOMETRIES), metavar="GEOMETRY")
     parser.add_argument("outfile", type=Path, metavar="OUT.gguf")
-    parser.add_argument("--outtype", choices=_FILE_TYPES, default="q4_k_m", help="(default: q4_k_m)")
+    parser.add_argument(
+        "--outtype", choices=_FILE_TYPES, default="q4_k_m", help="type of the weights (default: q4_k_m)"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="layers to write (default: the geometry's)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,9 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise PopError(f"--seed {arguments.seed} is out of range: give at least 0")
     write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
     size = arguments.outfile.stat().st_size
-    print(
-        f"{arguments.outfile}: {arguments.geometry}, {geometry.n_layer} layers, {arguments.outtype}, {size / 1e6:.1f} MB"
-    )
+    model = f"{arguments.geometry}, {geometry.n_layer} layers, {arguments.outtype}"
+    print(f"{arguments.outfile}: {model}, {size / 1e6:.1f} MB")
     return 0
 
 
@@ -122,34 +123,36 @@ def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed:
     """Writes a random model.
 
     Args:
-        geometry: Its shape.
+        geometry: Shape of the model.
         name: ``general.name``.
-        target: File to write; replaced as a whole.
+        target: File to write; it is replaced as a whole.
         outtype: q4_k_m, q8_0, q4_0 or f16, with llama.cpp's own mixture of tensor types.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Raises:
         PopError: The file does not fit or cannot be written.
     """
     file_type, _ = _FILE_TYPES[outtype]
     tensors = [
-        (tensor, shape, _tensor_type(tensor, len(shape), geometry, outtype)) for tensor, shape in _tensors(geometry)
+        (tensor, shape, _choose_type(tensor, len(shape), geometry, outtype))
+        for tensor, shape in _list_tensors(geometry)
     ]
-    sizes = [_n_bytes(shape, kind) for _, shape, kind in tensors]
-    check_free_space(target.absolute().parent, sum(sizes))
-    pools = {kind: _pool(kind, np.random.default_rng([seed, kind])) for kind in {kind for *_, kind in tensors}}
+    sizes = [_count_bytes(shape, kind) for _, shape, kind in tensors]
+    pools = {kind: _make_pool(kind, np.random.default_rng([seed, kind])) for kind in {kind for *_, kind in tensors}}
     places = np.random.default_rng(seed)
 
-    with replacing(target) as beside:
-        writer = GGUFWriter(beside, geometry.architecture)
+    with replacing(target) as part:
+        check_free_space(target.absolute().parent, sum(sizes))
+        writer = GGUFWriter(part, geometry.architecture)
         _add_keys(writer, geometry, name, file_type)
         for (tensor, shape, kind), n_bytes in zip(tensors, sizes, strict=True):
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None  # The header is written.
         try:
-            # GGUFWriter.write_tensor_data() takes a whole tensor; the largest here have 2 GB
+            # GGUFWriter.write_tensor_data() takes a whole tensor, and the largest tensors here have 2 GB.
             file = writer.fout[0]
             for (_, _, kind), n_bytes in zip(tensors, sizes, strict=True):
                 writer.write_padding(file, file.tell())
@@ -159,8 +162,8 @@ def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed:
             writer.close()
 
 
-def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in numpy's order: (rows, columns), the opposite of ggml's."""
+def _list_tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields names and shapes in numpy's order (rows, columns), which is the opposite of ggml's."""
     g = geometry
     n_q, n_kv = g.n_head * g.head_dim, g.n_head_kv * g.head_dim
     yield "token_embd.weight", (g.n_vocab, g.n_embd)
@@ -187,8 +190,8 @@ def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (g.n_vocab, g.n_embd)
 
 
-def _tensor_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Type:
-    """The type that llama-quantize gives this tensor."""
+def _choose_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Type:
+    """Returns the type that llama-quantize gives this tensor."""
     if n_dims == 1:
         return Type.F32
     kind = _FILE_TYPES[outtype][1]
@@ -203,7 +206,7 @@ def _tensor_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Ty
     return kind
 
 
-def _n_bytes(shape: tuple[int, ...], kind: Type) -> int:
+def _count_bytes(shape: tuple[int, ...], kind: Type) -> int:
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block_weights * block_bytes
 
@@ -247,8 +250,8 @@ def _add_tokenizer(writer: GGUFWriter, n_vocab: int) -> None:
 
 
 def _write_repeated(write: Callable[[memoryview], int], pool: np.ndarray, n_bytes: int, first_block: int) -> None:
-    """Writes ``n_bytes`` of a pool, uint8 [blocks, bytes of a block], from one of its blocks on and around again."""
-    ring = memoryview(pool.reshape(-1))
+    """Writes ``n_bytes`` of a pool, uint8 [blocks, bytes of a block], from a block on, and from the start again."""
+    ring = pool.reshape(-1).data
     start = first_block * pool.shape[1]
     while n_bytes:
         part = ring[start : start + min(n_bytes, _WRITE_BYTES)]
@@ -257,27 +260,30 @@ def _write_repeated(write: Callable[[memoryview], int], pool: np.ndarray, n_byte
         start = (start + len(part)) % len(ring)
 
 
-def _pool(kind: Type, random: np.random.Generator) -> np.ndarray:
-    """Random blocks of a type, uint8 [blocks, bytes of a block]. Prime counts, so that no two rows of a tensor start alike."""
-    if kind == Type.F32:  # norms
+def _make_pool(kind: Type, random: np.random.Generator) -> np.ndarray:
+    """Makes random blocks of a type, uint8 [blocks, bytes of a block].
+
+    Their number is prime, so that no two rows of a tensor start at the same place.
+    """
+    if kind == Type.F32:  # Only norms have this type.
         return np.ones((1 << 14, 1), dtype="<f4").view(np.uint8)
     if kind == Type.F16:
         values = random.standard_normal((4194301, 1), dtype=np.float32) * _WEIGHT_STD
         return values.astype("<f2").view(np.uint8)
     blocks = random.integers(0, 256, (65521, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    # A block's F16 scale follows from the spread of its random quants, so that weights have _WEIGHT_STD.
+    # The F16 scale of a block follows from the spread of its random quants, so that the weights have _WEIGHT_STD.
     if kind == Type.Q4_0:  # d, 32 quants of 4 bits less 8
-        blocks[:, 0:2] = _scale(4.61)
+        blocks[:, 0:2] = _pack_scale(4.61)
     elif kind == Type.Q8_0:  # d, 32 signed bytes
-        blocks[:, 0:2] = _scale(73.9)
+        blocks[:, 0:2] = _pack_scale(73.9)
     elif kind == Type.Q4_K:  # d, dmin, 8 scales and 8 minima of 6 bits, 256 quants of 4 bits: d s q - dmin m
-        blocks[:, 0:2] = _scale(257.0)
-        blocks[:, 2:4] = _scale(257.0 / 7.5)  # the middle quant is 7.5, so that the mean is 0
+        blocks[:, 0:2] = _pack_scale(257.0)
+        blocks[:, 2:4] = _pack_scale(257.0 / 7.5)  # the middle quant is 7.5, so that the mean is 0
     elif kind == Type.Q6_K:  # 256 quants of 6 bits less 32, 16 signed scales of 8 bits, d
         blocks[:, 192:208] = random.integers(16, 64, (len(blocks), 16), dtype=np.uint8)
-        blocks[:, 208:210] = _scale(18.5 * 41.9)
+        blocks[:, 208:210] = _pack_scale(18.5 * 41.9)
     return blocks
 
 
-def _scale(quants_std: float) -> np.ndarray:
+def _pack_scale(quants_std: float) -> np.ndarray:
     return np.array([_WEIGHT_STD / quants_std], dtype="<f2").view(np.uint8)

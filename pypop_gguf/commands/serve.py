@@ -1,7 +1,7 @@
-"""``pop-gguf serve``: llama.cpp's own server, OpenAI-compatible, whose prompts are read by the layers below the boundary.
+"""``pop-gguf serve``: starts llama.cpp's own server, OpenAI-compatible, with pruned prompts.
 
-The server is llama-server, built from the patched source; this command checks the model file, gives it defaults that
-suit pruning, and becomes that process.
+The server is llama-server, built from the patched source. This command checks the model file, chooses options that suit
+pruning, and becomes that process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from pypop_gguf import library
-from pypop_gguf.bench.plan import cores
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
+from pypop_gguf.terminal import available_cores
 
 DESCRIPTION = """\
 Serves a model on an OpenAI-compatible HTTP address, many requests at once: /v1/chat/completions, /v1/completions,
-/v1/embeddings, /metrics (Prometheus), /health. The boundary comes from the file; a request with "pop": false is read by
-every layer. It is llama.cpp's llama-server: all that follows --server-options goes to it as it is."""
+/v1/embeddings, /metrics (Prometheus), /health. The boundary comes from the file; every layer reads the prompt of a
+request with "pop": false. The server is llama.cpp's llama-server: what follows --server-options goes to it as it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,28 +30,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--boundary",
         type=int,
         metavar="N",
-        help="first layer that prompts skip; the number of layers: none (default: the file's)",
+        help="first layer that prompts skip; the number of layers skips none (default: the file's)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
-    parser.add_argument("--port", type=int, default=8080, help="(default: 8080)")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: 8080)")
     parser.add_argument("--parallel", type=int, default=4, metavar="N", help="requests at once; more wait (default: 4)")
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens of all requests together, each has its share (default: as many as the model was trained for, if memory holds them)",
+        help="tokens of all requests together, of which each has its share (default: as many as the model was trained "
+        "for, if memory holds them)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
-    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector, for images")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+    )
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector of a model that reads images")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must send, one a line")
     parser.add_argument(
         "--server-options",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="OPTION",
-        help="llama-server's own, up to the end of the line; --help lists them",
+        help="llama-server's own options, up to the end of the line; its --help lists them",
     )
 
 
@@ -73,15 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise PopError(
                 f"--{name} {value} is out of range: give {f'{low} to {high}' if high else f'at least {low}'}"
             )
-    read_metadata(arguments.model)  # a bad file ends in one line here
+    read_metadata(arguments.model)  # A bad file is reported in one line here.
     for file in (arguments.mmproj, arguments.api_key_file):
         if file is not None and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
-    command = [str(server_program()), *options(arguments)]
+    command = [str(server_program()), *server_options(arguments)]
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
-    # glibc keeps a pool of memory for each thread, and there is one for each connection; and in time it puts larger pieces into
-    # them, which then cannot be given back: a server would grow for hours. These are its own thresholds, held where they begin.
+    # glibc keeps a pool of memory for each thread, and the server has a thread for each connection. In time glibc also
+    # raises the size from which a piece is returned to the system, and the server grows for hours. This fixes both.
     for name, value in {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "131072",
@@ -111,15 +114,18 @@ def _asks_for_keys(arguments: argparse.Namespace) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """Of every address in a list, as llama-server takes it; sockets in the file system have the permissions of files."""
+    """Returns whether only this machine reaches the addresses, a list as llama-server takes it.
+
+    A socket in the file system counts as well, because it has the permissions of a file.
+    """
     return all(
         part in ("localhost", "::1") or part.startswith("127.") or part.endswith(".sock") for part in host.split(",")
     )
 
 
-def options(arguments: argparse.Namespace) -> list[str]:
-    """Of llama-server, for what was asked."""
-    threads = arguments.threads or cores()
+def server_options(arguments: argparse.Namespace) -> list[str]:
+    """Returns the options of llama-server for the arguments."""
+    threads = arguments.threads or available_cores()
     given = {
         "--model": arguments.model,
         "--pop-boundary": arguments.boundary,
@@ -130,11 +136,12 @@ def options(arguments: argparse.Namespace) -> list[str]:
         "--threads": threads,
         "--mmproj": arguments.mmproj,
         "--api-key-file": arguments.api_key_file,
-        # a batch is what a cancelled request still computes, and what other requests' next tokens wait for
+        # A cancelled request still computes the rest of its batch, and the next tokens of other requests wait for a
+        # batch.
         "--batch-size": 512,
-        # seconds that a client may take to send or take the next bytes
+        # This is how many seconds a client may take to send or to receive the next bytes.
         "--timeout": 60,
-        # pages that a browser on this machine has open may ask, those of others may not
+        # Web pages from this machine may ask the server, pages from elsewhere may not.
         "--cors-origins": "localhost",
     }
     pairs = [part for name, value in given.items() if value is not None for part in (name, str(value))]

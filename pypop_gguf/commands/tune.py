@@ -1,6 +1,7 @@
-"""``pop-gguf tune``: the curve of quality and speed over the boundary, and the deepest boundary within a budget.
+"""``pop-gguf tune``: measures quality and speed over the boundary, and chooses the lowest boundary within a budget.
 
-pypop_gguf/quality/score.py measures, pypop_gguf/boundary_rules.py chooses, pypop_gguf/quality/plot.py draws, pypop_gguf/gguf_files/writer.py writes.
+pypop_gguf/quality/score.py measures, pypop_gguf/boundary_rules.py chooses, pypop_gguf/quality/plot.py draws, and
+pypop_gguf/gguf_files/writer.py writes.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import numpy as np
 
 from pypop_gguf import PopLlama, library, native
 from pypop_gguf.boundary_rules import check_budget, choose_by_curve
-from pypop_gguf.commands.eval import Progress, add_model_arguments, fitted, numbers, open_model, percent, report_skipped
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import Curve, PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
-from pypop_gguf.quality import plot as curve_plot
-from pypop_gguf.quality import tasks
-from pypop_gguf.quality.score import Quality, Tokenizer, score_samples, summarize
-from pypop_gguf.terminal import aligned
+from pypop_gguf.plotting import check_plot
+from pypop_gguf.quality.model import add_model_arguments, label_boundary, open_model
+from pypop_gguf.quality.plot import plot_curve
+from pypop_gguf.quality.score import Quality, Score, Tokenizer, score_samples, summarize
+from pypop_gguf.quality.tasks import read_task, report_skipped
+from pypop_gguf.terminal import aligned, integer_list, progress
 
 DESCRIPTION = """\
-Measures quality at each boundary, as `pop-gguf eval` does, and the speed-up that the operations left allow; chooses the deepest
-boundary within the budget. --outfile writes both into a file's metadata, a copy or the model itself. Needs no torch."""
+Measures quality at each boundary, as `pop-gguf eval` does, and the speed-up that the operations left allow; chooses the
+lowest boundary within the budget. --outfile writes both into a file's metadata, a copy or the model itself. Needs no
+torch."""
 
 EPILOG = """\
-The budget is kept by the mean over samples, at the chosen boundary and at every one above it. The speed-up is the operations of
-the whole graph over those of the pruned one, a prompt of 512 tokens; --measure times this machine, `pop-gguf bench` does it
-with care, against stock llama.cpp."""
+The mean over samples keeps the budget at the chosen boundary and at every measured one above it. The speed-up is the
+operations of the whole graph over those of the pruned one, for a prompt of 512 tokens; --measure times this machine,
+`pop-gguf bench` does it with care, against stock llama.cpp."""
+
+_SPEEDUP_TOKENS = 512  # one micro-batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="texts like those you will use the model on, as for eval",
+        help="texts like those you will use the model on, in a format that eval reads",
     )
     budget = parser.add_argument_group("budget (one of)").add_mutually_exclusive_group(required=True)
     budget.add_argument("--max-kl", type=float, metavar="X", help="KL divergence to the whole model, nats a token")
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--boundary",
-        type=numbers,
+        type=integer_list,
         metavar="B,B",
         help="boundaries to measure (default: all from a third of the layers on)",
     )
@@ -67,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outfile", type=Path, metavar="FILE.gguf", help="write boundary and curve into it; may be MODEL.gguf itself"
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="plot the curve, also as FILE.html with figures under the pointer"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the curve")
     parser.add_argument("--json", action="store_true", help="print the curve as JSON")
 
 
@@ -83,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.measure < 0:
         raise PopError(f"--measure {arguments.measure} is out of range: give at least 0")
     if arguments.plot:
-        curve_plot.check(arguments.plot)
+        check_plot(arguments.plot)
     if arguments.outfile and not arguments.outfile.absolute().parent.is_dir():
         raise PopError(f"{arguments.outfile.parent}: no such directory; make it first, or give another --outfile")
     n_layer = library.describe_model(arguments.model).n_layer
     llm, boundaries = open_model(arguments, arguments.boundary or list(range(max(1, n_layer // 3), n_layer)))
-    task = tasks.of_file(
+    task = read_task(
         Tokenizer(llm),
         arguments.text,
         max_samples=arguments.samples,
@@ -98,22 +101,22 @@ def run(arguments: argparse.Namespace) -> int:
     )
     report_skipped([task])
 
-    scores, measured, interrupted = [], {}, False
-    progress = Progress(task.name, len(task.samples))
+    scores: list[dict[int, Score]] = []
+    measured: dict[int, list[float]] = {}
+    interrupted = False
     try:
-        for score in progress.over(score_samples(llm, task.samples, boundaries)):
-            scores.append(score)
-        progress.end()
-        measured = _measured(
-            llm, [n_layer, *(boundary for boundary in boundaries if boundary != n_layer)], arguments.measure
-        )
+        with progress(total=len(task.samples), description=task.name, unit="samples") as bar:
+            for score in score_samples(llm, task.samples, boundaries):
+                scores.append(score)
+                bar.update()
+        if arguments.measure:
+            measured = _measure_speedups(llm, sorted({n_layer, *boundaries}, reverse=True), arguments.measure)
     except KeyboardInterrupt:
+        if not scores:
+            raise
         interrupted = True
-        progress.end()
-    if interrupted and not scores:
-        raise KeyboardInterrupt
     qualities = summarize(scores)
-    speedups = _speedups(arguments.model, [quality.boundary for quality in qualities])
+    speedups = _count_speedups(arguments.model, [quality.boundary for quality in qualities])
     choice = choose_by_curve(
         n_layer,
         {quality.boundary: (quality.kl.value, quality.loss_increase.value) for quality in qualities},
@@ -124,82 +127,91 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_as_json(qualities, speedups, measured, choice.boundary), indent=2))
     else:
-        print(_table(title, qualities, speedups, measured, choice.boundary, llm))
+        print(_format_table(title, qualities, speedups, measured, choice.boundary, llm))
     if arguments.plot:
-        curve_plot.plot(title, qualities, speedups, choice.boundary, arguments.plot)
+        plot_curve(title, qualities, speedups, choice.boundary, arguments.plot)
     if interrupted:
-        print(
-            f"interrupted after {len(scores)} of {len(task.samples)} samples: no boundary was written", file=sys.stderr
-        )
+        count = f"{len(scores)} of {len(task.samples)} samples"
+        print(f"interrupted after {count}: no boundary was written", file=sys.stderr)
         return 130
     if arguments.outfile:
-        _write(arguments, llm, qualities, speedups, choice.boundary)
+        curve = _make_curve(n_layer, qualities, speedups, arguments.text.name)
+        _write(arguments.model, arguments.outfile, llm, choice.boundary, curve)
     return 0
 
 
-def _speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
-    """What the operations left allow, for a prompt of one micro-batch."""
-    n_tokens = 512
-    sized = PopLlama(str(model), pop=False, n_ctx=n_tokens, n_batch=n_tokens, verbose=False)
+def _count_speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
+    """Returns the speed-up that the operations left allow at each boundary, for a prompt of one micro-batch."""
+    sized = PopLlama(str(model), pop=False, n_ctx=_SPEEDUP_TOKENS, n_batch=_SPEEDUP_TOKENS, verbose=False)
     n_layer, context = sized.pop.n_layer, sized._ctx.ctx
-    whole = native.graph_flops(context, boundary=n_layer, n_tokens=n_tokens, n_seqs=1, n_outputs=1)
-    last = native.graph_flops(context, boundary=n_layer, n_tokens=1, n_seqs=1, n_outputs=1)
 
-    def speedup(boundary: int) -> float:
-        if boundary == n_layer:
-            return 1.0
-        pruned = native.graph_flops(context, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=0)
-        return whole / (pruned + last * (n_layer - boundary) / n_layer)
+    def flops(boundary: int, n_tokens: int, n_outputs: int) -> float:
+        return native.graph_flops(context, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=n_outputs)
 
-    result = {boundary: speedup(boundary) for boundary in boundaries}
+    whole, last = flops(n_layer, _SPEEDUP_TOKENS, 1), flops(n_layer, 1, 1)
+    result = {
+        boundary: whole / (flops(boundary, _SPEEDUP_TOKENS, 0) + last * (n_layer - boundary) / n_layer)
+        for boundary in boundaries
+        if boundary != n_layer
+    }
     sized.close()
-    return result
+    return {**result, n_layer: 1.0}
 
 
-def _measured(llm: PopLlama, boundaries: list[int], rounds: int) -> dict[int, list[float]]:
-    """Time to first token of the whole model over a boundary's: [least, median, most] of ``rounds``, all boundaries in each."""
-    tokens = [
-        token % llm.n_vocab() for token in range(1000, 1000 + llm.n_ctx() - 1)
-    ]  # which tokens they are costs nothing
-    ratios = {boundary: [] for boundary in boundaries}
-    progress = Progress("timing", rounds * len(boundaries))
+def _measure_speedups(llm: PopLlama, boundaries: list[int], rounds: int) -> dict[int, list[float]]:
+    """Times the first token at each boundary in each of ``rounds``.
+
+    Returns:
+        For each boundary the least, median and largest of: the whole model's time over the boundary's, in one round.
+    """
+    # It does not matter which tokens they are.
+    tokens = [token % llm.n_vocab() for token in range(1000, 1000 + llm.n_ctx() - 1)]
+    ratios: dict[int, list[float]] = {boundary: [] for boundary in boundaries}
 
     def first_token_ms(boundary: int) -> float:
         llm.reset()
         llm.create_completion(tokens, max_tokens=1, temperature=0, boundary=boundary)
+        assert llm.timings.time_to_first_token_ms is not None  # one token was generated
         return llm.timings.time_to_first_token_ms
 
-    for boundary in boundaries if rounds else []:
-        first_token_ms(boundary)  # what is done once, like reserving buffers
-    for _ in range(rounds):
-        times = dict(zip(boundaries, progress.over(map(first_token_ms, boundaries))))
-        for boundary in boundaries:
-            ratios[boundary].append(times[llm.pop.n_layer] / times[boundary])
-    progress.end()
-    return {boundary: np.percentile(found, (0, 50, 100)).tolist() for boundary, found in ratios.items() if found}
+    with progress(total=(1 + rounds) * len(boundaries), description="timing", unit="reads") as bar:
+        for turn in range(-1, rounds):  # The round before the first is for what is done once, like reserving buffers.
+            times = {}
+            for boundary in boundaries:
+                times[boundary] = first_token_ms(boundary)
+                bar.update()
+            if turn >= 0:
+                for boundary in boundaries:
+                    ratios[boundary].append(times[llm.pop.n_layer] / times[boundary])
+    return {boundary: np.percentile(found, (0, 50, 100)).tolist() for boundary, found in ratios.items()}
 
 
-def _write(
-    arguments: argparse.Namespace, llm: PopLlama, qualities: list[Quality], speedups: dict, boundary: int
-) -> None:
-    kept = [quality for quality in qualities if quality.boundary != llm.pop.n_layer]
-    if not kept:
-        raise PopError(f"--boundary {llm.pop.n_layer} alone is the whole model: there is no curve to write")
-    curve = Curve(
-        boundary=[quality.boundary for quality in kept],
-        kl=[quality.kl.value for quality in kept],
-        loss_increase=[quality.loss_increase.value for quality in kept],
-        speedup=[speedups[quality.boundary] for quality in kept],
-        samples=kept[0].samples,
-        source=arguments.text.name,
+def _make_curve(n_layer: int, qualities: list[Quality], speedups: dict[int, float], source: str) -> Curve:
+    pruned = [quality for quality in qualities if quality.boundary != n_layer]
+    if not pruned:
+        raise PopError(f"--boundary {n_layer} alone is the whole model: there is no curve to write")
+    return Curve(
+        boundary=[quality.boundary for quality in pruned],
+        kl=[quality.kl.value for quality in pruned],
+        loss_increase=[quality.loss_increase.value for quality in pruned],
+        speedup=[speedups[quality.boundary] for quality in pruned],
+        samples=pruned[0].samples,
+        source=source,
     )
-    stored = read_metadata(arguments.model) or PopMetadata()
-    # the curve holds for the head and the tail that it was measured with
-    ends = {"head": llm.pop.head or None, "tail": llm.pop.tail if llm.pop.tail > 1 else None}
-    copy_with_metadata(
-        arguments.model, arguments.outfile, dataclasses.replace(stored, boundary=boundary, curve=curve, **ends)
+
+
+def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve) -> None:
+    metadata = dataclasses.replace(
+        read_metadata(model) or PopMetadata(),
+        boundary=boundary,
+        curve=curve,
+        # The curve holds for the head and the tail that it was measured with.
+        head=llm.pop.head or None,
+        tail=llm.pop.tail if llm.pop.tail > 1 else None,
     )
-    print(f"wrote {arguments.outfile}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
+    with progress(total=model.stat().st_size, description=f"writing {target.name}", unit="B", in_log=False) as bar:
+        copy_with_metadata(model, target, metadata, bar.update_to)
+    print(f"wrote {target}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
 
 
 def _as_json(
@@ -216,20 +228,29 @@ def _as_json(
     return {"chosen": chosen, "boundaries": rows}
 
 
-def _table(title: str, qualities: list[Quality], speedups: dict, measured: dict, chosen: int, llm: PopLlama) -> str:
+def _format_table(
+    title: str,
+    qualities: list[Quality],
+    speedups: dict[int, float],
+    measured: dict[int, list[float]],
+    chosen: int,
+    llm: PopLlama,
+) -> str:
     timed = ("measured [range]",) if measured else ()
-    rows = [("", "boundary", "layers kept", "speed-up", *timed, "KL [95%]", "loss increase [95%]", "same top token")]
+    rows: list[tuple] = [
+        ("", "boundary", "layers kept", "speed-up", *timed, "KL [95%]", "loss increase [95%]", "same top token")
+    ]
     for quality in qualities:
         rows.append(
             (
                 "*" if quality.boundary == chosen else "",
-                f"{quality.boundary}{fitted(llm, quality.boundary)}",
+                label_boundary(llm, quality.boundary),
                 f"{quality.boundary / llm.pop.n_layer:.0%}",
                 f"{speedups[quality.boundary]:.3f}",
                 *("{1:.3f} [{0:.3f}, {2:.3f}]".format(*measured[quality.boundary]) for _ in timed),
                 quality.kl,
-                percent(quality.loss_increase),
-                percent(quality.top1),
+                f"{quality.loss_increase:.1%}",
+                f"{quality.top1:.1%}",
             )
         )
     ends = f"head {llm.pop.head}, tail {llm.pop.tail}"

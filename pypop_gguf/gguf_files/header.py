@@ -1,8 +1,8 @@
-"""Reads everything that stands before the tensor data of a GGUF file, and checks that all of the data is there.
+"""Reads everything before the tensor data of a GGUF file, and checks that all of the data is there.
 
-Used wherever a file's keys are looked at, which includes every start of ``PopLlama``. ``gguf.GGUFReader`` wraps each
-array element in an object of its own, which takes 15 s for a vocabulary of 262k tokens with its merges (0.2 s here); this one keeps
-the raw bytes and decodes only what is asked for. What both offer has the same names.
+It is used wherever a file's keys are looked at, also at every start of ``PopLlama``. ``gguf.GGUFReader`` makes an
+object of each array element, which takes 15 s for a vocabulary of 262k tokens with its merges. This reader takes 0.2 s:
+it keeps the raw bytes and decodes only what is asked for. What both readers have has the same name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGUFValueType
 
 from pypop_gguf.errors import PopError
 
-_SCALARS = {  # type -> character of the struct module, which numpy shares
+_SCALARS = {  # type -> character in the module struct
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
     GGUFValueType.UINT16: "H",
@@ -36,7 +36,7 @@ _DEFAULT_ALIGNMENT = 32
 
 
 class _Damaged(Exception):
-    """The header makes no sense; the message says where, in printable characters whatever the file holds."""
+    """The header makes no sense. The message says where, and has printable characters only, whatever the file holds."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Field:
     """One key of the header.
 
     Attributes:
-        types: Its type; where it is an array, also that of its items.
-        count: The number of its items where it is an array, else 1.
-        raw: The record as it stands in the file: name, type, value.
-        start: Offset of the value, or of an array's first item, in ``raw``.
+        types: The type of the value; for an array, also the type of its items.
+        count: The number of items of an array, else 1.
+        raw: The record as it is in the file: name, type, value.
+        start: Offset of the value in ``raw``; for an array, of its first item.
         order: Byte order, ``"<"`` or ``">"``.
     """
 
@@ -58,10 +58,10 @@ class Field:
     order: str
 
     def contents(self) -> Any:
-        """The value: a number, bool, str, or list of numbers.
+        """Returns the value: a number, bool, str, or list of numbers.
 
         Raises:
-            ValueError: Text that is not UTF-8 (UnicodeDecodeError), an array of strings or of arrays.
+            ValueError: The text is not UTF-8 (UnicodeDecodeError), or it is an array of strings or of arrays.
         """
         if self.types == [GGUFValueType.STRING]:
             return self.raw[self.start + 8 :].decode()
@@ -73,17 +73,17 @@ class Field:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What stands before the tensor data. Holds no file open.
+    """Everything before the tensor data. It holds no file open.
 
     Attributes:
         path: The file.
-        file_bytes: Its size.
+        file_bytes: Size of the file.
         order: Byte order, ``"<"`` or ``">"``.
         version: GGUF version, 2 or 3.
-        alignment: Of the tensor data, in bytes.
-        fields: The keys, in the file's order.
-        n_tensors: Number of tensors in this file; of a split one, in this shard.
-        tensor_infos: Their names, shapes, types and offsets as they stand in the file.
+        alignment: Alignment of the tensor data, in bytes.
+        fields: The keys, in the order of the file.
+        n_tensors: Number of tensors in this file; in this shard if the model is split.
+        tensor_infos: Names, shapes, types and offsets of the tensors, as they are in the file.
         data_offset: Where the tensor data starts, in bytes from the start of the file.
     """
 
@@ -105,7 +105,7 @@ def read_header(path: str | os.PathLike) -> GGUFHeader:
     """Reads the header of a GGUF file; of a split one, of the given shard.
 
     Raises:
-        PopError: No such file, not a GGUF, damaged, or cut short.
+        PopError: There is no such file, or it is not a GGUF, damaged, or cut short.
     """
     path = Path(path)
     try:
@@ -135,8 +135,8 @@ def read_header(path: str | os.PathLike) -> GGUFHeader:
 
 
 def _parse(path: Path, data: mmap.mmap) -> tuple[GGUFHeader, int]:
-    """The header, and the offset where the last tensor ends."""
-    # Versions are small numbers: one that is large in this byte order was written in the other.
+    """Returns the header, and the offset where the last tensor ends."""
+    # Versions are small numbers: a version that is large in this byte order was written in the other one.
     order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
     version, n_tensors, n_keys = struct.unpack_from(f"{order}IQQ", data, 4)
     if version not in (2, 3):
@@ -153,12 +153,12 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[GGUFHeader, int]:
     infos_start = offset
 
     alignment = _DEFAULT_ALIGNMENT
-    if (field := fields.get("general.alignment")) is not None:
-        alignment = field.contents() if field.types == [GGUFValueType.UINT32] else 0
+    if (stored := fields.get("general.alignment")) is not None:
+        alignment = stored.contents() if stored.types == [GGUFValueType.UINT32] else 0
         if alignment == 0 or alignment & (alignment - 1):
             raise _Damaged(f"general.alignment of {alignment}")
 
-    ends = []  # of the tensors, from the start of the tensor data
+    ends = []  # where the tensors end, from the start of the tensor data
     for _ in range(n_tensors):
         end, offset = _parse_tensor(data, order, offset)
         ends.append(end)
@@ -176,13 +176,13 @@ def _parse_field(data: mmap.mmap, order: str, start: int) -> tuple[str, Field]:
 
 
 def _parse_value(data: mmap.mmap, order: str, name: str, offset: int) -> tuple[list[GGUFValueType], int, int, int]:
-    """Type, count, and the offsets of a value and behind it."""
-    kind = _kind(name, struct.unpack_from(f"{order}I", data, offset)[0])
+    """Returns the types and the count of a value, and the offsets where it starts and ends."""
+    kind = _parse_kind(name, struct.unpack_from(f"{order}I", data, offset)[0])
     offset += 4
     if kind != GGUFValueType.ARRAY:
         return [kind], 1, offset, _skip(data, order, name, kind, 1, offset)
     item_kind, count = struct.unpack_from(f"{order}IQ", data, offset)
-    item_kind = _kind(name, item_kind)
+    item_kind = _parse_kind(name, item_kind)
     return [kind, item_kind], count, offset + 12, _skip(data, order, name, item_kind, count, offset + 12)
 
 
@@ -191,7 +191,7 @@ def _parse_name(data: mmap.mmap, order: str, offset: int) -> tuple[str, int]:
     return data[offset + 8 : end].decode("utf-8", "surrogateescape"), end
 
 
-def _kind(name: str, number: int) -> GGUFValueType:
+def _parse_kind(name: str, number: int) -> GGUFValueType:
     try:
         return GGUFValueType(number)
     except ValueError:
@@ -199,7 +199,7 @@ def _kind(name: str, number: int) -> GGUFValueType:
 
 
 def _skip(data: mmap.mmap, order: str, name: str, kind: GGUFValueType, count: int, offset: int) -> int:
-    """The offset behind ``count`` values of a type."""
+    """Returns the offset after ``count`` values of a type."""
     if kind in _SCALARS:
         offset += count * struct.calcsize(f"={_SCALARS[kind]}")
     elif kind == GGUFValueType.STRING:
@@ -209,14 +209,14 @@ def _skip(data: mmap.mmap, order: str, name: str, kind: GGUFValueType, count: in
     else:
         for _ in range(count):
             item_kind, item_count = struct.unpack_from(f"{order}IQ", data, offset)
-            offset = _skip(data, order, name, _kind(name, item_kind), item_count, offset + 12)
+            offset = _skip(data, order, name, _parse_kind(name, item_kind), item_count, offset + 12)
     if offset > len(data):
         raise _Damaged(f"{name[:60]!a} reaches past the end of the file")
     return offset
 
 
 def _parse_tensor(data: mmap.mmap, order: str, offset: int) -> tuple[int, int]:
-    """Where a tensor ends, from the start of the tensor data, and the offset behind its info."""
+    """Returns where a tensor ends, from the start of the tensor data, and the offset after its info."""
     name, offset = _parse_name(data, order, offset)
     (n_dimensions,) = struct.unpack_from(f"{order}I", data, offset)
     if n_dimensions > _MAX_DIMENSIONS:
@@ -225,6 +225,6 @@ def _parse_tensor(data: mmap.mmap, order: str, offset: int) -> tuple[int, int]:
     n_values = 1
     for length in shape:
         n_values *= length
-    # A type that is newer than the gguf package is left to llama.cpp.
+    # llama.cpp checks the size if the type is newer than the gguf package.
     block_values, block_bytes = GGML_QUANT_SIZES.get(kind, (1, 0))
     return start + n_values // block_values * block_bytes, offset + 4 + 8 * n_dimensions + 12

@@ -1,6 +1,7 @@
-"""The ``pop.*`` keys of a GGUF file: read, checked, and listed for writing. docs/metadata.md is their normative table.
+"""Reads, checks and lists the ``pop.*`` keys of a GGUF file. docs/metadata.md is their normative table.
 
-``PopLlama`` reads them before it loads a model, ``convert`` writes them, ``inspect`` shows them.
+All Python code that asks what such a key says, or whether it is valid, asks here. ``convert`` and ``tune`` write the
+keys.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from gguf import GGUFValueType
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
 
-VERSION = 1  # newest pop.version that this package reads, and the one it writes
+VERSION = 1  # This package writes this pop.version, and reads none that is newer.
 
-_MAX_TOKENS = 2**31 - 1  # llama.cpp counts tokens in int32
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS; llama.cpp ends the process where a file has more
-# key -> attribute of PopMetadata, all uint32
+_MAX_TOKENS = 2**31 - 1  # llama.cpp counts tokens in int32.
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS: llama.cpp ends the process if a file has more.
+# Key -> attribute of PopMetadata; all are uint32.
 _ENDS = {"pop.head": "head", "pop.tail": "tail", "pop.min_tokens": "min_tokens"}
-# key -> (attribute of Curve, type in the file, or of an array's items)
+# Key -> attribute of Curve, and the type in the file, for an array that of its items.
 _CURVE_ARRAYS = {
     "pop.curve.boundary": ("boundary", GGUFValueType.UINT32),
     "pop.curve.kl": ("kl", GGUFValueType.FLOAT32),
@@ -34,7 +35,7 @@ _CURVE_SCALARS = {
     "pop.curve.samples": ("samples", GGUFValueType.UINT32),
     "pop.curve.source": ("source", GGUFValueType.STRING),
 }
-# key -> (attribute of PopMetadata, type in the file)
+# Key -> attribute of PopMetadata, and the type in the file.
 _CALIBRATION = {
     "pop.calibration.source": ("calibration_source", GGUFValueType.STRING),
     "pop.calibration.samples": ("calibration_samples", GGUFValueType.UINT32),
@@ -50,15 +51,15 @@ _IMPORTANCE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """What was measured at some boundaries. Lists of the same length.
+    """What was measured at some boundaries. The lists have one entry for each boundary.
 
     Attributes:
-        boundary: First layer that prefill skips.
-        kl: KL divergence to the whole model, nats a token of the continuation.
-        loss_increase: Relative increase of the negative log-likelihood.
-        speedup: That the operations left allow, for a prompt of 512 tokens.
+        boundary: First layers that prefill skips.
+        kl: KL divergences to the whole model, nats a token of the continuation.
+        loss_increase: Relative increases of the negative log-likelihood.
+        speedup: Speed-ups that the operations left allow, for a prompt of 512 tokens.
         samples: Number of samples behind the means.
-        source: Name of the file that they are from.
+        source: Name of the file that the samples are from.
     """
 
     boundary: list[int]
@@ -71,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PopMetadata:
-    """What a file says about POP. Attributes that the file does not set are None.
+    """What a file says about POP. An attribute is None if the file does not set it.
 
     Attributes:
         boundary: 0-based index of the first layer that prefill skips, 1..L; L = off.
@@ -79,13 +80,13 @@ class PopMetadata:
         tail: Last tokens of a prompt that run every layer, at least 1.
         min_tokens: Prompts with fewer new tokens are not pruned.
         importance_prefill: Fisher score of each layer for prompt tokens, float32 [L].
-        importance_decode: The same for the last prompt token and generated tokens, float32 [L].
-        curve: Measured quality, from ``pop-gguf tune``.
+        importance_decode: Fisher score of each layer for the last prompt token and generated tokens, float32 [L].
+        curve: Quality that ``pop-gguf tune`` has measured.
         calibration_source: Name of the calibration file, or "bundled".
         calibration_samples: Number of samples behind the scores.
-        calibration_tokens: Their tokens in all.
+        calibration_tokens: Number of their tokens.
         calibration_seed: Seed of the sampled labels.
-        calibration_sha256: Hash of the samples' text.
+        calibration_sha256: Hash of the text of the samples.
     """
 
     boundary: int | None = None
@@ -102,7 +103,10 @@ class PopMetadata:
     calibration_sha256: str | None = None
 
     def key_values(self) -> list[tuple[str, Any, GGUFValueType]]:
-        """The keys to write: (key, value, type in the file); arrays are of uint32 where all items are int, else of float32."""
+        """Returns the keys to write: key, value, and type in the file.
+
+        An array is of uint32 if all its items are int, else of float32.
+        """
         result: list[tuple[str, Any, GGUFValueType]] = [("pop.version", VERSION, GGUFValueType.UINT32)]
         if self.boundary is not None:
             result.append(("pop.boundary", self.boundary, GGUFValueType.UINT32))
@@ -124,7 +128,7 @@ class PopMetadata:
 
 
 def trunk_layers(reader: GGUFHeader) -> int:
-    """Layers of the model's trunk, L: its blocks without those for multi-token prediction.
+    """Returns the number of layers of the model's trunk, L: its blocks without those for multi-token prediction.
 
     Raises:
         PopError: The file has no usable ``<architecture>.block_count``.
@@ -135,7 +139,7 @@ def trunk_layers(reader: GGUFHeader) -> int:
         with contextlib.suppress(UnicodeDecodeError):
             name = architecture.contents()
             blocks, extra = (reader.get_field(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
-            # llama.cpp takes no other type either
+            # llama.cpp takes no other type either.
             if blocks is not None and all(
                 field is None or field.types == [GGUFValueType.UINT32] for field in (blocks, extra)
             ):
@@ -148,23 +152,23 @@ def trunk_layers(reader: GGUFHeader) -> int:
 def read_metadata(path: str | os.PathLike) -> PopMetadata | None:
     """Reads and checks the ``pop.*`` keys of a file; of a split one, those of the first shard.
 
-    Keys this version does not know are ignored.
+    Keys that this version does not know are ignored.
 
     Returns:
-        None where the file has no ``pop.*`` key.
+        The metadata, or None if the file has no ``pop.*`` key.
 
     Raises:
         PopError: The file cannot be read, a newer version wrote it, or a key has the wrong type, length or range.
     """
-    return metadata_of(read_header(path), path)
+    return parse_metadata(read_header(path), path)
 
 
-def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | None:
-    """As :func:`read_metadata`, for a file that is already open."""
+def parse_metadata(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | None:
+    """Checks the ``pop.*`` keys of a header that was read already. See :func:`read_metadata`."""
     if not any(key.startswith("pop.") for key in reader.fields):
         return None
 
-    def refuse(key: str, found: str, expected: str):
+    def refuse(key: str, found: str, expected: str) -> PopError:
         return PopError(f"{path}: {key} is {found}, not {expected}; write it again with `pop-gguf convert`")
 
     def value(key: str, kind: GGUFValueType) -> Any:
@@ -209,13 +213,13 @@ def metadata_of(reader: GGUFHeader, path: str | os.PathLike) -> PopMetadata | No
         if not (np.isfinite(found[attribute]).all() and (found[attribute] >= 0).all()):
             raise refuse(key, "negative or not finite somewhere", "scores of at least 0")
     if any(key in reader.fields for key in (*_CURVE_ARRAYS, *_CURVE_SCALARS)):
-        found["curve"] = _curve_of(reader, value, refuse, n_layer)
+        found["curve"] = _parse_curve(reader, value, refuse, n_layer)
     for key, (attribute, kind) in _CALIBRATION.items():
         found[attribute] = value(key, kind)
     return PopMetadata(**found)
 
 
-def _curve_of(reader: GGUFHeader, value: Callable, refuse: Callable, n_layer: int) -> Curve:
+def _parse_curve(reader: GGUFHeader, value: Callable, refuse: Callable, n_layer: int) -> Curve:
     found: dict[str, Any] = {}
     for key, (name, kind) in _CURVE_ARRAYS.items():
         field = reader.get_field(key)

@@ -1,20 +1,20 @@
 """Copies a GGUF file with its ``pop.*`` keys replaced; every other byte of keys and tensors stays as it was.
 
-Called by the converter. Also owns ``replacing``, through which every tool here writes: beside the target, then renamed; and
-``scratch``, the directory for that, which the next run removes where this one was killed.
+Also owns how every command here writes a file. What is written goes to ``<target>.part`` beside the target and is
+renamed to the target when it is whole, so that the target is always the old file or the whole new one. The ``.part`` is
+locked as long as its run lives. What a killed run has left is removed by the next run for the same target.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import struct
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gguf import GGUFValueType
 
@@ -24,112 +24,163 @@ from pypop_gguf.gguf_files.metadata import PopMetadata
 
 try:
     import fcntl
-except ImportError:  # Windows, where a directory with an open file in it cannot be renamed
-    fcntl = None
+except ImportError:  # Windows has no such locks, and does not rename a file that is open.
+    fcntl = None  # type: ignore[assignment]
 
 _CHUNK_BYTES = 16 << 20
-_SCRATCH = ".pop-gguf-"
-_LEFT = f"{_SCRATCH}left-"
+
+
+def part_path(target: Path, what: str = "") -> Path:
+    """Returns where ``target``, or another file on the way to it, is written. See :func:`writing`."""
+    return target.with_name(f"{target.name}.{what}.part" if what else f"{target.name}.part")
 
 
 @contextlib.contextmanager
-def scratch(directory: Path) -> Iterator[Path]:
-    """Gives a directory inside ``directory`` for files on the way; gone with all that is in it when the block ends.
+def writing(target: Path) -> Iterator[Path]:
+    """Gives this run alone the right to write ``target``, and yields the path to write to.
 
-    A killed run cannot remove its own: each holds a lock as long as its run lives, and those without are removed here first.
+    Within the block, any ``part_path(target, what)`` may be written too. All of them are removed at the end of the
+    block, unless :func:`replace_together` has made them targets.
 
     Raises:
-        PopError: ``directory`` is missing or cannot be written to.
+        PopError: Another run writes the same target, or the directory is missing or cannot be written to.
     """
-    for path in directory.glob(f"{_SCRATCH}*"):
-        _remove_if_left(path)
+    if target.is_dir():
+        raise PopError(f"cannot write {target}: it is a directory; give a file")
+    part = part_path(target)
     try:
-        made, lock = _make_locked(directory)
+        file = _open_locked(part)
+    except BlockingIOError as error:
+        raise PopError(f"another run is writing {target}: wait until it has ended, or give another name") from error
     except OSError as error:
-        raise PopError(f"cannot write to {directory}: {error.strerror or error}") from error
-    try:
-        yield made
-    finally:
-        if not fcntl:
-            lock.close()
-        with contextlib.suppress(OSError):
-            _remove(made)
-        lock.close()
-
-
-def _make_locked(directory: Path) -> tuple[Path, BinaryIO]:
-    while True:
-        made = Path(tempfile.mkdtemp(dir=directory, prefix=_SCRATCH))
+        raise PopError(f"cannot write to {target.absolute().parent}: {error.strerror or error}") from error
+    with file:
         try:
-            lock = (made / "lock").open("xb")
-        except FileNotFoundError:  # another run took it for a dead one's before it had its lock
-            continue
-        except OSError:
-            made.rmdir()
+            _remove_others(target)
+            yield part
+        finally:
+            if _is_at(file, part):  # not renamed
+                _remove_others(target)
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+
+def _open_locked(part: Path) -> BinaryIO:
+    """Creates ``part`` and locks it. What a killed run has left there is removed: its children may still write it.
+
+    Raises:
+        BlockingIOError: Another run has the lock.
+    """
+    while True:
+        try:
+            file: BinaryIO = part.open("xb")
+            is_left = False
+        except FileExistsError:
+            try:
+                file, is_left = part.open("rb+"), True
+            except FileNotFoundError:  # The other run has ended meanwhile.
+                continue
+        try:
+            if fcntl is None:
+                file.close()
+            else:
+                _lock(file)
+            if _is_at(file, part):
+                if not is_left:
+                    return file
+                part.unlink()
+        except BaseException:
+            file.close()
             raise
-        if fcntl:
-            with contextlib.suppress(
-                OSError
-            ):  # a file system without locks: then nobody can tell when this run is over
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        if (made / "lock").exists():
-            return made, lock
-        lock.close()
+        file.close()
 
 
-def _remove_if_left(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        if directory.name.startswith(_LEFT):
-            shutil.rmtree(directory)
-        elif not (directory / "lock").exists():
-            directory.rmdir()  # empty: its run was killed before it had its lock, or makes another
-        else:
-            with (directory / "lock").open("r+b") as lock:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where its run lives
-                    _remove(directory)
-            if not fcntl:
-                _remove(directory)
-            print(f"removed {directory}, which a killed run left", file=sys.stderr)
+def _lock(file: BinaryIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # This file system has no locks, so nothing can tell whether another run is writing.
 
 
-def _remove(directory: Path) -> None:
-    """Removes it under a name that says that no run needs it, so that the next one can go on where this one is killed."""
-    left = directory.with_name(_LEFT + directory.name.removeprefix(_SCRATCH))
-    directory.rename(left)
-    shutil.rmtree(left)
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Returns whether the open file is still the one at ``path``: another run may have renamed or removed it."""
+    try:
+        return file.closed or os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_others(target: Path, keep: Collection[Path] = ()) -> None:
+    """Removes the files on the way to ``target``, which only the run that has the lock may have."""
+    for path in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+        if path not in keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def replace_together(parts: Mapping[Path, Path]) -> None:
+    """Renames written files to their targets, given as target -> part, so that no old file is ever beside a new one.
+
+    First all targets but the first are removed, then the files are renamed in their order. So whenever a run is killed,
+    the first target has the companions that it came with, or none.
+
+    Raises:
+        PopError: A file cannot be written to the disk or renamed.
+    """
+    first, *companions = parts
+    for target, part in parts.items():
+        with _naming(target), part.open("rb+") as file:
+            os.fsync(file)
+    _remove_others(first, keep=parts.values())
+    try:
+        for target in companions:
+            with _naming(target):
+                target.unlink(missing_ok=True)
+        for target, part in parts.items():
+            with _naming(target):
+                os.replace(part, target)
+    finally:
+        for target in companions:
+            with contextlib.suppress(OSError):
+                parts[target].unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Gives a path to write to on the same file system, and renames it to ``target`` once the block has succeeded.
+    """Yields a path to write to, and renames that file to ``target`` once the block has succeeded.
 
     Raises:
-        PopError: The directory is missing or cannot be written to, or the disk is full.
+        PopError: As :func:`writing`, or the disk is full.
     """
-    with scratch(target.absolute().parent) as directory:
-        beside = directory / target.name
-        try:
-            yield beside
-            os.replace(beside, target)
-        except OSError as error:
-            raise PopError(f"cannot write {target}: {error.strerror or error}") from error
+    with writing(target) as part, _naming(target):
+        yield part
+        replace_together({target: part})
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PopError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def adapter_path(model: Path, boundary: int) -> Path:
-    """Where ``PopLlama`` looks for the adapter of a model file."""
+    """Returns where ``PopLlama`` looks for the adapter of a model file."""
     return model.with_name(f"{model.stem}.pop-b{boundary}.gguf")
 
 
 def check_free_space(directory: Path, needed: int) -> None:
-    """Refuses before anything is written what will not fit.
+    """Checks that there is space for a file before it is written.
 
     Args:
-        directory: Where to write.
-        needed: Bytes.
+        directory: Where the file will be.
+        needed: Its bytes.
 
     Raises:
-        PopError: There is less.
+        PopError: There is less space.
     """
     try:
         free = shutil.disk_usage(directory).free
@@ -140,44 +191,51 @@ def check_free_space(directory: Path, needed: int) -> None:
 
 
 def copy_with_metadata(
-    source: Path, target: Path, metadata: PopMetadata, progress: Callable[[int, int], None] | None = None
+    source: Path, target: Path, metadata: PopMetadata, progress: Callable[[int, int], object] | None = None
 ) -> None:
-    """Writes ``target`` as ``source`` with these ``pop.*`` keys and no others. The two may be the same file.
+    """Replaces ``target`` by a copy of ``source`` with these ``pop.*`` keys and no others.
 
     Args:
         source: A GGUF file; of a split one, the first shard.
-        target: Replaced as a whole, or left alone.
-        metadata: What to write.
-        progress: Called with bytes written and bytes in all.
+        target: The file to replace, which may be ``source``. If this fails, it stays as it was.
+        metadata: The keys to write.
+        progress: Called with the bytes that are written and the bytes in all.
 
     Raises:
-        PopError: The source cannot be read, or the target not written.
+        PopError: The source cannot be read, or the target cannot be written.
     """
+    with writing(target) as part:
+        write_copy(source, target, metadata, progress)
+        replace_together({target: part})
+
+
+def write_copy(
+    source: Path, target: Path, metadata: PopMetadata, progress: Callable[[int, int], object] | None = None
+) -> None:
+    """Writes the copy of :func:`copy_with_metadata` to ``part_path(target)``, within ``writing(target)``."""
     old_header = read_header(source)
-    header = _header(old_header, metadata)
+    header = _build_header(old_header, metadata)
     total = len(header) + max(0, old_header.file_bytes - old_header.data_offset)
-    check_free_space(target.parent, total)
-    with replacing(target) as beside, source.open("rb") as old, beside.open("xb") as new:
+    check_free_space(target.absolute().parent, total)
+    with _naming(target), source.open("rb") as old, part_path(target).open("wb") as new:
         new.write(header)
         old.seek(old_header.data_offset)
         while chunk := old.read(_CHUNK_BYTES):
             new.write(chunk)
             if progress:
                 progress(new.tell(), total)
-        new.flush()
-        os.fsync(new.fileno())
 
 
-def _header(old: GGUFHeader, metadata: PopMetadata) -> bytes:
-    """All that stands before the tensor data, padded. Kept keys and tensor infos are copied as raw bytes."""
+def _build_header(old: GGUFHeader, metadata: PopMetadata) -> bytes:
+    """Returns everything before the tensor data, padded. Kept keys and tensor infos are copied as raw bytes."""
     kept = [field.raw for name, field in old.fields.items() if not name.startswith("pop.")]
-    added = [_packed(old.order, *key_value) for key_value in metadata.key_values()]
+    added = [_pack(old.order, *key_value) for key_value in metadata.key_values()]
     counts = struct.pack(f"{old.order}IQQ", old.version, old.n_tensors, len(kept) + len(added))
     header = b"".join([b"GGUF", counts, *kept, *added, old.tensor_infos])
     return header + bytes(-len(header) % old.alignment)
 
 
-def _packed(order: str, key: str, value, kind: GGUFValueType) -> bytes:
+def _pack(order: str, key: str, value: Any, kind: GGUFValueType) -> bytes:
     def text(string: str) -> bytes:
         raw = string.encode()
         return struct.pack(f"{order}Q", len(raw)) + raw

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a pruned model: its tasks, its metrics, our engine. ``pop-gguf eval --lm-eval`` uses it.
+"""Runs lm-evaluation-harness on a pruned model, for ``pop-gguf eval --lm-eval``: its tasks and metrics, our engine.
 
-A request's context is read with the boundary; what is scored or generated runs through the whole model. Tasks with images
-(MMMU and the like) go through the model's own chat template and projector, as a chat would.
+The context of a request is read with the boundary; what is scored or generated runs through the whole model. Tasks with
+images (such as MMMU) go through the model's own chat template and projector, as a chat does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from pypop_gguf.errors import PopError
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality.score import Tokenizer, log_softmax
 
-_IMAGE = "<image>"  # where the harness's prompts have one
+_IMAGE = "<image>"  # The harness's prompts mark the place of an image by this.
 
 try:
     from lm_eval import simple_evaluate
@@ -31,14 +32,14 @@ class PopLM(TemplateLM):
     """A ``PopLlama`` as the harness's model.
 
     Args:
-        llm: The model; requests longer than its context lose the begin of theirs.
+        llm: The model; a request that is longer than its context loses the begin of its own context.
         boundary: First layer that prefill skips, L for the whole model.
     """
 
     def __init__(self, llm: PopLlama, boundary: int) -> None:
         super().__init__()
         self._llm, self._boundary, self._tokenizer = llm, boundary, Tokenizer(llm)
-        self.MULTIMODAL = llm.chat_handler is not None  # the harness asks for this name
+        self.MULTIMODAL = llm.chat_handler is not None  # The harness asks for this name.
 
     @property
     def eot_token_id(self) -> int:
@@ -91,38 +92,38 @@ class PopLM(TemplateLM):
         room = self._llm.n_ctx() - 1
         max_tokens = min(int(options.get("max_gen_toks", 256)), room // 2)
         until = options.get("until") or []
-        common = dict(
+        common: dict[str, Any] = dict(
             max_tokens=max_tokens,
             stop=[until] if isinstance(until, str) else until,
             temperature=float(options.get("temperature", 0)) if options.get("do_sample") else 0,
             boundary=self._boundary,
         )
-        self._llm.reset()  # what another boundary has read would be reused
+        self._llm.reset()  # Else the cache of another boundary would be reused.
         if media:
-            messages = [{"role": "user", "content": _content(context, media["visual"])}]
-            return self._llm.create_chat_completion(messages, **common)["choices"][0]["message"]["content"]
+            messages: list[Any] = [{"role": "user", "content": _make_content(context, media["visual"])}]
+            return self._llm.create_chat_completion(messages, **common)["choices"][0]["message"]["content"] or ""
         tokens = self.tok_encode(context, add_special_tokens=True)[-(room - max_tokens) :]
         return self._llm.create_completion(tokens, **common)["choices"][0]["text"]
 
 
-def _content(context: str, images: list) -> list[dict]:
-    """A chat message's parts: the images, in turn, where the text has its marks; those without a mark come first."""
+def _make_content(context: str, images: list) -> list[dict]:
+    """Returns the parts of a chat message. Each mark in the text becomes an image; images without a mark come first."""
     texts = context.split(_IMAGE)
     n_marks = len(texts) - 1
     if n_marks > len(images):
         raise PopError(f"a question has {n_marks} {_IMAGE} marks and {len(images)} images")
     first = len(images) - n_marks
-    parts = [_image_part(image) for image in images[:first]]
+    parts = [_make_image_part(image) for image in images[:first]]
     for i, text in enumerate(texts):
         if i:
-            parts.append(_image_part(images[first + i - 1]))
+            parts.append(_make_image_part(images[first + i - 1]))
         if text:
             parts.append({"type": "text", "text": text})
     return parts
 
 
-def _image_part(image) -> dict:
-    """Of a ``PIL.Image``, losslessly."""
+def _make_image_part(image: Any) -> dict:
+    """Returns the part for a ``PIL.Image``, without loss."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     return {
@@ -132,15 +133,20 @@ def _image_part(image) -> dict:
 
 
 def evaluate(llm: PopLlama, boundary: int, names: list[str], task_dir: Path | None, limit: int) -> dict[str, dict]:
-    """The harness's results of some tasks at one boundary: task -> metric -> value.
+    """Runs tasks of the harness at one boundary.
 
     Args:
+        llm: The model.
+        boundary: First layer that prefill skips, L for the whole model.
         names: Tasks, groups or tags.
-        task_dir: A directory with tasks of one's own beside the harness's.
-        limit: Documents of each task at most.
+        task_dir: A directory with further tasks.
+        limit: Largest number of documents of each task.
+
+    Returns:
+        The value of each metric of each task.
 
     Raises:
-        PopError: No such task, or the harness cannot run it.
+        PopError: There is no such task, or the harness cannot run it.
     """
     manager = TaskManager(include_path=str(task_dir) if task_dir else None)
     if unknown := sorted(set(names) - set(manager.all_tasks)):
@@ -149,10 +155,9 @@ def evaluate(llm: PopLlama, boundary: int, names: list[str], task_dir: Path | No
         done = simple_evaluate(
             model=PopLM(llm, boundary), tasks=names, task_manager=manager, limit=limit, verbosity="ERROR"
         )
-    except Exception as error:  # a task may fail in any way: a data set that is not there, code of its own
-        raise PopError(
-            f"--lm-eval: the harness failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+    except Exception as error:  # A task may fail in any way: its data set is missing, or its own code fails.
+        first_line = (str(error).splitlines() or [""])[0]
+        raise PopError(f"--lm-eval: the harness failed: {type(error).__name__}: {first_line}") from error
     return {
         name: {metric: value for metric, value in results.items() if isinstance(value, float)}
         for name, results in done["results"].items()

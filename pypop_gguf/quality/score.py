@@ -1,6 +1,7 @@
-"""Measures what pruning costs: continuations scored by the whole model on the cache that a pruned prompt has left.
+"""Measures what pruning costs: the whole model scores continuations on the cache that a pruned prompt has left.
 
-Measures only; pypop_gguf/boundary_rules.py decides. The full model is the same engine with POP off, so quantization falls on both sides.
+It only measures; pypop_gguf/boundary_rules.py decides. The whole model is the same file in the same engine with POP
+off, so the effects of quantization are on both sides.
 """
 
 from __future__ import annotations
@@ -10,33 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pypop_gguf import library
 from pypop_gguf.errors import PopError
 from pypop_gguf.importance.calibration import Sample
-from pypop_gguf.llama import PopLlama, llama_cpp
-
-_RESAMPLES = 10000
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over samples with its 95% interval (bootstrap over samples)."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+from pypop_gguf.llama import PopLlama
+from pypop_gguf.statistics import Mean, bootstrap_increase, bootstrap_mean
 
 
 @dataclass(frozen=True)
 class Score:
-    """One sample at one boundary; means over the tokens of its continuation.
+    """The score of one sample at one boundary, as means over the tokens of its continuation.
 
     Attributes:
         nll: Negative log-likelihood, nats a token.
-        kl: Divergence KL(whole model || POP), nats a token; 0 at the whole model's own.
-        top1: Share of tokens where both models' likeliest token is the same.
+        kl: KL divergence KL(whole model || pruned), nats a token; 0 for the whole model itself.
+        top1: Share of tokens for which both find the same token the likeliest.
         tokens: Tokens of the continuation.
     """
 
@@ -48,11 +37,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Quality:
-    """A boundary over all samples. Samples count alike, however long.
+    """The means of one boundary over all samples. Each sample counts the same, however long it is.
 
     Attributes:
         boundary: First layer that prefill skips; L is the whole model.
-        loss_increase: Mean NLL over the whole model's, minus 1.
+        samples: Number of samples.
+        nll: Mean of ``Score.nll``; ``kl`` and ``top1`` likewise.
+        loss_increase: By what share the mean NLL exceeds that of the whole model.
     """
 
     boundary: int
@@ -64,7 +55,7 @@ class Quality:
 
 
 class Tokenizer:
-    """A model's own tokenizer, as :func:`pypop_gguf.importance.calibration.load_samples` uses a Hugging Face one."""
+    """The tokenizer of a model file, with the methods of a Hugging Face tokenizer that importance.calibration uses."""
 
     def __init__(self, llm: PopLlama) -> None:
         self._llm = llm
@@ -80,7 +71,7 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: list[dict], tokenize: bool = False, add_generation_prompt: bool = False
     ) -> str:
-        formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+        formatter = library.load().llama_chat_format.Jinja2ChatFormatter(
             template=self.chat_template,
             eos_token=self._text(self._llm.token_eos()),
             bos_token=self._text(self.bos_token_id),
@@ -93,15 +84,15 @@ class Tokenizer:
 
 
 def score_sample(llm: PopLlama, sample: Sample, boundaries: Iterable[int]) -> dict[int, Score]:
-    """Scores one continuation, by the whole model first.
+    """Scores one continuation, first after a prompt that was read by the whole model.
 
     Args:
-        llm: Its head, tail and fewest tokens hold.
+        llm: The model; its head, tail and least number of tokens apply.
         sample: Prompt and continuation, at most ``n_ctx`` tokens.
         boundaries: 1..L each.
 
     Returns:
-        Boundary -> score; L, the whole model, is always there.
+        The score of each boundary; L, the whole model, is always there.
     """
     prompt, continuation = list(sample.tokens[: sample.prompt_len]), list(sample.tokens[sample.prompt_len :])
     n_layer = llm.pop.n_layer
@@ -116,20 +107,20 @@ def score_sample(llm: PopLlama, sample: Sample, boundaries: Iterable[int]) -> di
 
 
 def score_samples(llm: PopLlama, samples: Iterable[Sample], boundaries: Iterable[int]) -> Iterator[dict[int, Score]]:
-    """:func:`score_sample` of each, as each is done."""
+    """Yields the :func:`score_sample` of each sample."""
     boundaries = list(boundaries)
     for sample in samples:
         yield score_sample(llm, sample, boundaries)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, F64 [n, n_vocab]."""
+    """Returns the log-probabilities, F64 [n, n_vocab]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def compare(log_p: np.ndarray, whole: np.ndarray, continuation: list[int]) -> Score:
-    """A continuation's score from log-probabilities, F64 [n, n_vocab], POP's and the whole model's."""
+    """Returns the score of a continuation from the log-probabilities of both models, F64 [n, n_vocab] each."""
     rows = np.arange(len(continuation))
     return Score(
         nll=float(-log_p[rows, continuation].mean()),
@@ -139,20 +130,8 @@ def compare(log_p: np.ndarray, whole: np.ndarray, continuation: list[int]) -> Sc
     )
 
 
-def _resampled(n: int) -> np.ndarray:
-    """The same draws for every column, so that ratios of two are paired. [resamples, n]"""
-    return np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
-
-
-def bootstrap_mean(values: np.ndarray) -> Mean:
-    """Of one value a sample, [n]."""
-    return Mean(
-        float(values.mean()), *np.percentile(values[_resampled(len(values))].mean(axis=1), (2.5, 97.5)).tolist()
-    )
-
-
 def summarize(scores: list[dict[int, Score]]) -> list[Quality]:
-    """Means over samples for each boundary, deepest layers kept first.
+    """Returns the means over samples for each boundary, the whole model first.
 
     Raises:
         PopError: No samples.
@@ -160,17 +139,19 @@ def summarize(scores: list[dict[int, Score]]) -> list[Quality]:
     if not scores:
         raise PopError("no sample was scored")
     n_layer = max(scores[0])
-    picked = _resampled(len(scores))
 
     def column(boundary: int, name: str) -> np.ndarray:
         return np.array([getattr(score[boundary], name) for score in scores])
 
     whole = column(n_layer, "nll")
-    result = []
-    for boundary in sorted(scores[0], reverse=True):
-        nll = column(boundary, "nll")
-        increases = nll[picked].mean(axis=1) / whole[picked].mean(axis=1) - 1
-        increase = Mean(float(nll.mean() / whole.mean() - 1), *np.percentile(increases, (2.5, 97.5)).tolist())
-        others = (bootstrap_mean(column(boundary, name)) for name in ("kl", "top1"))
-        result.append(Quality(boundary, len(scores), bootstrap_mean(nll), *others, increase))
-    return result
+    return [
+        Quality(
+            boundary,
+            len(scores),
+            nll=bootstrap_mean(column(boundary, "nll")),
+            kl=bootstrap_mean(column(boundary, "kl")),
+            top1=bootstrap_mean(column(boundary, "top1")),
+            loss_increase=bootstrap_increase(column(boundary, "nll"), whole),
+        )
+        for boundary in sorted(scores[0], reverse=True)
+    ]

@@ -1,4 +1,4 @@
-"""The table of ablations: its POP row is POP, its whole row the whole model, and the others change what they say."""
+"""The table of ablations: its row POP is POP, its row "whole" is the whole model, and each other row differs."""
 
 import numpy as np
 import pytest

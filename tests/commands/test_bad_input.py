@@ -1,4 +1,4 @@
-"""What goes wrong for users: one line that says what to do, exit status 1, and nothing new in the target's directory."""
+"""Errors of users: one line that says what to do, exit status 1, and nothing new in the target's directory."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from pypop_gguf import PopError, PopLlama, cli
 from tests.support.gguf_files import write_keys, write_model
 from tests.support.paths import BUNDLED
 
-PROGRESS = ("converting ", "quantizing ", "Writing", "Loading weights", "Converting and de-quantizing", "importance ")
+PROGRESS = ("converting ", "quantizing ", "writing ", "Loading weights", "Converting and de-quantizing", "importance: ")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def error_line(stderr: str) -> str:
-    """The one line of the error; all before it is progress."""
+    """Returns the line of the error. All lines before it are progress."""
     *before, last = stderr.splitlines()
     assert last.startswith("pop-gguf: error: ")
     assert all(line.startswith(PROGRESS) for line in before if line), before
@@ -236,11 +236,11 @@ def test_projector_of_a_text_model_is_refused_and_nothing_written(refused):
     assert "no projector, leave out --mmproj" in line and "LlamaForCausalLM is not supported" in line
 
 
-# What needs a process of its own
+# These tests need a process of their own.
 
 LIMITED = """
 import resource, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with Ctrl-C ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # The shell may have started the tests with Ctrl-C ignored.
 size = int(sys.argv.pop(1))
 if size:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -284,25 +284,29 @@ def test_full_disk_leaves_the_old_file_alone(bundled_gguf, out, source, argument
 @posix_only
 @pytest.mark.parametrize(
     ("source", "sign"),
-    [("hf", b"with llama.cpp's converter"), ("gguf", b"importance 1/")],
+    [("hf", b"with llama.cpp's converter"), ("gguf", b"| 1/")],
     ids=["converter", "importance"],
 )
 def test_ctrl_c_leaves_nothing_behind(bundled_gguf, out, source, sign):
+    import fcntl
+    import termios
+
     model = bundled_gguf if source == "gguf" else BUNDLED
     before = contents(out)
     command = [sys.executable, "-c", LIMITED, "0", "convert", model, "--importance", "--outfile", out / "old.gguf"]
-    terminal, stderr = os.openpty()  # each sample's progress is shown on a terminal only
+    terminal, stderr = os.openpty()  # Only a terminal gets the progress of each sample.
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     with subprocess.Popen(command, stderr=stderr, start_new_session=True) as process:
         os.close(stderr)
         seen, interrupted = b"", False
-        with contextlib.suppress(OSError):  # Linux reports the other end's closing as an error
+        with contextlib.suppress(OSError):  # Linux reports it as an error when the other end is closed.
             while piece := os.read(terminal, 1024):
                 seen += piece
                 if sign in seen and not interrupted:
-                    os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
+                    os.killpg(process.pid, signal.SIGINT)  # A terminal sends it to all processes too.
                     interrupted = True
     os.close(terminal)
     assert interrupted and process.returncode == 130
-    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; nothing was written\r\n")
+    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; no file was left half-written\r\n")
     assert b"Traceback" not in seen
     assert contents(out) == before

@@ -1,4 +1,4 @@
-"""The benchmark on a tiny random model: what it records and computes. How long anything takes is not judged here."""
+"""What the benchmark records and computes, on a tiny random model. How long anything takes is not judged here."""
 
 import csv
 import dataclasses
@@ -31,7 +31,7 @@ needs_stock = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, Path]:
-    """The tiny geometry in each type."""
+    """Writes a model of the tiny geometry in each type."""
     base = tmp_path_factory.mktemp("random")
     for outtype in TYPES:
         assert main(["random-model", "tiny", str(base / f"{outtype}.gguf"), "--outtype", outtype]) == 0
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 
 
 def ask_worker(model: Path, *requests: dict, ours: bool = True) -> list[dict]:
-    """A worker's answers to these requests, after loading the model into a context of 40 tokens."""
+    """Returns a worker's answers to these requests, after it has loaded the model with a context of 40 tokens."""
     load = {"request": "load", "model": str(model), "ours": ours, "n_threads": 1, "n_ubatch": 512, "flash_attn": False}
     context = {"request": "context", "n_prompt": 32, "n_decode": 8, "n_parallel": 1, "unified": False}
     done = subprocess.run(
@@ -67,9 +67,8 @@ def tensor_types(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("outtype", TYPES)
 def test_random_model_of_each_type_has_finite_logits(tiny, outtype):
-    off, pruned = ask_worker(
-        tiny[outtype], prefill(), prefill(4)
-    )  # the worker itself refuses logits that are not finite
+    # The worker itself refuses logits that are not finite.
+    off, pruned = ask_worker(tiny[outtype], prefill(), prefill(4))
     assert (off["pruned"], pruned["pruned"]) == (0, 31)
     assert off["logits_sha256"] != pruned["logits_sha256"]
 
@@ -111,7 +110,7 @@ def test_worker_with_pop_off_equals_stock_bit_for_bit(tiny):
 
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory) -> tuple[Path, str]:
-    """One run of the command: its CSV, and what it printed."""
+    """Runs the command once. Returns its CSV and what it has printed."""
     path = tmp_path_factory.mktemp("bench") / "runs.csv"
     done = subprocess.run(
         [
@@ -154,11 +153,11 @@ def test_bench_records_every_run(measured):
     before = [("before", baseline, "0"), ("before", "pop-off", "0")]
     ways = [(name, boundary) for boundary in ("4", "6") for name in ("pop", "pop-repeat")]
     turns = [[(phase, *way) for way in [(baseline, "0"), *ways, ("pop-off", "0")]] for phase in ("main", "mixed")]
-    assert found == control + control[::-1] + before + sum((turn + turn[::-1] for turn in turns), [])
+    assert found == control + control[::-1] + before + [way for turn in turns for way in turn + turn[::-1]]
     assert all(float(row["ttft_ms"]) > 0 and float(row["decode_ms_per_token"]) > 0 for row in rows)
     pruned = [row for row in rows if row["phase"] == "main" and row["engine"] in ("pop", "pop-repeat")]
     assert all(0 < float(row["flops_ratio"]) < 1 for row in pruned)
-    # the pruned pass holds the last tokens or leaves them to a pass of their own, whose graph is planned as well
+    # With "pop", the last tokens are in the pruned pass; with "pop-repeat", they are in a pass of their own.
     ratios = {(row["engine"], row["boundary"]): float(row["flops_ratio"]) for row in pruned}
     assert ratios["pop", "4"] > ratios["pop-repeat", "4"]
     assert all(float(row["plan_ms"]) > 0 for row in pruned)
@@ -198,7 +197,7 @@ def test_json_output_has_what_the_tables_show(measured, capsys):
 
 def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path):
     path = tmp_path / "runs.csv"
-    # a shell may have started the tests with Ctrl-C ignored, which children inherit
+    # The shell may have started the tests with Ctrl-C ignored, and children inherit that.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from pypop_gguf.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "bench", tiny["q8_0"], "--prompt", ",".join(map(str, range(32, 64)))]
@@ -246,10 +245,11 @@ def runs_of(engine: str, times_ms: list[float], decode_ms: float, flops_ratio: f
         ("pop-repeat", 0.7, 80.0),
         ("pop", 0.7, 72.5),
         ("pop", None, None),
-    ],  # one token: 10 ms, 2 of 8 layers remain for it
+    ],
 )
 def test_bound_is_the_share_of_operations_plus_one_token(engine, flops_ratio, bound_ms):
-    stock = runs_of("stock", [100.0, 99.0, 900.0], 10.0)  # medians: an outlier changes nothing
+    # One token takes 10 ms, and 2 of 8 layers remain for a continued one. Medians ignore the outlier.
+    stock = runs_of("stock", [100.0, 99.0, 900.0], 10.0)
     pop = runs_of(engine, [90.0, 89.0, 91.0], 10.0, flops_ratio)
     bound, reached = bound_ms and 100 / bound_ms, bound_ms and bound_ms / 90
     ((case,),) = bench_report.summarize([*stock, *pop]).values()
@@ -257,7 +257,7 @@ def test_bound_is_the_share_of_operations_plus_one_token(engine, flops_ratio, bo
     assert case.speedup.low <= case.speedup.value <= case.speedup.high
     assert (case.bound, case.reached) == (pytest.approx(bound), pytest.approx(reached))
     assert case.planning == pytest.approx(0.01)
-    assert ("N/A" in bench_report.tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
+    assert ("N/A" in bench_report.format_tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
 
 
 def refused(capsys, *arguments: object) -> str:

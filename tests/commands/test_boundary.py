@@ -34,7 +34,7 @@ def test_explicit_boundary_is_taken_as_it_is():
 
 def test_lossless_is_the_last_layer_that_writes_to_the_cache():
     assert choose_boundary(12, 11, boundary="lossless").boundary == 11
-    assert choose_boundary(30, 14, boundary="lossless").boundary == 14  # the upper layers share their caches
+    assert choose_boundary(30, 14, boundary="lossless").boundary == 14  # The upper layers share their caches.
 
 
 @pytest.mark.parametrize(("loss", "boundary"), [(0, 7), (0.019, 7), (0.02, 6), (0.06, 5), (0.3, 2), (0.5, 1), (1, 1)])
@@ -67,7 +67,7 @@ def test_choice_names_its_rule():
 
 @pytest.mark.parametrize("boundary", ["0", "13", "-1", "8.0", "x", "", "²", "٣"])
 def test_boundary_out_of_range_is_refused_with_the_range(boundary):
-    with pytest.raises(PopError, match='is out of range: give .*"lossless"'):
+    with pytest.raises(PopError, match=r'is out of range: give .*"lossless"'):
         choose_boundary(12, 11, boundary=boundary)
 
 

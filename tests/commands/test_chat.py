@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import struct
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line(bundled_gguf, options, t
 
 @unix_only
 def test_answer_in_the_terminals_language_is_shown_as_text(bundled_gguf, tmp_path):
-    """Of a file whose vocabulary clears the screen where the model says "bridge"; a pipe gets what the model says."""
+    """The vocabulary of this file clears the screen where the model says "bridge". A pipe gets what the model says."""
     import pty
 
     vocabulary = bundled_gguf.read_bytes()
@@ -50,10 +51,13 @@ def test_answer_in_the_terminals_language_is_shown_as_text(bundled_gguf, tmp_pat
 
 @unix_only
 def test_terminal_shows_progress_time_to_first_token_and_obeys_commands(bundled_gguf):
+    import fcntl
     import pty
+    import termios
 
     pid, terminal = pty.fork()
     if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         os.execv(sys.executable, [*PROGRAM, str(bundled_gguf), *OPTIONS])
     seen = [b""]
 
@@ -79,8 +83,8 @@ def test_terminal_shows_progress_time_to_first_token_and_obeys_commands(bundled_
         say(QUESTION)
         shown = expect(r"first token after \d+ ms: (\d+) prompt tokens, 0 from the cache, (\d+) pruned[\s\S]*> ")
         prompt, pruned = map(int, re.search(r": (\d+) prompt tokens, 0 from the cache, (\d+) pruned", shown).groups())
-        assert re.search(r"\x1b\[K[^\x1b]*\w[^\x1b]*\[first token", shown)  # the answer is not wiped with the progress
-        assert pruned == prompt - 1 and re.search(r"reading \[\.{20}\] 0/\d+", shown)
+        assert re.search(r"\r +\r[^\r]*\w[^\r]*\r\n\[first token", shown)  # The bar is removed, the answer is not.
+        assert pruned == prompt - 1 and re.search(r"reading: +0% \| {20}\| 0/\d+ tokens", shown)
         say("And then?")
         expect(r"first token after \d+ ms: \d+ prompt tokens, [1-9]\d* from the cache[\s\S]*> ")
         say("/pop 99")

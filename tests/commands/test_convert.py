@@ -1,4 +1,4 @@
-"""``pop-gguf convert``: Hugging Face models and GGUFs to several types, what the result says and who can run it."""
+"""``pop-gguf convert`` from Hugging Face models and GGUFs to several types: what the files say and who can run them."""
 
 import re
 import shutil
@@ -40,7 +40,7 @@ def convert(*arguments: object) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On a model this small, torch's threads spend their time waiting for each other."""
+    """Lets torch use one thread: on a model this small, several threads only wait for each other."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def converted(bundled_gguf, tmp_path_factory) -> dict[str, Path]:
-    """The bundled model from both kinds of source in three types; importance only where noted: it takes a second."""
+    """Converts the bundled model from both kinds of source to three types; two of the files have importance."""
     base = tmp_path_factory.mktemp("converted")
     runs = {
         "hf-f16": [BUNDLED, "--outtype", "f16", *FEW_SAMPLES],  # with importance
@@ -93,7 +93,7 @@ def test_stock_engine_runs_the_result_unpruned(converted, stock_texts, name):
 def test_result_has_the_type_that_was_asked_for(converted, name):
     reader = gguf.GGUFReader(converted[name])
     weight = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_gate.weight")
-    # rows of 192 fit no block of 256: llama.cpp takes q5_0 for q4_k there
+    # Rows of 192 numbers fit no block of 256, so llama.cpp takes q5_0 instead of q4_k.
     assert weight.tensor_type.name == {"f16": "F16", "q8_0": "Q8_0", "q4_k_m": "Q5_0"}[name.split("-")[1]]
     assert reader.get_field("general.architecture").contents() == "llama"
     assert len(reader.tensors) == 110
@@ -108,7 +108,7 @@ def test_importance_has_a_score_for_each_layer(converted, name):
     metadata = read_metadata(converted[name])
     for scores in (metadata.importance_prefill, metadata.importance_decode):
         assert scores.shape == (12,) and (scores[:-1] > 0).all()
-    assert metadata.importance_prefill[-1] == 0  # nothing reads what a prompt token computes in the last layer
+    assert metadata.importance_prefill[-1] == 0  # Nothing reads what a prompt token computes in the last layer.
     assert metadata.importance_decode[-1] > 0
 
 

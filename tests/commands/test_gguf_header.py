@@ -1,4 +1,4 @@
-"""Files that are no good GGUF are refused in one line and at once; large headers are read in a moment."""
+"""Files that are no valid GGUF are refused at once and in one line. Large headers are read in a moment."""
 
 import struct
 import time
@@ -49,7 +49,7 @@ def test_file_cut_anywhere_is_refused(tmp_path):
     for length in [*range(4, data_offset + 64, 3), *range(end - 64, end)]:
         cut.write_bytes(whole[:length])
         assert "cut short" in refusal(cut), length
-    cut.write_bytes(whole[:end])  # padding behind the last tensor may be missing
+    cut.write_bytes(whole[:end])  # The padding after the last tensor may be missing.
     read_header(cut)
 
 
@@ -103,7 +103,7 @@ def test_hostile_header_is_refused_at_once(tmp_path, content):
 
 
 def test_large_vocabulary_is_read_in_a_moment(tmp_path):
-    """gguf.GGUFReader takes 20 s for this file; every start of PopLlama would wait for it."""
+    """gguf.GGUFReader takes 20 s for this file, and every start of PopLlama would wait for it."""
     n_vocab = 262144
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_token_list([f"token{i}" for i in range(n_vocab)])

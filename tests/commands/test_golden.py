@@ -1,4 +1,4 @@
-"""Files that were written once and stay: whatever changes here, ``pop.version`` 1 is read as it was meant."""
+"""Files that were written once and never change, so that ``pop.version`` 1 is always read as it was meant."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_pop_llama_takes_boundary_ends_and_the_adapter_beside_the_model(tmp_path
         llm.eval(TOKENS)
         prompts.append(np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm._ctx.ctx), shape=(16,)).copy())
         llm.close()
-    assert squared_error(*prompts) > 1e-6  # the adapter does something
+    assert squared_error(*prompts) > 1e-6  # The adapter changes the result.
 
 
 def test_adapter_is_still_for_this_model():

@@ -45,7 +45,7 @@ def inspect(capsys, *arguments) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of the layers' lines."""
+    """Returns the cells of the lines with layers."""
     return [line.split() for line in text.splitlines() if line[:5].strip().isdigit()]
 
 

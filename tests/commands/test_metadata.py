@@ -1,4 +1,4 @@
-"""The pop.* keys: written and read back, refused where they make no sense, and listed in docs/metadata.md."""
+"""The pop.* keys are read as they were written, refused if they are invalid, and listed in docs/metadata.md."""
 
 import re
 from dataclasses import fields
@@ -42,7 +42,7 @@ FULL = PopMetadata(
     calibration_sha256="ab" * 32,
 )
 
-# keys beside pop.version (or instead of it) -> what the refusal says, for a model of 12 layers
+# Keys beside pop.version, or instead of it -> what the refusal says for a model of 12 layers.
 BAD_KEYS = {
     "tail 0": ([("pop.version", 1, UINT32), ("pop.tail", 0, UINT32)], "pop.tail is 0"),
     "curve without figures": (
@@ -127,11 +127,14 @@ def test_first_and_last_boundary_are_accepted(tmp_path, boundary):
 
 def test_layers_for_multi_token_prediction_do_not_count(tmp_path):
     extra = ("glm4moe.nextn_predict_layers", 1, UINT32)
-    keys = lambda boundary: (VERSION_1, ("pop.boundary", boundary, UINT32), extra)
+
+    def keys(boundary: int) -> tuple:
+        return VERSION_1, ("pop.boundary", boundary, UINT32), extra
+
     path = write_keys(tmp_path / "a.gguf", *keys(4), architecture="glm4moe", n_layer=5)
     assert trunk_layers(read_header(path)) == 4
     assert read_metadata(path).boundary == 4
-    with pytest.raises(PopError, match="pop.boundary is 5, not 1 to 4"):
+    with pytest.raises(PopError, match=r"pop\.boundary is 5, not 1 to 4"):
         read_metadata(write_keys(tmp_path / "b.gguf", *keys(5), architecture="glm4moe", n_layer=5))
 
 
@@ -147,7 +150,7 @@ def test_bad_key_is_refused_by_name(tmp_path, keys, reason):
 
 @bad_keys
 def test_bad_key_stops_pop_llama_before_it_loads_the_model(tmp_path, keys, reason):
-    path = write_keys(tmp_path / "bad.gguf", *keys)  # llama.cpp could not load it: it has no tensors
+    path = write_keys(tmp_path / "bad.gguf", *keys)  # It has no tensors, so llama.cpp could not load it.
     with pytest.raises(PopError, match=re.escape(reason)):
         PopLlama(str(path), verbose=False)
 
@@ -163,13 +166,13 @@ def test_bad_key_makes_inspect_exit_with_1_and_one_line(tmp_path, capfd, keys, r
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     path = write_model(tmp_path / "bad.gguf", VERSION_1)
     insert_raw_key(path, "pop.calibration.source", STRING, b"\x02\0\0\0\0\0\0\0\xff\xfe")
-    with pytest.raises(PopError, match="pop.calibration.source is damaged"):
+    with pytest.raises(PopError, match=r"pop\.calibration\.source is damaged"):
         read_metadata(path)
 
 
 def test_empty_scores_are_refused(tmp_path):
     path = write_model(tmp_path / "bad.gguf", VERSION_1)
-    insert_raw_key(path, "pop.importance.prefill", ARRAY, b"\x06" + bytes(11))  # float32 items, none of them
+    insert_raw_key(path, "pop.importance.prefill", ARRAY, b"\x06" + bytes(11))  # an array of float32 with no items
     with pytest.raises(PopError, match="array of 0, not 6 float32"):
         read_metadata(path)
 

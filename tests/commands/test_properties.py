@@ -1,6 +1,7 @@
-"""What holds for any prompt, however it is cut, shared, shifted, saved or cancelled: hypothesis draws the cases."""
+"""What holds for any prompt, however it is cut, shared, shifted, saved or cancelled. hypothesis draws the cases."""
 
 import functools
+import itertools
 import random
 import struct
 from pathlib import Path
@@ -23,14 +24,14 @@ from tests.support.pop_reference import squared_error
 from tools.architectures import identity_copy
 
 BOUNDARY = 3
-OTHER_SHAPE = 1e-7  # see tests/test_batches.py
-F16_CACHE = 1e-5  # llama-cpp-python's caches round
-VISIBLE = 1e-5  # what POP changes is more than this
+OTHER_SHAPE = 1e-7  # tests/engine/test_batches.py explains it.
+F16_CACHE = 1e-5  # The caches of llama-cpp-python have 16 bits.
+VISIBLE = 1e-5  # What POP changes is more than this.
 NAMES = ["llama", "gemma3", "deepseek2", "lfm2"]
 SHIFTABLE = ["llama", "gemma3"]
-ROLL_BACK = ["llama", "gemma3", "deepseek2"]  # recurrent states cannot drop a part
+ROLL_BACK = ["llama", "gemma3", "deepseek2"]  # Recurrent states cannot drop a part.
 
-# the same cases in each run; fixtures live as long as the session
+# Each run draws the same cases. The fixtures live as long as the session.
 drawn = functools.partial(
     settings, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
@@ -39,7 +40,7 @@ by_model = pytest.mark.parametrize("name", NAMES)
 
 @st.composite
 def cuts(draw, length: int):
-    """Where a sequence of this length is cut into parts: [0, ..., length]."""
+    """Draws where a sequence of this length is cut into parts: [0, ..., length]."""
     inside = draw(st.sets(st.integers(1, length - 1), max_size=5))
     return [0, *sorted(inside), length]
 
@@ -47,9 +48,9 @@ def cuts(draw, length: int):
 def read_in_parts(
     engine: Engine, tokens: list[int], at: list[int], asks: set[int], sequence: int = 0
 ) -> dict[int, np.ndarray]:
-    """Position -> logits of those that ask, read in as many calls as there are parts."""
+    """Reads each part in a call of its own. Returns the logits of each position that asks for them."""
     rows = {}
-    for start, end in zip(at, at[1:]):
+    for start, end in itertools.pairwise(at):
         part = [(tokens[i], i, sequence, i in asks) for i in range(start, end)]
         rows |= {start + i: row for i, row in engine.decode(part).items()}
     return rows
@@ -76,7 +77,7 @@ def test_any_cut_into_calls_and_micro_batches_gives_the_same(reference_models, n
 
 
 def greedy(llm: PopLlama, tokens: list[int], n: int = 3) -> tuple[list[int], np.ndarray]:
-    """The next tokens, and the logits of the first."""
+    """Returns the next tokens, and the logits of the first of them."""
     generator, written, logits = llm.generate(tokens, temp=0.0, top_k=1), [], None
     for token in generator:
         logits = llm._logits_of(1)[0].copy() if logits is None else logits
@@ -162,7 +163,7 @@ def test_saved_and_restored_equals_never_saved(reference_models, name, data):
 @drawn(max_examples=12)
 @given(data=st.data())
 def test_removed_and_copied_sequences_equal_fresh_ones(reference_models, name, data):
-    """A copy up to anywhere, and the original cut back to anywhere, both read on: as prompts of their own."""
+    """A sequence copied up to anywhere and one cut back to anywhere read on as prompts of their own do."""
     model, length = reference_models[name], data.draw(st.integers(4, 40), "length")
     tokens = model.tokens(length, seed=length)
     copied, kept = (data.draw(st.integers(1, length), what) for what in ("copied", "kept"))
@@ -185,7 +186,7 @@ def test_removed_and_copied_sequences_equal_fresh_ones(reference_models, name, d
 
 @pytest.fixture(scope="module")
 def identity_models(reference_models, tmp_path_factory) -> dict[str, Path]:
-    """Copies whose layers from the boundary on leave the residual stream as it is: they fill caches as pruned prefill does."""
+    """Copies models so that layers from the boundary on pass their input on, and fill caches as pruned prefill does."""
     base = tmp_path_factory.mktemp("identity")
     for name in SHIFTABLE:
         identity_copy(reference_models[name].gguf, BOUNDARY, base / name)
@@ -196,7 +197,7 @@ def identity_models(reference_models, tmp_path_factory) -> dict[str, Path]:
 @drawn(max_examples=12)
 @given(data=st.data())
 def test_shifted_context_equals_a_shift_without_pop(reference_models, identity_models, name, data):
-    """The reference prunes nothing: an identity copy fills the caches and is shifted, the model goes on from its state."""
+    """In the reference, an identity copy fills and shifts the caches, and the whole model continues from its state."""
     model, length = reference_models[name], data.draw(st.integers(12, 60), "length")
     tokens = model.tokens(length, seed=length)
     start = data.draw(st.integers(0, length - 4), "start")
@@ -215,7 +216,7 @@ def test_shifted_context_equals_a_shift_without_pop(reference_models, identity_m
     with Engine(identity_models[name], swa_full=True) as copy:
         copy.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-1])])
         shift(copy)
-        copy.decode([(tokens[-1], last, 0, False)])  # the keys turn with the next decode
+        copy.decode([(tokens[-1], last, 0, False)])  # The next decode rotates the keys.
         assert llama_cpp.llama_memory_seq_rm(copy.memory, 0, last, -1)
         state = copy.state()
     with Engine(model.gguf, swa_full=True) as reference:
@@ -227,7 +228,7 @@ def test_shifted_context_equals_a_shift_without_pop(reference_models, identity_m
 @drawn(max_examples=150)
 @given(seed=st.integers(0, 2**32), boundary=st.integers(1, gguf_cases.N_LAYER))
 def test_copy_returns_every_tensor_and_key_unchanged(tmp_path_factory, seed, boundary):
-    """Of files by hand: keys of all types, nested arrays, tensors of any shape, either byte order, any alignment."""
+    """The files have keys of all types, nested arrays, tensors of any shape, either byte order and any alignment."""
     chance, directory = random.Random(seed), tmp_path_factory.mktemp("copy")
     order, alignment = chance.choice("<>"), chance.choice([8, 32, 64, 256])
     keys = gguf_cases.valid(chance, order)
@@ -253,13 +254,13 @@ def test_copy_returns_every_tensor_and_key_unchanged(tmp_path_factory, seed, bou
     assert target.read_bytes().endswith(data)
     kept = {key.name: (key.kind, key.value) for key in keys if not key.name.startswith(b"pop.")}
     assert own_keys(target, order) == kept
-    with_reader = all(key.kind != gguf_cases.Kind.ARRAY for key in keys)  # gguf.GGUFReader cannot read every array
+    with_reader = all(key.kind != gguf_cases.Kind.ARRAY for key in keys)  # gguf.GGUFReader cannot read every array.
     if with_reader:
         assert raw_keys(target) == raw_keys(source) and raw_tensors(target) == raw_tensors(source)
 
 
 def own_keys(path: Path, order: str) -> dict[bytes, tuple[int, bytes]]:
-    """Each key that is not of POP, its type and the bytes of its value."""
+    """Returns each key that is not of POP, with its type and the bytes of its value."""
     found = {}
     for name, field in read_header(path).fields.items():
         raw = name.encode()

@@ -1,4 +1,4 @@
-"""A third of the bundled model's layers skipped in prefill leaves its answers usable; the README shows three."""
+"""The answers of the bundled model stay usable if prefill skips a third of its layers. The README shows three."""
 
 import random
 
@@ -9,15 +9,16 @@ from pypop_gguf import PopLlama
 WORDS = ["mirror", "engine", "island", "dragon", "ladder", "orange", "carpet", "jacket", "garden", "magnet", "hammer"]
 SENTENCES = ["The children ran to the river.", "She was happy.", "He went home with his dog.", "It was a sunny day."]
 STORIES = [
-    "Lily and her mom went to the garden. They planted a small seed in the ground. Every day, Lily gave the seed some water. "
-    "After a week,",
+    "Lily and her mom went to the garden. They planted a small seed in the ground. Every day, Lily gave the seed some "
+    "water. After a week,",
     "Sara was sad because her kite was stuck in a tall tree. Her brother Tim said,",
-    "Once upon a time, there was a little dog named Max. Max loved to play in the park. One day, Max saw a big red ball. He",
+    "Once upon a time, there was a little dog named Max. Max loved to play in the park. One day, Max saw a big red "
+    "ball. He",
 ]
 
 
 def recall_prompt(seed: int) -> tuple[str, str]:
-    """A text that gives codes to things and asks for one of them; the prompt and the answer."""
+    """Returns a text that gives codes to things and asks for one of them, and the answer."""
     chosen = random.Random(seed)
     names = chosen.sample(WORDS, 6)
     codes = {name: f"{chosen.randrange(10, 100)}" for name in names}
@@ -44,7 +45,7 @@ def test_a_third_skipped_recalls_what_the_prompt_said(llm):
     full, third, most = (share_recalled(llm, boundary=boundary) for boundary in (12, 8, 3))
     assert full >= 0.8
     assert third >= full - 0.1
-    assert most <= third - 0.3  # the measure can tell a boundary that is too low
+    assert most <= third - 0.3  # The measure recognizes a boundary that is too low.
 
 
 @pytest.mark.parametrize("prompt", STORIES)
@@ -52,5 +53,5 @@ def test_a_third_skipped_goes_on_in_words(llm, prompt):
     llm.reset()
     words = answer(llm, prompt, 24).replace('"', " ").replace(",", " ").replace(".", " ").split()
     assert len(words) >= 10
-    assert len(set(words)) > len(words) / 2  # no loop of one word
+    assert len(set(words)) > len(words) / 2  # It is no loop of one word.
     assert llm.timings.pruned_tokens == llm.timings.prompt_tokens - 1

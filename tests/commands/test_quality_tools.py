@@ -1,4 +1,4 @@
-"""eval and tune: what they measure against PyTorch, what they choose, write and refuse."""
+"""eval and tune measure what PyTorch measures, and choose, write and refuse what they should."""
 
 import json
 import math
@@ -20,12 +20,15 @@ from pypop_gguf.quality.score import Score, Tokenizer
 from tests.support import pop_reference
 
 N_LAYER = 12
-STORY = "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. One day the dog took the ball and ran to the park. "
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. "
+    "One day the dog took the ball and ran to the park. "
+)
 
 
 @pytest.fixture
 def texts(tmp_path):
-    """Pairs, and two lines that cannot be used."""
+    """Writes three pairs, and two lines that cannot be used."""
     path = tmp_path / "stories.jsonl"
     lines = [
         json.dumps({"prompt": STORY * (i + 1), "response": " Lily was happy and they went home together."})
@@ -62,7 +65,7 @@ def test_scores_equal_pytorch(reference_models):
         assert scores[boundary].kl == pytest.approx(kl, abs=1e-4)
         assert scores[boundary].top1 == np.mean(np.argmax(whole, 1) == np.argmax(log_p, 1))
         assert scores[boundary].tokens == 20
-    assert scores[6].kl > scores[8].kl > 1e-3  # it measures something
+    assert scores[6].kl > scores[8].kl > 1e-3  # The boundaries differ.
 
 
 def log_softmax(logits):
@@ -84,9 +87,8 @@ def test_summary_is_the_mean_over_samples_with_paired_increase():
     assert (whole.nll.value, pruned.nll.value, pruned.kl.value, pruned.top1.value) == (3.0, 4.5, 1.0, 0.25)
     increase = pruned.loss_increase
     assert increase.value == pytest.approx(0.5)
-    assert increase.low == pytest.approx(0.5) and increase.high == pytest.approx(
-        0.5
-    )  # each sample rises by half: no spread
+    # Each sample rises by half, so there is no spread.
+    assert increase.low == pytest.approx(0.5) and increase.high == pytest.approx(0.5)
     assert whole.loss_increase.value == 0 and pruned.kl.low == 0.5 and pruned.kl.high == 1.5
     with pytest.raises(PopError, match="no sample"):
         quality.summarize([])
@@ -103,7 +105,7 @@ def test_summary_is_the_mean_over_samples_with_paired_increase():
     ],
 )
 def test_deepest_boundary_within_the_budget_and_none_above_it_beyond(budget, expected):
-    # at 3 KL is over 0.05 while 2 would be below again: what lies behind a breach does not count
+    # At 3 the KL divergence is over 0.05, at 2 it is below again: nothing below a breach counts.
     curve = {6: (0.0, 0.0), 5: (0.0, 0.0), 4: (0.01, 0.01), 3: (0.1, 0.02), 2: (0.04, 0.05), 1: (0.3, 0.08)}
     assert choose_by_curve(6, curve, **budget).boundary == expected
 
@@ -131,7 +133,7 @@ def test_eval_prints_every_boundary_and_names_broken_lines(bundled_gguf, texts, 
     assert "stories: 2 lines not used (line 2: not JSON" in err and 'line 3: no "response" text' in err
     rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in ("12", "8", "6")]
     assert [row[0] for row in rows] == ["12", "8", "6"] * 2
-    assert "recall-256" in out and "N/A" in out  # the stories have no answers to check
+    assert "recall-256" in out and "N/A" in out  # The stories have no answers to check.
 
 
 def test_eval_as_json_has_the_same_figures(bundled_gguf, texts, capsys):
@@ -144,7 +146,7 @@ def test_eval_as_json_has_the_same_figures(bundled_gguf, texts, capsys):
 
 
 def test_generated_answers_are_the_boundarys_own(bundled_gguf, capsys):
-    # each question is answered by the whole model first, whose cache must not help
+    # The whole model answers each question first, and its cache must not help.
     command = [
         "eval",
         "--threads",
@@ -205,8 +207,6 @@ def test_tune_writes_boundary_and_curve_and_draws_them(bundled_gguf, texts, tmp_
     assert stored.curve.speedup == sorted(stored.curve.speedup) and stored.curve.speedup[0] > 1
     assert (stored.curve.samples, stored.curve.source) == (3, "stories.jsonl")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "curve.html").read_text()
-    assert page.count("<circle") == 4 and "http" not in page  # whole model and three boundaries; opens offline
     llm = PopLlama(str(tmp_path / "tuned.gguf"), verbose=False)
     assert (llm.pop.boundary, llm.pop.tail, llm.pop.source) == (stored.boundary, 2, "file")
     llm.close()
@@ -281,7 +281,7 @@ def test_interrupted_run_prints_what_it_has(bundled_gguf, tmp_path, monkeypatch,
     )
     out, err = capsys.readouterr()
     found = json.loads(out)
-    (whole, pruned) = (found["tasks"][0] if command == "eval" else found)["boundaries"]
+    (_, pruned) = (found["tasks"][0] if command == "eval" else found)["boundaries"]
     assert pruned["samples"] == 2 and pruned["kl"]["value"] > 0
     assert "interrupted" in err and not (tmp_path / "x.gguf").exists()
 
@@ -312,7 +312,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_measuring(bundled_gguf,
     closed.mkdir(mode=0o555)
     program = "import sys; from pypop_gguf.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["tune", bundled_gguf, "--text", texts, "--max-kl", "1", "--plot", closed / "x.png"]
-    # root may write anywhere
+    # Root gives up its right to write anywhere.
     drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
     done = subprocess.run([*drop, sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
@@ -356,7 +356,7 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
 
     def questions(line: dict, run_code: bool = False):
         (tmp_path / "task.jsonl").write_text(json.dumps(line))
-        return tasks.of_file(Tokenizer(llm), tmp_path / "task.jsonl", run_code=run_code, **common).questions
+        return tasks.read_task(Tokenizer(llm), tmp_path / "task.jsonl", run_code=run_code, **common).questions
 
     (sum_up,) = questions({"question": "How much is 1200 + 34?", "answer": "It is 1,234.\n#### 1,234"})
     assert sum_up.prompt == "Question: How much is 1200 + 34?\nAnswer:"
@@ -373,7 +373,7 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
         "test": "def check(f):\n    assert f() == 2\n",
         "entry_point": "two",
     }
-    assert questions(problem) == []  # nobody said that code may run
+    assert questions(problem) == []  # Code does not run unless the user asks for it.
     (program,) = questions(problem, run_code=True)
     assert (
         program.check("    return 1 + 1\n")
@@ -386,12 +386,17 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
 def test_code_that_does_not_end_fails():
     assert not code_runner.passes("while True: pass", seconds=1)
     assert not code_runner.passes("open('big', 'w').write('x' * (2 << 20))")
-    assert not code_runner.passes("#" * 200_000)  # longer than an argument may be
+    assert not code_runner.passes("print('a\0b')")
+
+
+def test_code_of_any_length_is_run():
+    assert code_runner.passes("#" * 200_000 + "\nif __name__ == '__main__': print(len(input.__name__))")
+    assert not code_runner.passes("#" * 200_000 + "\nraise ValueError")
 
 
 def test_recall_hides_its_codes_at_every_depth(bundled_gguf):
     llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-    task = tasks.recall(Tokenizer(llm), 8, 400, seed=1)
+    task = tasks.make_recall_task(Tokenizer(llm), 8, 400, seed=1)
     depths = []
     for sample, question in zip(task.samples, task.questions):
         asked = question.prompt.rsplit("code of the ", 1)[1].split()[0]
@@ -423,7 +428,10 @@ def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
     )
     data.write_text("".join(f'{{"prompt": "{prompt}", "answer": 1, "text": " 17"}}\n' for _ in range(3)))
     choices = 'doc_to_choice: ["41", "17", "99"]\nmetric_list: [{metric: acc}]'
-    written = 'generation_kwargs: {until: ["."], max_gen_toks: 4}\nmetric_list: [{metric: exact_match, ignore_punctuation: true}]'
+    written = (
+        'generation_kwargs: {until: ["."], max_gen_toks: 4}\n'
+        "metric_list: [{metric: exact_match, ignore_punctuation: true}]"
+    )
     for name, kind, target, extra in (
         ("choose", "multiple_choice", "answer", choices),
         ("write", "generate_until", "text", written),
@@ -449,5 +457,5 @@ def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
     assert list(found) == ["12", "1", "8"]
     assert found["12"]["choose"]["acc,none"] == found["12"]["write"]["exact_match,none"] == 1.0
     assert found["8"]["choose"]["acc,none"] == 1.0
-    assert found["1"]["write"]["exact_match,none"] == 0.0  # the harness sees what pruning does
+    assert found["1"]["write"]["exact_match,none"] == 0.0  # The harness sees the effect of pruning.
     assert "no task nowhere" in refused(capsys, "eval", bundled_gguf, "--lm-eval", "nowhere")

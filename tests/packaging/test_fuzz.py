@@ -144,7 +144,7 @@ def test_line_that_json_cannot_hold_is_left_out_with_its_reason(tmp_path, reason
 )
 def test_question_beside_what_is_no_pair_is_not_asked(tmp_path, item):
     (tmp_path / "a.jsonl").write_text(json.dumps(item))
-    task = tasks.of_file(Words(), tmp_path / "a.jsonl", max_samples=4, max_tokens=64, seed=0, run_code=False)
+    task = tasks.read_task(Words(), tmp_path / "a.jsonl", max_samples=4, max_tokens=64, seed=0, run_code=False)
     assert len(task.samples) == 1 and task.questions == []
 
 

@@ -1,10 +1,9 @@
-"""Faults of the machine: killed runs, disks that fill up or turn read-only, memory that runs out, files cut short, forks, libraries.
+"""Faults of the machine: killed runs, full and read-only disks, too little memory, files cut short, forks, libraries.
 
-A target is the old file or the whole new one, always; and what a killed run leaves is removed by the next.
+A target is always the old file or the whole new one, and the next run removes what a killed run has left.
 """
 
 import contextlib
-import glob
 import os
 import random
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pypop_gguf.gguf_files.writer import scratch
+from pypop_gguf import PopError
+from pypop_gguf.gguf_files.writer import replacing
 from tests.commands.test_bad_input import error_line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and mounts of Linux")
@@ -53,23 +53,18 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
 
 
 def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
-    """Kills a run at any time, while it writes beside its target, or while it removes what the last one left; whether it came before the end."""
-    moment, left = random.Random(seed), set(os.listdir(directory))
-
-    def writes() -> bool:  # not Path.glob, which fails where a directory is removed meanwhile
-        return any(path.split("/")[0] not in left for path in glob.glob(".pop-gguf-*/*.gguf", root_dir=directory))
-
-    def removes() -> bool:
-        return not left <= set(os.listdir(directory))
-
+    """Kills a run at a random time, or shortly after it has begun to write. Returns whether that was before its end."""
+    moment = random.Random(seed)
+    for path in directory.glob("*.part"):
+        path.unlink()  # else it could not be seen when the run begins to write
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if seed % 3 == 0:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment.uniform(0, seconds))
     else:
-        while process.poll() is None and not (writes() if seed % 3 == 1 else removes()):
+        while process.poll() is None and not any(name.endswith(".part") for name in os.listdir(directory)):
             time.sleep(0.0005)
-        time.sleep(moment.uniform(0, 0.03 if seed % 3 == 1 else 0.001))
+        time.sleep(moment.uniform(0, 0.03))
     process.kill()
     return process.wait() == -signal.SIGKILL
 
@@ -110,56 +105,74 @@ def test_killed_run_leaves_the_old_file_or_the_whole_new_one(bundled_gguf, model
         target.write_bytes(old)
         killed += kill_at_random(run, target.parent, seconds, seed)
         assert target.read_bytes() in (old, new)
-        assert (
-            len(list(target.parent.iterdir())) <= 3
-        )  # convert has two directories: it has removed what the last one left
+        assert {path.name for path in target.parent.iterdir()} <= {
+            "target.gguf",
+            "target.gguf.part",
+            "target.gguf.quantized.part",
+        }
     assert killed > kills // 3
     assert subprocess.run(run, capture_output=True).returncode == 0
     assert [path.name for path in target.parent.iterdir()] == ["target.gguf"] and target.read_bytes() == new
 
 
-KILLED_AT_EACH_STEP = """
-import itertools, os, shutil, signal, sys
+STOPPED_AT_EACH_STEP = """
+import itertools, os, signal, sys
 from pathlib import Path
-from pypop_gguf.gguf_files.writer import scratch
+from pypop_gguf.gguf_files.writer import part_path, replace_together, writing
 
-def killed_at(step, directory):
+directory, how = Path(sys.argv[1]), sys.argv[2]
+model, adapter, projector = targets = [directory / name for name in ("m.gguf", "m.pop-b4.gguf", "mmproj-m.gguf")]
+
+def write(text):
+    with writing(model) as part:
+        parts = {model: part, adapter: part_path(model, "adapter"), projector: part_path(model, "projector")}
+        for path in (*parts.values(), part_path(model, "16bit")):
+            path.write_text(text)
+        replace_together(parts)
+
+def stopped_at(step):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fcntl.flock"):
+        if event in ("open", "os.rename", "os.remove", "os.scandir", "fcntl.flock"):
             count += 1
             if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
     child = os.fork()
     if not child:
         sys.addaudithook(hook)
-        with scratch(directory) as made:
-            (made / "own").touch()
+        try:
+            write("new")
+        except KeyboardInterrupt:
+            os._exit(130)
         os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    return os.waitpid(child, 0)[1] != 0
 
-directory = Path(sys.argv[1])
+states = set()
 for step in itertools.count(1):
-    left = directory / ".pop-gguf-abcdefgh" / "further"
-    left.mkdir(parents=True)
-    for path in (left.parent / "a", left / "b", left.parent / "lock"):
-        path.touch()
-    killed = killed_at(step, directory)
-    assert len(os.listdir(directory)) <= 2, (step, os.listdir(directory))
-    with scratch(directory) as made:
-        assert list(directory.iterdir()) == [made], (step, os.listdir(directory))
-    assert not os.listdir(directory), (step, os.listdir(directory))
-    if not killed:
+    write("old")
+    stopped = stopped_at(step)
+    found = [path.read_text() if path.exists() else None for path in targets]
+    assert found[0] in ("old", "new") and set(found[1:]) <= {found[0], None}, (step, found)
+    left = [path for path in directory.iterdir() if path not in targets and path.read_text()]
+    assert how == "kill" or not left, (step, left)
+    states.add(tuple(found))
+    write("newest")
+    assert {path: path.read_text() for path in directory.iterdir()} == dict.fromkeys(targets, "newest"), step
+    if not stopped:
         break
-print(step - 1, "kills")
+print(step - 1, len(states))
 """
 
 
-def test_run_killed_at_any_step_leaves_nothing_that_the_next_does_not_remove(tmp_path):
-    result = python(KILLED_AT_EACH_STEP, tmp_path)
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
+def test_run_killed_or_interrupted_at_any_step_leaves_a_model_with_its_own_companions_or_none(tmp_path, how):
+    result = python(STOPPED_AT_EACH_STEP, tmp_path, how)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[0]) > 10
+    steps, states = map(int, result.stdout.split())
+    assert steps > 15 and states >= 5  # old, old without one and without both, new without both and without one, new
 
 
 def test_killed_eval_leaves_nothing(model, tmp_path):
@@ -172,23 +185,25 @@ def test_killed_eval_leaves_nothing(model, tmp_path):
     assert sorted(model.parent.iterdir()) == seen and model.read_bytes() == before
 
 
-def test_what_a_living_run_writes_is_not_removed_and_what_a_killed_one_left_is_named(tmp_path, capsys):
-    hold = "import sys, time; from pathlib import Path; from pypop_gguf.gguf_files.writer import scratch\n"
-    hold += "with scratch(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+def test_second_run_for_a_target_is_refused_while_the_first_lives_and_replaces_what_a_killed_one_left(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from pypop_gguf.gguf_files.writer import replacing\n"
+    hold += (
+        "with replacing(Path(sys.argv[1])) as part: part.write_text('half'); print('held', flush=True); time.sleep(60)"
+    )
+    target = tmp_path / "a.gguf"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(target)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    [theirs] = tmp_path.iterdir()
-    with scratch(tmp_path) as mine:
-        assert theirs.exists() and mine.exists()
-        with scratch(tmp_path):
-            assert theirs.exists() and mine.exists()
-    assert list(tmp_path.iterdir()) == [theirs]
+    with pytest.raises(PopError, match=rf"another run is writing {target}: wait until it has ended"), replacing(target):
+        pass
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["half"]
+    with replacing(tmp_path / "b.gguf") as part:  # another target is written all the same
+        part.write_text("b")
     process.kill()
     process.wait()
     process.stdout.close()
-    with scratch(tmp_path):
-        assert not theirs.exists()
-    assert capsys.readouterr().err == f"removed {theirs}, which a killed run left\n"
+    with replacing(target) as part:
+        part.write_text("whole")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.gguf": "whole", "b.gguf": "b"}
 
 
 # Disks
@@ -326,7 +341,7 @@ def test_file_cut_short_under_a_running_model(model, tmp_path, use_mmap):
 
 
 def test_file_cut_short_before_it_is_loaded_is_refused_at_every_length(model, tmp_path):
-    from pypop_gguf import PopError, PopLlama
+    from pypop_gguf import PopLlama
 
     whole = model.read_bytes()
     for length in [*random.Random(3).sample(range(len(whole)), 24), len(whole) - 1]:

@@ -1,4 +1,4 @@
-"""A copy with pop.* keys: what it keeps byte for byte, and files that are out of the ordinary."""
+"""A copy with other pop.* keys keeps everything else byte for byte, also in files that are out of the ordinary."""
 
 import struct
 

@@ -1,0 +1,105 @@
+"""Opens the model that ``pop-gguf eval`` and ``pop-gguf tune`` measure, and has the arguments that they share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pypop_gguf import PopLlama, library
+from pypop_gguf.boundary_rules import check_support, default_boundary
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.metadata import read_metadata
+from pypop_gguf.terminal import available_cores
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that :func:`open_model` reads."""
+    parser.add_argument(
+        "--samples", type=int, default=40, metavar="N", help="samples of each file at most (default: 40)"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a sample at most, prompt and continuation (default: 512)",
+    )
+    parser.add_argument(
+        "--head", type=int, metavar="H", help="first prompt tokens that run every layer (default: the file's, or 0)"
+    )
+    parser.add_argument(
+        "--tail", type=int, metavar="T", help="last prompt tokens that run every layer (default: the file's, or 1)"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE.gguf",
+        help="fitted projections, one file for each boundary that shall use them (default: none)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default: 0)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+    )
+
+
+def open_model(
+    arguments: argparse.Namespace, boundaries: list[int] | None, mmproj: Path | None = None
+) -> tuple[PopLlama, list[int]]:
+    """Opens the model with a context of ``--context`` tokens.
+
+    Args:
+        arguments: The parsed arguments of :func:`add_model_arguments`, and ``model``.
+        boundaries: The boundaries to measure; None measures the default one.
+        mmproj: Projector of a model that reads images.
+
+    Returns:
+        The model, and the boundaries to measure.
+
+    Raises:
+        PopError: The model cannot be read or pruned there, or a number is out of range.
+    """
+    for name, least in (("samples", 1), ("context", 16), ("threads", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise PopError(f"--{name} {value} is out of range: give at least {least}")
+    stored = read_metadata(arguments.model)
+    support = library.describe_model(arguments.model)
+    check_support(arguments.model, support)
+    boundaries = boundaries or [default_boundary(support.n_layer, stored)]
+    for boundary in boundaries:
+        if not 1 <= boundary <= support.n_layer:
+            raise PopError(f"--boundary {boundary} is out of range: give 1 to {support.n_layer}")
+    threads = arguments.threads or available_cores()
+    if mmproj and not mmproj.is_file():
+        raise PopError(f"--mmproj {mmproj}: no such file")
+    chat_format = library.load().llama_chat_format
+    llm = PopLlama(
+        str(arguments.model),
+        pop_boundary=boundaries[-1],
+        pop_head=arguments.head,
+        pop_tail=arguments.tail,
+        pop_min_tokens=0,
+        pop_adapter=arguments.adapter,
+        n_ctx=arguments.context,
+        n_batch=arguments.context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        chat_handler=chat_format.MTMDChatHandler(str(mmproj), verbose=False) if mmproj else None,
+        verbose=False,
+    )
+    trained = int(llm.metadata.get(f"{support.architecture}.context_length", arguments.context))
+    if arguments.context > trained:
+        raise PopError(
+            f"--context {arguments.context} is more than the {trained} tokens that the model was trained for: "
+            "give fewer"
+        )
+    return llm, boundaries
+
+
+def label_boundary(llm: PopLlama, boundary: int) -> str:
+    """Returns how tables name a boundary: its number, and whether it is the whole model or has fitted projections."""
+    if boundary == llm.pop.n_layer:
+        return f"{boundary} (whole)"
+    return f"{boundary} (fitted)" if boundary in llm.pop.adapters else str(boundary)
