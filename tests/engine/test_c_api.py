@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine import Engine, llama_cpp
-from gguf_files import STRING, UINT32, write_model
 
 from pypop_gguf import PopError, native
+from tests.support.engine import Engine, llama_cpp
+from tests.support.gguf_files import STRING, UINT32, write_model
 
 N_LAYER, N_BATCH = 6, 64  # of gguf_files.write_model() and of contexts here
 VERSION = ("pop.version", 1, UINT32)
