@@ -19,6 +19,7 @@ from types import ModuleType
 
 from cffi import FFI
 
+from pypop_gguf import parent
 from pypop_gguf.errors import PopError
 
 _DECLARATIONS = """
@@ -100,7 +101,7 @@ def load() -> ModuleType:
         finally:
             sys.path.remove(str(vendor))
     module = sys.modules["llama_cpp"]
-    library = module.llama_cpp._lib
+    library = parent.native_library(module)
     if not hasattr(library, "llama_pop_set_boundary"):
         if Path(module.__file__).parent == vendor / "llama_cpp":
             raise ImportError(_broken(vendor, "it is a build without POP"))
@@ -108,8 +109,8 @@ def load() -> ModuleType:
             f"llama_cpp was already imported from {Path(module.__file__).parent}, a build without POP: put `from pypop_gguf "
             "import PopLlama` before `import llama_cpp`, or uninstall llama-cpp-python (pypop_gguf carries it)"
         )
-    _native = _ffi.dlopen(library._name)
-    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    _native = _ffi.dlopen(parent.library_path(library))
+    ggml = parent.ggml_library()
     if (
         ggml.ggml_backend_reg_count() == 0
     ):  # built with GGML_BACKEND_DL: variants for several processors, the best is taken
@@ -258,7 +259,7 @@ def captured_log():
     try:
         yield errors
     finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(parent.log_callback(llama_cpp), ctypes.c_void_p(0))
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
     """What the operations left allow, for a prompt of one micro-batch."""
     n_tokens = 512
     sized = PopLlama(str(model), pop=False, n_ctx=n_tokens, n_batch=n_tokens, verbose=False)
-    n_layer, context = sized.pop.n_layer, sized._ctx.ctx
+    n_layer, context = sized.pop.n_layer, sized.ctx
     whole = _library.graph_flops(context, n_tokens, 1, n_layer, 1)
     last = _library.graph_flops(context, 1, 1, n_layer, 1)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pypop_gguf import PopError, PopLlama, _library, states
+from pypop_gguf.call import Call
 from pypop_gguf.fitting import adapter_file as kv_adapter
 from pypop_gguf.fitting import fit as fit_kv
 from pypop_gguf.gguf_files.header import read_header
@@ -303,7 +304,7 @@ def test_shallow_state_of_a_hybrid_is_cleared_and_read_again(reference_models):
     tokens = model.tokens(40)
 
     def answer(llm, **which):
-        with llm._calling(llm._boundary_for(None, which.get("boundary"))):
+        with llm._calling(Call(which.get("boundary", llm.pop.boundary))):
             return [token for token, _ in zip(llm.generate(tokens, temp=0), range(4))]
 
     options = dict(pop_boundary=4, n_ctx=64, **ONE_THREAD)

@@ -204,7 +204,7 @@ def prompt_pieces(llm: PopLlama, spy: Spy, images_whole: bool) -> list[tuple]:
     pieces, at, last = [], 0, llm.timings.prompt_tokens - 1
     for values, pos in [*spy.read, (None, np.array([[last]]))]:
         while at < pos[0, 0]:  # text, in pieces that were read alike
-            read = llm._computed_with[at : pos[0, 0]] == llm.pop.n_layer
+            read = llm._record.boundaries[at : pos[0, 0]] == llm.pop.n_layer
             n = int(np.flatnonzero(np.append(read != read[0], True))[0])
             pieces.append((llm.input_ids[at : at + n].astype(np.int32), np.arange(at, at + n), bool(read[0])))
             at += n
