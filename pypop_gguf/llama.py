@@ -213,8 +213,9 @@ class PopLlama(llama_cpp.Llama):
         with self._calling(call):
             self._eval(prompt, self._logits_everywhere)
             rows.append(self._logits_of(1))
-            for start in range(0, len(continuation) - 1, self.n_batch):
-                chunk = continuation[start : min(start + self.n_batch, len(continuation) - 1)]
+            n_ubatch = self.context_params.n_ubatch  # logits are those of the last micro-batch
+            for start in range(0, len(continuation) - 1, n_ubatch):
+                chunk = continuation[start : min(start + n_ubatch, len(continuation) - 1)]
                 self._eval(chunk, True)
                 rows.append(self._logits_of(len(chunk)))
         return np.concatenate(rows)
