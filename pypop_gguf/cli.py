@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{clear}pop-gguf: interrupted", file=sys.stderr)
+        print(f"{clear}pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # The reader of a pipe has left. The interpreter must not flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -303,6 +303,6 @@ def test_ctrl_c_leaves_nothing_behind(bundled_gguf, out, source, sign):
                     interrupted = True
     os.close(terminal)
     assert interrupted and process.returncode == 130
-    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted\r\n")
+    assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; no file was left half-written\r\n")
     assert b"Traceback" not in seen
     assert contents(out) == before
