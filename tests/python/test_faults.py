@@ -1,6 +1,6 @@
-"""Faults of the machine: killed runs, disks that fill up or turn read-only, memory that runs out, files cut short, forks, libraries.
+"""Faults of the machine: killed runs, full disks, lost permissions, too little memory, damaged files, forks, libraries.
 
-A target is the old file or the whole new one, always; and what a killed run leaves is removed by the next.
+A target is always either the old file or the whole new one, and the next run removes what a killed run has left.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Runs a piece of Python in a process of its own, which may die; llama.cpp does not start a debugger to say where."""
+    """Runs a piece of Python in a process of its own, which may die without llama.cpp starting a debugger."""
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
@@ -49,14 +49,18 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
     return path
 
 
-# kill -9
+# Runs that are killed with SIGKILL
 
 
 def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
-    """Kills a run at any time, while it writes beside its target, or while it removes what the last one left; whether it came before the end."""
+    """Kills a run at a random moment; returns whether the run had not ended before.
+
+    Depending on the seed this is any moment, or while the run writes beside its target, or while it removes what the
+    last run has left.
+    """
     moment, left = random.Random(seed), set(os.listdir(directory))
 
-    def writes() -> bool:  # not Path.glob, which fails where a directory is removed meanwhile
+    def writes() -> bool:  # Path.glob would fail if a directory were removed meanwhile
         return any(path.split("/")[0] not in left for path in glob.glob(".pop-gguf-*/*.gguf", root_dir=directory))
 
     def removes() -> bool:
@@ -110,9 +114,7 @@ def test_killed_run_leaves_the_old_file_or_the_whole_new_one(bundled_gguf, model
         target.write_bytes(old)
         killed += kill_at_random(run, target.parent, seconds, seed)
         assert target.read_bytes() in (old, new)
-        assert (
-            len(list(target.parent.iterdir())) <= 3
-        )  # convert has two directories: it has removed what the last one left
+        assert len(list(target.parent.iterdir())) <= 3  # the target and two directories of convert's last run
     assert killed > kills // 3
     assert subprocess.run(run, capture_output=True).returncode == 0
     assert [path.name for path in target.parent.iterdir()] == ["target.gguf"] and target.read_bytes() == new
@@ -196,7 +198,7 @@ def test_what_a_living_run_writes_is_not_removed_and_what_a_killed_one_left_is_n
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 30 MB."""
+    """A directory on a file system of 30 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
@@ -220,7 +222,7 @@ def test_disk_that_is_too_small_is_told_before_anything_is_written(bundled_gguf,
 
 
 def test_disk_that_fills_up_while_it_is_written_leaves_the_old_file(bundled_gguf, small_disk):
-    """By another program's files, after the first bytes."""
+    """After the first bytes have been written, another program fills the disk."""
     code = """
 import pathlib, sys
 from pypop_gguf.errors import PopError
@@ -243,7 +245,7 @@ except PopError as error: print(error)
 
 
 def test_permission_that_is_lost_while_writing_leaves_the_old_file(bundled_gguf):
-    """As a user who is not root."""
+    """The code runs as a user who is not root, because root may write anywhere."""
     code = """
 import os, pathlib, sys
 from pypop_gguf.errors import PopError
@@ -256,7 +258,7 @@ def lose(done, total):
 try: copy_with_metadata(directory / "source.gguf", directory / "target.gguf", PopMetadata(boundary=7), lose)
 except PopError as error: print(error)
 """
-    with tempfile.TemporaryDirectory() as base:  # pytest's own directories are closed to others
+    with tempfile.TemporaryDirectory() as base:  # other users cannot enter pytest's own directories
         directory = Path(base, "out")
         directory.mkdir()
         shutil.copy(bundled_gguf, directory / "source.gguf")
@@ -287,7 +289,8 @@ one = dict(n_threads=1, n_threads_batch=1, verbose=False)
 )
 def test_context_that_does_not_fit_into_memory_is_an_error(model, megabytes, n_ctx, reason):
     code = LIMITED + "import pypop_gguf.llama; limit(int(sys.argv[2]))\n"
-    code += "try: PopLlama(sys.argv[1], n_ctx=int(sys.argv[3]), n_batch=2048, n_ubatch=2048, **one)\nexcept PopError as error: print(error)"
+    code += "try: PopLlama(sys.argv[1], n_ctx=int(sys.argv[3]), n_batch=2048, n_ubatch=2048, **one)\n"
+    code += "except PopError as error: print(error)"
     done = python(code, model, megabytes, n_ctx)
     assert (
         done.returncode == 0 and reason in done.stdout and done.stdout.startswith((str(model), f"cannot read {model}"))
@@ -295,7 +298,7 @@ def test_context_that_does_not_fit_into_memory_is_an_error(model, megabytes, n_c
 
 
 def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
-    """ggml's CPU backend makes its work buffer with `new`, and nothing catches what that throws: no error can be given."""
+    """ggml's CPU backend allocates its work buffer with `new`, and nothing catches the exception that this throws."""
     code = (
         LIMITED
         + "llm = PopLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_ubatch=2048, **one); limit(int(sys.argv[2]))\n"
@@ -311,7 +314,7 @@ def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
 
 @pytest.mark.parametrize("use_mmap", [True, False])
 def test_file_cut_short_under_a_running_model(model, tmp_path, use_mmap):
-    """Where it is mapped the system kills the process, and nothing here can prevent that; read into memory it does not matter."""
+    """If the file is mapped, the system kills the process. If it was read into memory, nothing happens."""
     copy = shutil.copy(model, tmp_path / "copy.gguf")
     code = "import os, sys; from pypop_gguf import PopLlama\n"
     code += (
@@ -331,7 +334,7 @@ def test_file_cut_short_before_it_is_loaded_is_refused_at_every_length(model, tm
     whole = model.read_bytes()
     for length in [*random.Random(3).sample(range(len(whole)), 24), len(whole) - 1]:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        with pytest.raises(PopError, match="damaged or cut short|not a GGUF file"):
+        with pytest.raises(PopError, match=r"damaged or cut short|not a GGUF file"):
             PopLlama(str(tmp_path / "cut.gguf"), verbose=False)
 
 
@@ -364,7 +367,7 @@ def test_library_that_cannot_be_loaded_is_an_import_error_that_names_the_mend(tm
 
 
 def test_library_without_pop_is_refused(tmp_path, stock):
-    """An unpatched build in the carried one's place."""
+    """An unpatched build has taken the place of the carried one."""
     from tests.support.paths import STOCK
 
     fault = f"shutil.rmtree(lib); shutil.copytree({str(STOCK / 'llama_cpp' / 'lib')!r}, lib)"
@@ -380,7 +383,8 @@ from pypop_gguf import PopError, PopLlama
 llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, n_threads_batch=2, verbose=False)
 llm.create_completion("Once", max_tokens=2)
 calls = [lambda: llm.create_completion("Once", max_tokens=2), lambda: llm.eval([5, 6]), lambda: llm.score([5], [6]),
-         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2), lambda: next(llm.generate([5, 6]))]
+         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2),
+         lambda: next(llm.generate([5, 6]))]
 pid = os.fork()
 if pid == 0:
     signal.alarm(10)
@@ -394,7 +398,7 @@ print(len(llm.create_completion("Once", max_tokens=2)["choices"]))
 
 
 def test_model_that_was_loaded_before_a_fork_is_refused_in_the_child(model):
-    """Its threads do not come along: a computation would wait for them for ever."""
+    """A child process has none of the model's threads, so a computation would wait for them for ever."""
     done = python(FORKED, model)
     lines = done.stdout.splitlines()
     assert (

@@ -1,4 +1,4 @@
-"""``PopLlama`` as its users meet it: boundaries and their sources, reuse of prefixes, timings, states, errors."""
+"""What users see of ``PopLlama``: boundaries and their sources, reuse of prefixes, timings, states, errors."""
 
 import pickle
 

@@ -27,7 +27,7 @@ def is_private(name: str) -> bool:
 
 
 def private_names(path: Path, of_self: bool) -> set[str]:
-    """The private attributes that a file uses of ``self``, or of everything else; and private modules of ``llama_cpp``."""
+    """The private attributes that a file uses of ``self``, or those of all else and llama_cpp's private modules."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
@@ -155,7 +155,7 @@ def test_handler_that_is_reading_is_refused_and_is_free_afterwards(open_model):
     handler, module = model.chat_handler, model.chat_handler._mtmd_cpp
     with begin_reading(model) as stand_in:
         assert stand_in.chat_handler is not handler and model.chat_handler is handler
-        with pytest.raises(PopError, match="^this chat handler is reading another prompt: "), begin_reading(model):
+        with pytest.raises(PopError, match=r"^this chat handler is reading another prompt: "), begin_reading(model):
             pass
     with pytest.raises(RuntimeError, match="in the handler"), begin_reading(model):
         raise RuntimeError("in the handler")
