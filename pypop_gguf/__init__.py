@@ -1,7 +1,7 @@
 """Prefill-only pruning (POP) for GGUF models on llama.cpp.
 
-Importing the package is cheap: the native library loads when ``PopLlama`` is first used, so converting and
-inspecting files never needs it.
+Importing the package is cheap. The native library is loaded when ``PopLlama`` is first used, so inspecting files never
+needs it.
 """
 
 from importlib import metadata as _metadata

@@ -1,4 +1,7 @@
-"""The command ``pop-gguf``. Each subcommand is a module of pypop_gguf/commands/ with ``add_arguments`` and ``run``."""
+"""The command ``pop-gguf``.
+
+Each subcommand is a module of pypop_gguf/commands/ with the functions ``add_arguments(parser)`` and ``run(arguments)``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from pypop_gguf import PopError, __version__
-from pypop_gguf.terminal import clear_line
 
-# name -> (module of pypop_gguf.commands, one line of help)
+# The name of each subcommand -> (its module in pypop_gguf.commands, one line of help).
 COMMANDS = {
     "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
     "inspect": ("inspect", "print a GGUF's POP metadata"),
@@ -26,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``pop-gguf`` with these arguments, the process's own by default.
+    """Runs ``pop-gguf`` with these arguments; the default are those of the process.
 
     Returns:
         The exit status: 0, 1 for an error that the user can mend, 2 for wrong usage, 130 after Ctrl-C.
@@ -37,27 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
-        if (
-            name in argv[:1]
-        ):  # only the command that runs is imported, so that inspect needs neither torch nor the engine
+        if name in argv[:1]:  # Only the command that runs is imported, so inspect needs neither torch nor the engine.
             command = importlib.import_module(f"pypop_gguf.commands.{module}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's texts in a terminal that lacks their letters
+        if isinstance(stream, io.TextIOWrapper):  # A terminal may lack letters that stand in a model file's texts.
             stream.reconfigure(errors="replace")
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # removes a line of progress
     try:
         return arguments.run(arguments)
-    except (PopError, ImportError) as error:  # ImportError: no native library, or another one in its place
-        clear_line()
-        print(f"pop-gguf: error: {error}", file=sys.stderr)
+    except (PopError, ImportError) as error:  # ImportError: the native library is missing, or another one is there
+        print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        clear_line()
-        print("pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
+        print(f"{clear}pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has left; keep the interpreter from flushing into it
+    except BrokenPipeError:  # The reader of a pipe has left. The interpreter must not flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+from pypop_gguf import parent
 from pypop_gguf.errors import PopError
 
 
@@ -66,25 +67,22 @@ def load() -> ModuleType:
         sys.path.insert(0, str(vendor))
         try:
             importlib.import_module("llama_cpp")
-        except (
-            OSError,
-            RuntimeError,
-            AttributeError,
-        ) as error:  # a missing or damaged file, or one with other functions
+        except (OSError, RuntimeError, AttributeError) as error:  # a file is missing, damaged, or has other functions
             raise ImportError(_broken(vendor, str(error).splitlines()[0])) from error
         finally:
             sys.path.remove(str(vendor))
     module = sys.modules["llama_cpp"]
-    if not hasattr(module.llama_cpp._lib, "llama_pop_open"):
-        if Path(module.__file__).parent == vendor / "llama_cpp":
+    if not hasattr(parent.native_library(module), "llama_pop_open"):
+        origin = Path(str(module.__file__)).parent
+        if origin == vendor / "llama_cpp":
             raise ImportError(_broken(vendor, "it is a build without POP"))
         raise ImportError(
-            f"llama_cpp was already imported from {Path(module.__file__).parent}, a build without POP: put "
+            f"llama_cpp was already imported from {origin}, a build without POP: put "
             "`from pypop_gguf import PopLlama` before `import llama_cpp`, or uninstall llama-cpp-python "
             "(pypop_gguf carries it)"
         )
     _loaded = module
-    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    ggml = parent.ggml_library()
     with captured_log():  # also installs the log callback
         if ggml.ggml_backend_reg_count() == 0:  # built with GGML_BACKEND_DL: the best of several variants is loaded
             ggml.ggml_backend_load_all_from_path(os.fsencode(vendor / "llama_cpp" / "lib"))  # logs which one

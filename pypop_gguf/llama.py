@@ -1,21 +1,25 @@
-"""``PopLlama``: llama-cpp-python's ``Llama`` whose prompts are read by the layers below the boundary only.
+"""``PopLlama``: llama-cpp-python's ``Llama`` whose prompts are read only by the layers below the boundary.
 
-What differs from the parent: which tokens ask for logits (only a prompt's last one), and a record of the boundary that each cached
-position was computed with. ``arguments`` reads the ``pop_*`` arguments, ``calls`` has what a single call takes, ``states`` saves and loads.
+It differs from its parent in two ways: only a prompt's last token asks for logits, and a record says which boundary
+each cached position was read with. Only this file writes the object's own fields. The others work on what it gives:
+``opening`` reads the ``pop_*`` arguments, ``call`` has what a single call asks for, ``cache_record`` is the record,
+``images`` reads prompts with images, ``states`` saves and loads, and ``parent`` has what is private in the parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
-import time
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pypop_gguf import arguments, library, native, states
-from pypop_gguf.calls import Calls
+from pypop_gguf import images, library, native, opening, parent, states
+from pypop_gguf.cache_record import CacheRecord
+from pypop_gguf.call import Call, pieces, with_timings
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
@@ -23,16 +27,8 @@ from pypop_gguf.status import PopStatus, Timings
 
 llama_cpp = library.load()
 
-_PARENT_PARAMETERS = frozenset(
-    name
-    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
-    if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
-)
-# The parent drops any name it does not know. These it once knew: its own server and LangChain give them still.
-_OUTLIVED_PARAMETERS = frozenset({"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps", "rpc_servers"})
 
-
-class PopLlama(Calls):
+class PopLlama(llama_cpp.Llama):
     """A ``llama_cpp.Llama`` with prefill-only pruning (POP, arXiv 2602.03295).
 
     Example:
@@ -42,20 +38,22 @@ class PopLlama(Calls):
     Args:
         model_path: A GGUF file; for split files the first shard.
         pop: False runs every layer for every token, exactly as the parent does.
-        pop_boundary: First layer that prefill skips, 1..L (L = off), or ``"lossless"``: the last layer that writes to the
-            cache. Default: the file's ``pop.boundary``; without one, off, except where upper layers share a cache
-            (Gemma 3n, Gemma 4), where the lossless boundary is the default.
+        pop_boundary: First layer that prefill skips, 1..L (L = off), or ``"lossless"``: the last layer that writes to
+            the cache. Default: the file's ``pop.boundary``. A file without one is not pruned, unless its upper layers
+            share a cache (Gemma 3n, Gemma 4): then the lossless boundary is the default.
         pop_head: First tokens of each sequence that run every layer. Default: the file's ``pop.head``, else 0.
-        pop_tail: Last tokens of each prompt that run every layer, 1 to ``n_batch``. Default: the file's ``pop.tail``, else 1.
-        pop_min_tokens: Prompts with fewer new tokens, what is reused from the cache left out, are not pruned. Default: the
-            file's ``pop.min_tokens``, else 0.
-        pop_adapter: File, or files for several boundaries, with fitted K/V projections (``pop-gguf convert --fit-kv``); False for
-            none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, where there is one.
-        **llama_kwargs: Everything that ``llama_cpp.Llama`` takes; what it once took is dropped, as it does.
+        pop_tail: Last tokens of each prompt that run every layer, 1 to ``n_batch``. Default: the file's ``pop.tail``,
+            else 1.
+        pop_min_tokens: Prompts with fewer new tokens are not pruned; tokens that are found in the cache are not new.
+            Default: the file's ``pop.min_tokens``, else 0.
+        pop_adapter: A file with fitted K/V projections (``pop-gguf convert --fit-kv``), files for several boundaries,
+            or False for none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, if there is one.
+        **llama_kwargs: Everything that ``llama_cpp.Llama`` takes. What it took once is dropped, as it does itself.
 
     Raises:
-        TypeError: An argument neither class knows, or ``pop_boundary`` of another type.
-        PopError: The file cannot be read, the model cannot be pruned at that boundary, or a number of tokens is out of range.
+        TypeError: Neither class knows an argument, or ``pop_boundary`` is of another type.
+        PopError: The file cannot be read, the model cannot be pruned at that boundary, or a number of tokens is out of
+            range.
     """
 
     def __init__(
@@ -70,49 +68,44 @@ class PopLlama(Calls):
         pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None = None,
         **llama_kwargs,
     ) -> None:
-        self._stack = contextlib.ExitStack()  # the parent's __del__ needs it also where we refuse to start
-        unknown = sorted(set(llama_kwargs) - _PARENT_PARAMETERS - _OUTLIVED_PARAMETERS)
-        if unknown:
-            raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
-        arguments.check_boundary_type("pop_boundary", pop_boundary)
-        ends = {"pop_head": pop_head, "pop_tail": pop_tail, "pop_min_tokens": pop_min_tokens}
-        self._pop_arguments = {"pop": pop, "pop_boundary": pop_boundary, "pop_adapter": pop_adapter, **ends}
+        parent.let_close(self)
+        opening.check_keywords(llama_kwargs)
+        opening.check_boundary_type("pop_boundary", pop_boundary)
+        self._pop_arguments = dict(
+            pop=pop,
+            pop_boundary=pop_boundary,
+            pop_head=pop_head,
+            pop_tail=pop_tail,
+            pop_min_tokens=pop_min_tokens,
+            pop_adapter=pop_adapter,
+        )
         self._pid = os.getpid()
-        self._reading_prompt = False
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
+        self._keeps_scores = self._logits_everywhere or llama_kwargs.get("draft_model") is not None
         self.timings = Timings()
 
         header = read_header(model_path)  # before the model: it tells a bad file from a bad key in one line
-        stored = parse_metadata(header, model_path)
+        parse_metadata(header, model_path)
         self._load(model_path, llama_kwargs)
+        if self._keeps_scores and not self._logits_everywhere:
+            # The parent keeps scores for n_batch positions only. Memory is taken as it is written.
+            self.scores = np.empty((len(self.input_ids), self.n_vocab()), dtype=np.single)
 
-        self._digest = states.model_digest(self, header)
-        self._adapters: dict[int, str] = {}  # digests of the fitted projections, by boundary
-        if llama_kwargs.get("vocab_only", False):
-            self._lossless = 0
-            self._status = PopStatus(False, 0, 0, "off")
-        else:
-            self._lossless = native.lossless_boundary(self._model.model)
-            n_layer = native.n_layer(self._model.model)
-            boundary, source = arguments.choose_boundary(self, pop=pop, asked=pop_boundary, stored=stored)
-            if boundary < n_layer:
-                native.set_boundary(self._ctx.ctx, boundary)
-            chosen = arguments.choose_ends(self, ends, stored)
-            files = arguments.add_adapters(self, pop_adapter, boundary)
-            self._adapters = {at: states.file_digest(path) for at, path in files.items()}
-            self._status = PopStatus(boundary < n_layer, boundary, n_layer, source, *chosen, tuple(files))
-        if (
-            self.draft_model is not None
-        ):  # the parent keeps scores for n_batch positions only; memory is taken as it is written
-            self.scores = np.empty((len(self.input_ids), self._n_vocab), dtype=np.single)
-        # Boundary that each cached position was computed with; n_layer = by the whole model.
-        self._computed_with = np.full(len(self.input_ids), self._status.n_layer, dtype=np.int32)
+        lora = (self.lora_path, self.lora_scale) if self.lora_path else None
+        self._digest = states.model_digest(header, model_path, self.context_params, lora, self.kv_overrides)
+        opened = opening.Opened(PopStatus(False, 0, 0, "off"), 0, {})
+        if not llama_kwargs.get("vocab_only", False):
+            everywhere = self._logits_everywhere
+            opened = opening.open_context(self, **self._pop_arguments, logits_everywhere=everywhere)
+        self._status = opened.status
+        self._adapters = {at: states.file_digest(path) for at, path in opened.adapters.items()}
+        self._record = CacheRecord(len(self.input_ids), self._status.n_layer, opened.lossless, self._status.head)
+        self._running = Call(self._status.boundary)  # outside of calls it has the object's own boundary
 
     def _load(self, model_path: str, llama_kwargs: dict) -> None:
-        if mtmd := getattr(llama_kwargs.get("chat_handler"), "_mtmd_cpp", None):
-            mtmd.mtmd_helper_log_set(
-                llama_cpp._logger.llama_log_callback, None
-            )  # else it is loud also where verbose is off
+        handler = llama_kwargs.get("chat_handler")
+        if parent.reads_images(handler):
+            parent.share_log(llama_cpp, handler)
         if llama_kwargs.get("verbose", True):
             super().__init__(model_path, **llama_kwargs)
             return
@@ -124,62 +117,67 @@ class PopLlama(Calls):
 
     @property
     def pop(self) -> PopStatus:
-        """Whether prompts are pruned, where, and why there."""
+        """Whether prompts are pruned, at which boundary, and why there."""
         return self._status
 
-    def generate(self, tokens: Sequence[int], *args, **kwargs):
-        """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
-        self._check_process()
-        if kwargs.get("reset", True):
-            self._forget_shallower_than(self._asked_boundary())
+    # Calls
 
-        began = self._call_began or (time.perf_counter(), native.n_pruned(self._ctx.ctx), None)
-        started, pruned_before, reused_by_reader = began
-        self._call_began = None
-        timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=self._asked_boundary())
-        self._reading_prompt = True
-        self._prefill = (0, time.perf_counter())  # where the whole prompt is cached nothing is read
-        generator = super().generate(tokens, *args, **kwargs)
-        sent = None
-        try:
-            while True:
-                try:
-                    token = generator.send(sent)
-                except StopIteration:
-                    return
-                if timings.generated_tokens == 0:
-                    n_read, ended = self._prefill
-                    timings.reused_tokens = (
-                        len(tokens) - n_read if reused_by_reader is None else min(reused_by_reader, len(tokens) - 1)
-                    )
-                    timings.pruned_tokens = native.n_pruned(self._ctx.ctx) - pruned_before
-                    timings.prefill_ms = 1e3 * (ended - started)
-                timings.count_token(1e3 * (time.perf_counter() - started))
-                sent = yield token
-                self._go_on(len(tokens), len(tokens))
-        finally:
-            self._reading_prompt = False
-            generator.close()
-
-    def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluates tokens after the ``n_tokens`` that are cached.
-
-        Unlike the parent, only the last token asks for logits, not the last of every ``n_batch``: the others of a prompt
-        may then be pruned. With ``logits_all`` every token asks; with a draft model, every token after the prompt.
+    def create_completion(
+        self,
+        *args,
+        pop: bool | None = None,
+        boundary: int | str | None = None,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **kwargs,
+    ):
+        """``llama_cpp.Llama.create_completion`` with more arguments; the result or the last chunk also has ``timings``.
 
         Args:
-            tokens: Token ids.
+            pop: False reads this prompt by every layer.
+            boundary: The boundary of this call, 1..L or ``"lossless"``. Default: the object's.
+            progress: Called as ``progress(done, total)``, in prompt tokens, before each micro-batch of the prompt and
+                after the last. It cancels the call by returning False.
+            cancel: Once it is set, from any thread, the call stops before the next micro-batch or token.
 
         Raises:
-            RuntimeError: llama.cpp could not decode (the context is full, for one).
+            Cancelled: ``progress`` or ``cancel`` has stopped the call. What was read stays in the cache for the next.
+            PopError: The model cannot be pruned at that boundary.
+            ValueError: The object keeps no logits for the ``logprobs`` that were asked for.
         """
-        self._check_process()
-        if self._reader is not None:
-            tokens = tokens[self._reader.skip(np.asarray(tokens), whole=False) :]
-            if not tokens:
-                self._requires_eval = True
-                return
-        self._eval(tokens, self._logits_everywhere or (self._logits_all and not self._reading_prompt))
+        if self._keeps_scores and not self._logits_everywhere:
+            given = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments
+            if given.get("echo") and given.get("logprobs") is not None:
+                raise ValueError(
+                    "logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no "
+                    "logits"
+                )
+        call = self._new_call(pop, boundary, progress, cancel)
+        return self._run(functools.partial(super().create_completion, *args, **kwargs), call)
+
+    def __call__(self, *args, **kwargs):
+        """Same as :meth:`create_completion`."""
+        return self.create_completion(*args, **kwargs)
+
+    def create_chat_completion(
+        self,
+        *args,
+        pop: bool | None = None,
+        boundary: int | str | None = None,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+        **kwargs,
+    ):
+        """``llama_cpp.Llama.create_chat_completion`` with ``pop``, ``boundary``, ``progress`` and ``cancel`` as in
+        :meth:`create_completion`."""
+        call = self._new_call(pop, boundary, progress, cancel)
+        if not parent.reads_images(self.chat_handler):
+            return self._run(functools.partial(super().create_chat_completion, *args, **kwargs), call)
+        self._drop_unusable(call.boundary)
+        call.begin_images(native.n_pruned(self.ctx))
+        with images.reading(self, call, self._record, self._roll_back) as model:
+            chat = functools.partial(llama_cpp.Llama.create_chat_completion, model, *args, **kwargs)
+            return self._run(chat, call)  # also a stream has read the prompt by then
 
     def score(
         self,
@@ -194,7 +192,8 @@ class PopLlama(Calls):
         Args:
             prompt: Token ids, at least one. What is cached is forgotten first.
             continuation: Token ids, at least one.
-            pop: As in :meth:`create_completion`; ``boundary`` likewise.
+            pop: As in :meth:`create_completion`.
+            boundary: As in :meth:`create_completion`.
 
         Returns:
             F32 [len(continuation), n_vocab]; row i predicts ``continuation[i]``.
@@ -207,109 +206,199 @@ class PopLlama(Calls):
             raise ValueError(
                 f"{len(prompt)} and {len(continuation)} tokens: give one each at least, and {self.n_ctx()} at most"
             )
-        requested = self._boundary_for(pop, boundary)
+        call = self._new_call(pop, boundary)
         self.reset()
-        self._ctx.kv_cache_clear()
+        parent.clear_cache(self)
         rows = []
-        with self._calling(requested):
+        with self._calling(call):
             self._eval(prompt, self._logits_everywhere)
             rows.append(self._logits_of(1))
-            for start in range(0, len(continuation) - 1, self.n_batch):
-                chunk = continuation[start : min(start + self.n_batch, len(continuation) - 1)]
+            n_ubatch = self.context_params.n_ubatch  # logits are those of the last micro-batch
+            for start in range(0, len(continuation) - 1, n_ubatch):
+                chunk = continuation[start : min(start + n_ubatch, len(continuation) - 1)]
                 self._eval(chunk, True)
                 rows.append(self._logits_of(len(chunk)))
         return np.concatenate(rows)
 
-    def _logits_of(self, n: int) -> np.ndarray:
-        """Of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
-        rows = (llama_cpp.llama_get_logits_ith(self._ctx.ctx, i) for i in range(-n, 0))
-        return np.stack([np.ctypeslib.as_array(row, shape=(self._n_vocab,)) for row in rows])
+    def embed(self, *args, **kwargs):
+        """``llama_cpp.Llama.embed``."""
+        self._check_process()
+        return super().embed(*args, **kwargs)
+
+    def _new_call(self, pop: bool | None, boundary: int | str | None, progress=None, cancel=None) -> Call:
+        """A call within the running one: ``create_completion`` is called inside ``create_chat_completion``."""
+        self._check_process()
+        opening.check_boundary_type("boundary", boundary)
+        number = None
+        if pop is False:
+            number = self._status.n_layer
+        elif boundary is not None:
+            number = opening.checked_boundary(self, boundary)
+        return self._running.inner(number, progress, cancel)
+
+    @contextlib.contextmanager
+    def _calling(self, call: Call) -> Iterator[None]:
+        self._check_process()
+        outer, self._running = self._running, call
+        native.set_boundary(self.ctx, call.boundary)  # for a chat handler that decodes without eval()
+        try:
+            yield
+        finally:
+            self._running = outer
+
+    def _run(self, method: Callable, call: Call):
+        """The result of a method of the parent, or its stream, with the call's timings."""
+        with self._calling(call):
+            result = method()
+        return with_timings(result, lambda: self._calling(call), lambda: self.timings.as_dict())
+
+    def _check_process(self) -> None:
+        """Refuses to go on in a fork of the process that loaded the model: it would wait for llama.cpp's threads."""
+        if os.getpid() != self._pid:
+            raise PopError(
+                "this model was loaded before a fork: load it in the child, or start children by spawn "
+                "(multiprocessing's)"
+            )
+
+    # Tokens
+
+    def generate(self, tokens: Sequence[int], *args, **kwargs):
+        """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
+        call = self._running.inner()
+        if kwargs.get("reset", True):
+            self._drop_unusable(call.boundary)
+        call.begin_prompt(native.n_pruned(self.ctx))
+        timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=call.boundary)
+        generator = super().generate(tokens, *args, **kwargs)
+        sent = None
+        try:
+            while True:
+                with self._calling(call):
+                    try:
+                        token = generator.send(sent)
+                    except StopIteration:
+                        return
+                if timings.generated_tokens == 0:
+                    call.time_prompt(timings, native.n_pruned(self.ctx))
+                timings.count_token(call.ms_since_began())
+                sent = yield token
+                call.check(len(tokens), len(tokens))
+        finally:
+            generator.close()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluates tokens after the ``n_tokens`` that are cached.
+
+        Unlike in the parent, only the last token asks for logits, not the last of every ``n_batch``: all others of a
+        prompt may then be pruned. With ``logits_all`` every token asks; with a draft model, all those after the prompt.
+
+        Args:
+            tokens: Token ids.
+
+        Raises:
+            RuntimeError: llama.cpp could not decode, for example because the context is full.
+        """
+        self._check_process()
+        drafted = self._keeps_scores and not self._running.reading_prompt
+        self._eval(tokens, self._logits_everywhere or drafted)
 
     def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
-        boundary = self._status.n_layer if len(tokens) < self._status.min_tokens else self._asked_boundary()
-        native.set_boundary(self._ctx.ctx, boundary)
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-        starts = self._chunk_starts(len(tokens))
-        for start, end in zip(starts, [*starts[1:], len(tokens)]):
-            self._go_on(self.n_tokens, self.n_tokens + len(tokens) - start)
-            chunk = tokens[start:end]
-            past, size = self.n_tokens, len(chunk)
-            self._batch.set_batch(batch=chunk, n_past=past, logits_all=every_token)
-            # beside images, what is given may end before the prompt does
-            last_of_all = start + size == len(tokens) and (self._reader is None or past + size == self._reader.total)
-            self._batch.batch.logits[size - 1] = every_token or last_of_all
+        call, status = self._running, self._status
+        boundary = status.n_layer if len(tokens) < status.min_tokens else call.boundary
+        native.set_boundary(self.ctx, boundary)
+        parent.drop_cache_from(self, self.n_tokens)
+        for start, end in pieces(len(tokens), self.context_params.n_ubatch, status.tail):
+            past, now = self.n_tokens, self.n_tokens + end - start
+            call.check(past, past + len(tokens) - start)
+            last_of_all = end == len(tokens) and call.prompt_ends_at(now)
             try:
-                self._ctx.decode(self._batch)
-            except BaseException:  # Ctrl-C is heard only after a micro-batch that then counts for nothing
+                parent.decode(self, tokens[start:end], past, every_token=every_token, last_token=last_of_all)
+            except BaseException:  # Ctrl-C is heard only after a micro-batch, which then counts for nothing
                 self._roll_back(past)
                 raise
 
-            self.input_ids[past : past + size] = chunk
-            self._computed_with[past : past + size] = self._status.n_layer
-            if every_token and self._logits_all:
-                logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(size, self._n_vocab))
-                self.scores[past : past + size] = logits
-            elif not every_token:
-                whole_from = past + size - self._status.tail if last_of_all else past + size
-                self._computed_with[max(past, self._status.head) : max(past, whole_from)] = self._as_recorded(boundary)
-                if last_of_all and self._logits_all:  # with a draft model, for logprobs
-                    self.scores[past + size - 1] = self._logits_of(1)[0]
-            self.n_tokens += size
-            self._requires_eval = not (every_token or last_of_all)
-        if self._reading_prompt:
-            llama_cpp.llama_synchronize(self._ctx.ctx)
-            self._go_on(self.n_tokens, self.n_tokens)
-            self._prefill = (len(tokens), time.perf_counter())
-            self._reading_prompt = False
+            self.input_ids[past:now] = tokens[start:end]
+            self._record.mark(past, now, status.n_layer)
+            if not every_token:
+                self._record.mark(past, max(past, now - status.tail) if last_of_all else now, boundary)
+                if last_of_all and self._keeps_scores:  # with a draft model, for logprobs
+                    self.scores[now - 1] = self._logits_of(1)[0]
+            elif self._keeps_scores:
+                logits = llama_cpp.llama_get_logits(self.ctx)
+                self.scores[past:now] = np.ctypeslib.as_array(logits, shape=(now - past, self.n_vocab()))
+            self.n_tokens = now
+            parent.set_requires_eval(self, not (every_token or last_of_all))
+        if call.reading_prompt:
+            llama_cpp.llama_synchronize(self.ctx)
+            call.check(self.n_tokens, self.n_tokens)
+            call.end_prompt(len(tokens))
+
+    def _logits_of(self, n: int) -> np.ndarray:
+        """The logits of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
+        first = llama_cpp.llama_get_logits_ith(self.ctx, -n)
+        return np.ctypeslib.as_array(first, shape=(n, self.n_vocab())).copy()
 
     def _roll_back(self, n_tokens: int) -> None:
-        """To the first ``n_tokens``; recurrent memories cannot drop a part, so they are cleared."""
-        self.n_tokens, self._requires_eval = n_tokens, True
-        if not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+        """Goes back to the first ``n_tokens``. A recurrent memory cannot drop a part, so it is cleared."""
+        self.n_tokens = n_tokens
+        parent.set_requires_eval(self, True)
+        if not parent.drop_cache_from(self, n_tokens):
             self.reset()
 
-    def _chunk_starts(self, n_tokens: int) -> list[int]:
-        """Where pieces start; the tail stays in one of them, with the token that asks for logits.
+    def _drop_unusable(self, boundary: int) -> None:
+        """Drops cached positions from the first on that fewer layers have read than this boundary asks for."""
+        usable = self._record.usable(self.n_tokens, boundary)
+        if usable < self.n_tokens:
+            self._roll_back(usable)
 
-        A piece is a micro-batch, what llama.cpp makes of a larger one anyway: between two of them a call can be stopped.
-        """
-        starts = list(range(0, n_tokens, max(self.context_params.n_ubatch, self._status.tail)))
-        if len(starts) > 1 and n_tokens - starts[-1] < self._status.tail:
-            starts[-1] = n_tokens - self._status.tail
-        return starts
-
-    def _asked_boundary(self) -> int:
-        return self._status.boundary if self._requested is None else self._requested
-
-    def _as_recorded(self, boundary: int) -> int:
-        """A lossless boundary counts as the whole model: it computes the same."""
-        return self._status.n_layer if boundary >= self._lossless else boundary
-
-    def _forget_shallower_than(self, boundary: int) -> None:
-        """Drops cached positions from the first one on that fewer layers computed than ``boundary`` asks for."""
-        shallow = np.flatnonzero(self._computed_with[: self.n_tokens] < self._as_recorded(boundary))
-        if len(shallow):
-            self._roll_back(int(shallow[0]))
-
-    # State
+    # States
 
     def save_state(self):
-        """``llama_cpp.Llama.save_state``; the state also says which model it is of, and by which layers each position was read."""
-        return states.save(self)
+        """``llama_cpp.Llama.save_state``; the state also says which model it is of, and each position's boundary."""
+        # Without logits_all nobody reads scores, so they are not kept: a plain Llama spreads the one row over its own.
+        zeros = np.zeros((1, self.n_vocab()), dtype=np.single)
+        return states.save(
+            self.ctx,
+            input_ids=self.input_ids,
+            n_tokens=self.n_tokens,
+            scores=self.scores[: self.n_tokens].copy() if self._logits_everywhere else zeros,
+            seed=parent.seed(self),
+            record=self._record,
+            digest=self._digest,
+            adapters=self._adapters,
+        )
 
     def load_state(self, state) -> None:
-        """``llama_cpp.Llama.load_state``, also in a context of another length; a plain ``Llama``'s state counts as the whole model's.
+        """``llama_cpp.Llama.load_state``, also in a context of another length. States of a plain ``Llama`` are whole.
 
-        Positions that fewer layers or other fitted projections computed than the next call asks for are read again.
+        Positions that fewer layers or another adapter have read than the next call asks for are read again.
 
         Raises:
-            PopError: The state is of another model, or does not fit.
+            PopError: The state is of another model, or it does not fit. In the second case the cache is empty.
         """
-        states.load(self, state)
+        name, n = os.path.basename(self.model_path), state.n_tokens
+        states.check(state, name, digest=self._digest, n_vocab=self.n_vocab(), n_positions=len(self.input_ids))
+        try:
+            states.restore(state, name, self.ctx)
+        except PopError:
+            parent.clear_cache(self)
+            self.reset()
+            raise
+        self.n_tokens = n
+        parent.set_requires_eval(self, True)
+        self.set_seed(state.seed)
+        self.input_ids[:n] = state.input_ids[:n]
+        states.restore_record(state, self._record, self._adapters)
+        if self._logits_everywhere and len(state.scores) == n:
+            self.scores[:n] = state.scores
+        elif self._logits_everywhere:
+            self._record.forget(0, n)  # it was read without the logits that are needed
 
     def set_cache(self, cache) -> None:
-        """``llama_cpp.Llama.set_cache``; other models may share the cache: each finds its own entries only."""
-        self.cache = None if cache is None else states.ModelCache(cache, self)
+        """``llama_cpp.Llama.set_cache``. Other models may share the cache: each finds only its own entries."""
+        if cache is not None:
+            cache = states.ModelCache(cache, self._digest, self.context_params, self._logits_everywhere)
+        self.cache = cache
 
     def __getstate__(self):
         return {**super().__getstate__(), **self._pop_arguments, "logits_all": self._logits_everywhere}

@@ -1,5 +1,5 @@
-# What type checkers and editors see of PopLlama: the carried llama_cpp is found at run time, which no checker can follow, and the
-# calls pass the parent's arguments on. Checked against the parent and against llama.py by tests/test_typing.py.
+# PopLlama as type checkers and editors see it. They cannot follow the carried llama_cpp, which is found at run time, nor the
+# arguments that calls pass on to the parent. tests/python/test_typing.py checks this file against the parent and llama.py.
 
 import os
 import threading
@@ -28,7 +28,7 @@ from typing_extensions import NotRequired, Self, Unpack
 
 from pypop_gguf.status import PopStatus, Timings
 
-# Of a call, as in Timings.as_dict().
+# What Timings.as_dict() gives.
 @type_check_only
 class _CallTimings(TypedDict):
     cache_n: int
@@ -50,7 +50,7 @@ class _Completion(CreateCompletionResponse):
 
 @type_check_only
 class _CompletionChunk(CreateCompletionResponse):
-    timings: NotRequired[_CallTimings]  # of the last one
+    timings: NotRequired[_CallTimings]  # only in the last chunk
 
 @type_check_only
 class _ChatCompletion(CreateChatCompletionResponse):
@@ -60,7 +60,7 @@ class _ChatCompletion(CreateChatCompletionResponse):
 class _ChatCompletionChunk(CreateChatCompletionStreamResponse):
     timings: NotRequired[_CallTimings]
 
-# What every call takes: how its prompt is read, and how tokens are sampled.
+# The arguments of every call: how its prompt is read, and how tokens are sampled.
 @type_check_only
 class _Call(TypedDict, total=False):
     pop: bool | None
@@ -174,7 +174,8 @@ class PopLlama(Llama):
     @property
     def pop(self) -> PopStatus: ...
 
-    # Overloads: a whole result, a stream, and, with the parent's every argument in its order, whichever `stream` says.
+    # Each of the two has three overloads: one gives a whole result, one a stream, and the last takes all arguments of the
+    # parent by position and gives whichever of both `stream` says.
     @overload
     def create_completion(
         self,
@@ -298,6 +299,5 @@ class PopLlama(Llama):
     ) -> npt.NDArray[np.float32]: ...
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None]: ...
     def eval(self, tokens: Sequence[int]) -> None: ...
-    def reset(self) -> None: ...
     def save_state(self) -> LlamaState: ...
     def load_state(self, state: LlamaState) -> None: ...

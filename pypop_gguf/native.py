@@ -12,10 +12,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cffi import FFI
 
-from pypop_gguf import library
+from pypop_gguf import library, parent
 from pypop_gguf.errors import PopError
 
 # Values of a boundary besides 1..L: enum llama_pop_boundary.
@@ -54,13 +55,13 @@ def declarations(header: str) -> str:
 
 
 @functools.cache
-def _bound() -> tuple[FFI, object]:
+def _bound() -> tuple[FFI, Any]:
     llama_cpp = library.load()
     ffi = FFI()
     ffi.cdef("typedef int32_t llama_seq_id; struct llama_context; struct llama_model; struct llama_adapter_lora;")
     header = library.vendor_dir() / "llama_cpp" / "lib" / "llama-pop.h"
     ffi.cdef(declarations(header.read_text(encoding="utf-8")))
-    return ffi, ffi.dlopen(llama_cpp.llama_cpp._lib._name)
+    return ffi, ffi.dlopen(parent.library_path(parent.native_library(llama_cpp)))
 
 
 def _context(ctx: int):

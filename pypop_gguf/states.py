@@ -1,8 +1,8 @@
-"""Saved states and shared caches: whose a state is, and which of its positions ``PopLlama`` may go on from.
+"""Saved states and shared caches: which model a state is of, and which of its positions a ``PopLlama`` may reuse.
 
 A state is llama-cpp-python's ``LlamaState`` with three more attributes, so that a plain ``Llama`` loads it as well:
-``pop_model``, a digest of the model; ``pop_computed_with``, int32 [n_tokens], the boundary of each position; ``pop_adapters``, the
-digests of the fitted projections by boundary.
+``pop_model``, a digest of the model; ``pop_computed_with``, the boundary of each position, int32 [n_tokens];
+``pop_adapters``, the digests of the adapters in use by boundary.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pypop_gguf import library
+from pypop_gguf.cache_record import CacheRecord
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
 
 if TYPE_CHECKING:
-    from pypop_gguf.llama import PopLlama
-
-llama_cpp = library.load()
+    import llama_cpp
+else:
+    llama_cpp = library.load()
 
 _SAMPLE_BYTES = 256
-# Context parameters that decide what the cache holds for a text, and those that decide whether a state fits.
+# Context parameters that decide what the cache holds for a text.
 _CONTENT = (
     "rope_scaling_type",
     "rope_freq_base",
@@ -35,17 +36,20 @@ _CONTENT = (
     "yarn_ext_factor",
     "yarn_attn_factor",
     "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+    "attention_type",
 )
-_CONTENT += ("yarn_beta_slow", "yarn_orig_ctx", "attention_type")
+# Context parameters that decide whether a state fits.
 _LAYOUT = ("n_ctx", "n_seq_max", "type_k", "type_v", "flash_attn_type", "swa_full", "kv_unified")
 
 
 def file_digest(path: str | os.PathLike, first: GGUFHeader | None = None) -> str:
-    """Of a GGUF file's tensors: their names, shapes, types and first bytes; of a split file, of every shard's. Keys do not count.
+    """A digest of a GGUF file's tensors: their names, shapes, types and first bytes. The keys of the file do not count.
 
     Args:
-        path: The file; of a split one, the first shard.
-        first: Its header, where it has been read already.
+        path: The file. Of a split file it is the first shard, and the digest is of all shards.
+        first: The header of this file, if it has been read already.
 
     Raises:
         PopError: The file cannot be read.
@@ -69,7 +73,7 @@ def _shards(path: str) -> list[str]:
 
 
 def _tensor_offsets(header: GGUFHeader) -> Iterator[int]:
-    """From the start of the tensor data."""
+    """Where each tensor begins, in bytes from the start of the tensor data."""
     infos, at, order = header.tensor_infos, 0, header.order
     for _ in range(header.n_tensors):
         at += 8 + struct.unpack_from(f"{order}Q", infos, at)[0]  # the name
@@ -78,94 +82,139 @@ def _tensor_offsets(header: GGUFHeader) -> Iterator[int]:
         at += 8
 
 
-def model_digest(llm: PopLlama, header: GGUFHeader) -> str:
-    """Of all that decides which keys and values a text leaves in the cache when every layer reads it."""
-    lora = (file_digest(llm.lora_path), llm.lora_scale) if llm.lora_path else None
-    parameters = [getattr(llm.context_params, name) for name in _CONTENT]
-    parts = file_digest(llm.model_path, header), lora, sorted((llm.kv_overrides or {}).items()), parameters
+def model_digest(
+    header: GGUFHeader,
+    model_path: str,
+    context_params: Any,
+    lora: tuple[str, float] | None,
+    kv_overrides: Mapping[str, Any] | None,
+) -> str:
+    """A digest of all that decides which keys and values a text leaves in the cache when every layer reads it.
+
+    Args:
+        header: The header of the model's file.
+        model_path: The file.
+        context_params: llama.cpp's parameters of the context.
+        lora: The LoRA's file and scale, if there is one.
+        kv_overrides: The keys of the file that are overridden.
+    """
+    parameters = [getattr(context_params, name) for name in _CONTENT]
+    lora_parts = (file_digest(lora[0]), lora[1]) if lora else None
+    parts = file_digest(model_path, header), lora_parts, sorted((kv_overrides or {}).items()), parameters
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def save(llm: PopLlama):
-    """A ``LlamaState`` of what is cached."""
-    buffer = ctypes.create_string_buffer(llama_cpp.llama_state_get_size(llm.ctx))
-    size = llama_cpp.llama_state_get_data(llm.ctx, ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint8)), len(buffer))
-    # Without logits_all nobody reads scores, so they are not kept: a plain Llama spreads the one row over its own.
-    scores = llm._scores.copy() if llm._logits_everywhere else np.zeros((1, llm.n_vocab()), dtype=np.single)
-    input_ids = llm.input_ids.copy()
-    input_ids[llm.n_tokens :] = -1  # a cache compares all of it with the prompt
-    state = llama_cpp.LlamaState(input_ids, scores, llm.n_tokens, buffer.raw[:size], size, llm._seed)
-    state.pop_model, state.pop_adapters = llm._digest, llm._adapters
-    state.pop_computed_with = llm._computed_with[: llm.n_tokens].copy()
+def save(
+    ctx: int,
+    *,
+    input_ids: np.ndarray,
+    n_tokens: int,
+    scores: np.ndarray,
+    seed: int,
+    record: CacheRecord,
+    digest: str,
+    adapters: Mapping[int, str],
+):
+    """A ``LlamaState`` of what is cached in a context.
+
+    Args:
+        ctx: The context.
+        input_ids: Token of each position, int32 [n_ctx].
+        n_tokens: Number of positions that are cached.
+        scores: Logits of these positions if they are kept, else those of any one, F32 [n, n_vocab].
+        seed: The sampler's seed.
+        record: The boundaries of the positions.
+        digest: The model's digest.
+        adapters: The digests of the adapters in use, by boundary.
+    """
+    buffer = ctypes.create_string_buffer(llama_cpp.llama_state_get_size(ctx))
+    size = llama_cpp.llama_state_get_data(ctx, ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint8)), len(buffer))
+    input_ids = input_ids.copy()
+    input_ids[n_tokens:] = -1  # a cache compares all of it with the prompt
+    state: Any = llama_cpp.LlamaState(input_ids, scores, n_tokens, buffer.raw[:size], size, seed)
+    state.pop_model, state.pop_adapters = digest, dict(adapters)
+    state.pop_computed_with = record.to_state(n_tokens)
     return state
 
 
-def load(llm: PopLlama, state) -> None:
-    """Puts a state into the cache, the boundary of each position into the record; what a plain ``Llama`` saved counts as whole.
+def check(state, name: str, *, digest: str, n_vocab: int, n_positions: int) -> None:
+    """Checks that a state is of this model, and no longer than its context. A plain ``Llama``'s state has no digest.
 
     Raises:
-        PopError: The state is of another model, or does not fit. In the second case the cache is empty.
+        PopError: It is not.
     """
-    n, name = state.n_tokens, os.path.basename(llm.model_path)
-    if getattr(state, "pop_model", llm._digest) != llm._digest:
+    if getattr(state, "pop_model", digest) != digest:
         raise PopError(
-            f"this state was not saved by {name} with the same LoRA, overrides and rope settings: load it where it was saved"
+            f"this state was not saved by {name} with the same LoRA, overrides and rope settings: load it where it was "
+            "saved"
         )
-    if state.scores.shape[1:] != (llm.n_vocab(),):
+    if state.scores.shape[1:] != (n_vocab,):
         raise PopError(f"this state is of a model with another vocabulary than {name}: load it where it was saved")
-    if n > len(llm.input_ids):
+    if state.n_tokens > n_positions:
         raise PopError(
-            f"this state holds {n} tokens, the context {len(llm.input_ids)}: open the model with n_ctx={n} or more"
-        )
-    data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-    with library.captured_log() as errors:
-        loaded = llama_cpp.llama_state_set_data(llm.ctx, data, len(data)) == len(data)
-    llm.n_tokens, llm._requires_eval = n, True
-    if not loaded:
-        llm._ctx.kv_cache_clear()
-        llm.reset()
-        reason = errors[0].split(": ")[-1] if errors else "of another size"
-        raise PopError(
-            f"this state does not fit {name} as it is open here ({reason}): load it with the model and options that saved it"
+            f"this state holds {state.n_tokens} tokens, the context {n_positions}: "
+            f"open the model with n_ctx={state.n_tokens} or more"
         )
 
-    llm._seed = state.seed
-    llm.input_ids[:n] = state.input_ids[:n]
-    llm._computed_with[:n] = getattr(state, "pop_computed_with", llm.pop.n_layer)
-    for boundary in np.unique(llm._computed_with[:n]).tolist():
-        if boundary < llm.pop.n_layer and getattr(state, "pop_adapters", {}).get(boundary) != llm._adapters.get(
-            boundary
-        ):
-            llm._computed_with[:n][llm._computed_with[:n] == boundary] = 0  # other projections filled the upper layers
-    if llm._logits_everywhere and len(state.scores) == n:
-        llm.scores[:n] = state.scores
-    elif llm._logits_everywhere:
-        llm._computed_with[:n] = 0  # read without their logits
+
+def restore(state, name: str, ctx: int) -> None:
+    """Puts a state into a context of the model with this name.
+
+    Raises:
+        PopError: It does not fit. The cache may then hold anything.
+    """
+    data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+    with library.captured_log() as errors:
+        if llama_cpp.llama_state_set_data(ctx, data, len(data)) == len(data):
+            return
+    reason = errors[0].split(": ")[-1] if errors else "of another size"
+    raise PopError(
+        f"this state does not fit {name} as it is open here ({reason}): "
+        "load it with the model and options that saved it"
+    )
+
+
+def restore_record(state, record: CacheRecord, adapters: Mapping[int, str]) -> None:
+    """Puts the boundaries of a state into the record. What a plain ``Llama`` has saved was read by every layer.
+
+    Positions that another adapter has filled cannot be reused.
+    """
+    boundaries, theirs = getattr(state, "pop_computed_with", None), getattr(state, "pop_adapters", {})
+    other = {at for at in {*theirs, *adapters} if theirs.get(at) != adapters.get(at)}
+    record.from_state(state.n_tokens, boundaries, unusable=other)
 
 
 class ModelCache(llama_cpp.llama_cache.BaseLlamaCache):
-    """A model's own entries of a cache that others may share: its keys are tokens plus a number that stands for the model.
+    """A model's own entries in a cache that others may share: the keys are tokens plus a number for the model.
+
+    Args:
+        shared: The cache.
+        digest: The model's digest.
+        context_params: llama.cpp's parameters of the context.
+        with_scores: Whether the model's states hold the logits of each position.
 
     Attributes:
         shared: The cache.
     """
 
-    def __init__(self, shared, llm: PopLlama) -> None:
+    def __init__(self, shared, digest: str, context_params: Any, with_scores: bool) -> None:
         self.shared = shared
-        # the version too: a cache on disk outlives it, and states have no format that does
-        layout = [getattr(llm.context_params, name) for name in _LAYOUT]
-        parts = llm._digest, layout, llm._logits_everywhere, llama_cpp.__version__
+        # The version counts too: a cache on disk outlives it, and states have no format that does.
+        layout = [getattr(context_params, name) for name in _LAYOUT]
+        parts = digest, layout, with_scores, llama_cpp.__version__
         self._offset = int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16) << 31
 
     def _key(self, tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._offset + int(token) for token in tokens)
 
     @property
-    def capacity_bytes(self) -> int:
+    def capacity_bytes(self) -> int:  # type: ignore[override]
+        """How much the shared cache may hold."""
         return self.shared.capacity_bytes
 
     @property
     def cache_size(self) -> int:
+        """How much the shared cache holds, of all models."""
         return self.shared.cache_size
 
     def __getitem__(self, key: Sequence[int]):

@@ -15,10 +15,10 @@ class PopStatus:
         enabled: Whether prompts are pruned.
         boundary: 0-based index of the first layer that prefill skips; ``n_layer`` when off.
         n_layer: Layers of the model, L.
-        source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper layers
-            share a cache, so a lower boundary is exact) or ``"off"``.
+        source: Where the boundary comes from: ``"argument"``, ``"file"`` (``pop.boundary``), ``"lossless"`` (upper
+            layers share a cache, so a lower boundary changes nothing) or ``"off"``.
         head: First tokens of a sequence that run every layer all the same.
-        tail: Last tokens of a prompt that do, the very last included.
+        tail: Last tokens of a prompt that run every layer all the same, the very last included.
         min_tokens: Prompts with fewer new tokens are not pruned.
         adapters: Boundaries at which fitted K/V projections fill the caches of the skipped layers.
     """
@@ -35,17 +35,17 @@ class PopStatus:
 
 @dataclass
 class Timings:
-    """Where one call's time went. Times are wall-clock milliseconds, None where the call did not get that far.
+    """Where the time of one call went. Times are wall-clock milliseconds, None if the call did not get that far.
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        reused_tokens: Of these, taken from the cache of an earlier call.
-        pruned_tokens: Of these, read by the layers below the boundary only.
+        reused_tokens: Tokens of the prompt that were found in the cache.
+        pruned_tokens: Tokens of the prompt that only the layers below the boundary have read.
         generated_tokens: Tokens generated.
-        prefill_ms: Reading the part of the prompt that was not reused.
-        time_to_first_token_ms: From the start of the call to the first token, sampling included.
-        decode_ms_per_token: Mean over the tokens after the first.
-        boundary: That the prompt was read with.
+        prefill_ms: Time to read the part of the prompt that was not reused.
+        time_to_first_token_ms: Time from the start of the call to the first token, sampling included.
+        decode_ms_per_token: Mean time of the tokens after the first.
+        boundary: Boundary that the prompt was read with.
     """
 
     prompt_tokens: int = 0
@@ -58,7 +58,7 @@ class Timings:
     boundary: int | None = None
 
     def count_token(self, ms: float) -> None:
-        """One more token is generated, ``ms`` after the start of the call."""
+        """Counts one more generated token, which came ``ms`` after the start of the call."""
         if self.time_to_first_token_ms is None:
             self.time_to_first_token_ms = ms
         else:
@@ -66,7 +66,7 @@ class Timings:
         self.generated_tokens += 1
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Under the names of llama.cpp's server, and ``pruned_n`` and ``boundary``: a response's ``timings``."""
+        """The ``timings`` of a response: the names of llama.cpp's server, and ``pruned_n`` and ``boundary``."""
         read = self.prompt_tokens - self.reused_tokens
         after_first = self.generated_tokens - 1
         decode_ms = None if self.decode_ms_per_token is None else self.decode_ms_per_token * after_first
@@ -94,9 +94,9 @@ class Cancelled(PopError):
     """A call was stopped by its ``cancel`` event or its ``progress`` function.
 
     Attributes:
-        done: Prompt tokens that are in the cache, what was reused included: the next call goes on from there.
+        done: Prompt tokens that are in the cache, reused ones included. The next call goes on from there.
         total: Tokens of the prompt.
-        lost: What was read is not: a recurrent memory cannot drop the part of an image that was read.
+        lost: True if the cache was cleared: a recurrent memory cannot drop only the part of an image that was read.
     """
 
     def __init__(self, done: int, total: int, lost: bool = False) -> None:

@@ -47,16 +47,24 @@ def shared_cache_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceMode
 
 @pytest.fixture(params=[True, False], ids=["continued", "repeated"])
 def continuation(request, monkeypatch) -> bool:
-    """Tokens that ask for logits go on from the boundary, or repeat the layers below it."""
-    from pypop_gguf import native
+    """Lets the contexts of a test continue from the boundary, or repeat the layers below it, for tokens that run whole.
 
-    set_boundary = native.set_boundary
+    No user needs the second way, so ``PopLlama`` has no argument for it. It is set as soon as a context is opened.
+    """
+    from pypop_gguf import PopLlama, native
+    from tests.support.engine import Engine
 
-    def set_both(ctx, boundary):
-        set_boundary(ctx, boundary)
-        native.set_continuation(ctx, request.param)
+    def set_after_opening(kind, context: str) -> None:
+        opened = kind.__init__
 
-    monkeypatch.setattr(native, "set_boundary", set_both)
+        def open_and_set(self, *arguments, **options):
+            opened(self, *arguments, **options)
+            native.set_continuation(getattr(self, context), request.param)
+
+        monkeypatch.setattr(kind, "__init__", open_and_set)
+
+    set_after_opening(PopLlama, "ctx")
+    set_after_opening(Engine, "context")
     return request.param
 
 

@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _count_speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
     """Returns the speed-up that the operations left allow at each boundary, for a prompt of one micro-batch."""
     sized = PopLlama(str(model), pop=False, n_ctx=_SPEEDUP_TOKENS, n_batch=_SPEEDUP_TOKENS, verbose=False)
-    n_layer, context = sized.pop.n_layer, sized._ctx.ctx
+    n_layer, context = sized.pop.n_layer, sized.ctx
 
     def flops(boundary: int, n_tokens: int, n_outputs: int) -> float:
         return native.graph_flops(context, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=n_outputs)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fuzz import gguf_cases
 from pypop_gguf import Cancelled, PopLlama, native
+from pypop_gguf.call import Call
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
@@ -125,7 +126,7 @@ def test_cancelled_at_any_micro_batch_equals_never_begun(reference_models, name,
     for interrupted in (True, False):
         llm = PopLlama(str(model.gguf), **options)
         if interrupted:
-            with pytest.raises(Cancelled), llm._calling(BOUNDARY, progress=lambda done, total: done < 16 * stop):
+            with pytest.raises(Cancelled), llm._calling(Call(BOUNDARY, lambda done, _: done < 16 * stop)):
                 greedy(llm, begun)
             assert llm.n_tokens == 16 * stop
         results.append(greedy(llm, tokens))

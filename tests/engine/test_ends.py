@@ -75,7 +75,7 @@ def test_prompts_with_few_new_tokens_are_not_pruned(reference_models):
 def test_positions_remember_that_the_ends_ran_whole(reference_models):
     llm = open_model(reference_models["llama"], pop_head=2, pop_tail=4)
     llm.eval(reference_models["llama"].tokens(10))
-    assert llm._computed_with[:10].tolist() == [6, 6, 3, 3, 3, 3, 6, 6, 6, 6]
+    assert llm._record.boundaries[:10].tolist() == [6, 6, 3, 3, 3, 3, 6, 6, 6, 6]
     llm.close()
 
 

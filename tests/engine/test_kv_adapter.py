@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pypop_gguf import PopError, PopLlama, library, native
+from pypop_gguf.call import Call
 from pypop_gguf.cli import main
 from pypop_gguf.fitting import distill, fit
 from pypop_gguf.fitting.hf_to_adapter import write_adapter
@@ -99,7 +100,7 @@ def test_whole_model_is_stocks_bit_for_bit_with_an_adapter_loaded(models, stock,
     write(model, tmp_path / "fit.gguf", B)
     tokens = model.tokens(N_TOKENS)
     llm = PopLlama(str(model.gguf), pop_boundary=B, pop_adapter=tmp_path / "fit.gguf", **EXACT)
-    with llm._calling(llm.pop.n_layer):
+    with llm._calling(Call(llm.pop.n_layer)):
         llm.eval(tokens)
     ours = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).tolist()
     llm.close()

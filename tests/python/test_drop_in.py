@@ -1,7 +1,7 @@
-"""What ``llama_cpp.Llama`` offers, offered by ``PopLlama``: the same results at the lossless boundary, the same promises below it.
+"""``PopLlama`` does what ``llama_cpp.Llama`` does: the same results at the lossless boundary, its promises below it.
 
-``plain`` is the parent beside ours, which test_stock.py compares with the unpatched build. States and caches are test_states.py's, images
-test_vision.py's, upstream's own tests test_upstream.py's.
+``plain`` is the parent, which test_stock.py compares with the unpatched build. Other files test states and caches
+(test_states.py), images (test_vision.py), and llama-cpp-python's own tests (test_upstream.py).
 """
 
 import copy
@@ -21,7 +21,7 @@ from tests.support.gguf_files import STRING, insert_raw_key
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 3
 MESSAGES = [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": PROMPT}]
-PAINT_IT = [{"role": "user", "content": "Paint the ball red, please."}]  # descriptions of tools are long already
+PAINT_IT = [{"role": "user", "content": "Paint the ball red, please."}]  # short, because descriptions of tools are long
 ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)
 OPTIONS = dict(n_ctx=512, n_batch=64, **ONE_THREAD)
 LOSSLESS, DEEP = 11, 4
@@ -62,7 +62,7 @@ def joined(chunks) -> str:
 
 
 def close_to(actual, expected) -> bool:
-    """Equal but for what the order of sums does to logarithms."""
+    """Whether both are equal, up to the rounding of logarithms when sums are taken in another order."""
     if isinstance(expected, dict):
         return actual.keys() == expected.keys() and all(close_to(actual[key], expected[key]) for key in expected)
     if isinstance(expected, list):
@@ -71,7 +71,7 @@ def close_to(actual, expected) -> bool:
 
 
 def without_e(llm):
-    """Never a letter e."""
+    """A logits processor that forbids all tokens with the letter e."""
     tokens = [token for token in range(llm.n_vocab()) if b"e" in llm.detokenize([token])]
 
     def process(_input_ids, logits):
@@ -103,7 +103,9 @@ COMPLETIONS = {
 
 @pytest.mark.parametrize("case", COMPLETIONS.values(), ids=COMPLETIONS.keys())
 def test_completion_equals_the_parents_and_its_own_stream(llm, plain, case):
-    options = lambda llm: {"max_tokens": 32, "temperature": 0, **case(llm)}  # noqa: E731  a grammar is good for one call
+    def options(llm):  # made anew for each call, because a grammar is good for one
+        return {"max_tokens": 32, "temperature": 0, **case(llm)}
+
     expected = fresh(plain).create_completion(PROMPT, **options(plain))
     actual = fresh(llm).create_completion(PROMPT, **options(llm))
     assert (actual["choices"], actual["usage"]) == (expected["choices"], expected["usage"])
@@ -135,7 +137,7 @@ def test_promises_are_kept_where_pruning_changes_the_answer(llm, plain):
 
 
 def test_logprobs_equal_the_parents(bundled_gguf):
-    """They need logits_all=True, as in the parent, or a draft model; then the prompt is read whole, or pruned."""
+    """The object keeps them with logits_all=True, as in the parent, or with a draft model, where prompts are pruned."""
     plain = llama_cpp.Llama(str(bundled_gguf), logits_all=True, **OPTIONS)
     drafted = PopLlama(str(bundled_gguf), pop_boundary=LOSSLESS, draft_model=LlamaPromptLookupDecoding(), **OPTIONS)
     call = dict(max_tokens=12, temperature=0)
@@ -172,7 +174,7 @@ def test_draft_model_changes_no_text_and_leaves_prompts_pruned(bundled_gguf, n_t
 # Chats
 
 
-@pytest.mark.filterwarnings("ignore:Detected duplicate leading")  # some formats bring a BOS of their own
+@pytest.mark.filterwarnings("ignore:Detected duplicate leading")  # some formats add a BOS token of their own
 def test_every_chat_format_gives_the_parents_answer(llm, plain):
     answered = 0
     for name in sorted(llama_cpp.llama_chat_format.LlamaChatCompletionHandlerRegistry()._chat_handlers):
@@ -183,7 +185,7 @@ def test_every_chat_format_gives_the_parents_answer(llm, plain):
             try:
                 done = one.create_chat_completion(MESSAGES, max_tokens=6, temperature=0)
                 answers.append(done["choices"])
-            except Exception as error:  # some want a tokenizer of their own
+            except Exception as error:  # some formats need a tokenizer of their own
                 answers.append(f"{type(error).__name__}: {error}")
         assert answers[0] == answers[1], name
         if isinstance(answers[0], list):
@@ -225,13 +227,13 @@ def test_chat_with_tools_and_schemas(llm, plain, name, boundary):
         one.chat_format = "chatml-function-calling" if "tools" in CHATS[name] else "chatml"
         return one.create_chat_completion(PAINT_IT, max_tokens=64, temperature=0, **CHATS[name], **more)
 
-    before = native.n_pruned(llm._ctx.ctx)
+    before = native.n_pruned(llm.ctx)
     try:
         (choice,) = ask(llm, boundary=boundary)["choices"]
-        assert native.n_pruned(llm._ctx.ctx) - before > 15
+        assert native.n_pruned(llm.ctx) - before > 15
         if boundary == LOSSLESS:
             (expected,) = ask(plain)["choices"]
-            for message in (choice["message"], expected["message"]):  # ids are drawn anew
+            for message in (choice["message"], expected["message"]):  # the ids of calls are random
                 for call in message.get("tool_calls", []):
                     call["id"] = ""
             assert choice == expected
@@ -261,7 +263,6 @@ def test_chat_with_tools_and_schemas(llm, plain, name, boundary):
 
 
 def test_chat_as_the_openai_packages_object(llm, plain):
-    pytest.importorskip("openai", reason="the openai client is not installed: pip install openai")
     done = fresh(llm).create_chat_completion_openai_v1(MESSAGES, max_tokens=8, temperature=0)
     expected = fresh(plain).create_chat_completion_openai_v1(MESSAGES, max_tokens=8, temperature=0)
     assert done.choices == expected.choices and done.timings["pruned_n"] > 50
@@ -345,11 +346,16 @@ def test_from_pretrained_takes_our_arguments(bundled_gguf, monkeypatch):
     llm.close()
 
 
-def test_what_llama_once_took_is_dropped(bundled_gguf):
-    outlived = dict(
+def test_arguments_that_llama_no_longer_has_are_accepted_and_change_nothing(bundled_gguf):
+    removed = dict(
         f16_kv=True, low_vram=False, mul_mat_q=True, n_gqa=8, n_parts=-1, rms_norm_eps=1e-5, rpc_servers=None
     )
-    PopLlama(str(bundled_gguf), pop_boundary=DEEP, n_ctx=64, **ONE_THREAD, **outlived).close()
+    answers = []
+    for more in ({}, removed):
+        llm = PopLlama(str(bundled_gguf), pop_boundary=DEEP, **OPTIONS, **more)
+        answers.append(llm.create_completion(PROMPT, max_tokens=8, temperature=0)["choices"])
+        llm.close()
+    assert answers[0] == answers[1]
 
 
 def test_seed_of_the_object_counts(bundled_gguf):

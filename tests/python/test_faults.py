@@ -29,7 +29,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Runs a piece of Python in a process of its own, which may die; llama.cpp does not start a debugger to say where."""
+    """Runs a piece of Python in a process of its own, which may die without llama.cpp starting a debugger."""
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
@@ -49,7 +49,7 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
     return path
 
 
-# kill -9
+# Runs that are killed with SIGKILL
 
 
 def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
@@ -211,7 +211,7 @@ def test_second_run_for_a_target_is_refused_while_the_first_lives_and_replaces_w
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 30 MB."""
+    """A directory on a file system of 30 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if (
@@ -235,7 +235,7 @@ def test_disk_that_is_too_small_is_told_before_anything_is_written(bundled_gguf,
 
 
 def test_disk_that_fills_up_while_it_is_written_leaves_the_old_file(bundled_gguf, small_disk):
-    """By another program's files, after the first bytes."""
+    """After the first bytes have been written, another program fills the disk."""
     code = """
 import pathlib, sys
 from pypop_gguf.errors import PopError
@@ -258,7 +258,7 @@ except PopError as error: print(error)
 
 
 def test_permission_that_is_lost_while_writing_leaves_the_old_file(bundled_gguf):
-    """As a user who is not root."""
+    """The code runs as a user who is not root, because root may write anywhere."""
     code = """
 import os, pathlib, sys
 from pypop_gguf.errors import PopError
@@ -271,7 +271,7 @@ def lose(done, total):
 try: copy_with_metadata(directory / "source.gguf", directory / "target.gguf", PopMetadata(boundary=7), lose)
 except PopError as error: print(error)
 """
-    with tempfile.TemporaryDirectory() as base:  # pytest's own directories are closed to others
+    with tempfile.TemporaryDirectory() as base:  # other users cannot enter pytest's own directories
         directory = Path(base, "out")
         directory.mkdir()
         shutil.copy(bundled_gguf, directory / "source.gguf")
@@ -302,7 +302,8 @@ one = dict(n_threads=1, n_threads_batch=1, verbose=False)
 )
 def test_context_that_does_not_fit_into_memory_is_an_error(model, megabytes, n_ctx, reason):
     code = LIMITED + "import pypop_gguf.llama; limit(int(sys.argv[2]))\n"
-    code += "try: PopLlama(sys.argv[1], n_ctx=int(sys.argv[3]), n_batch=2048, n_ubatch=2048, **one)\nexcept PopError as error: print(error)"
+    code += "try: PopLlama(sys.argv[1], n_ctx=int(sys.argv[3]), n_batch=2048, n_ubatch=2048, **one)\n"
+    code += "except PopError as error: print(error)"
     done = python(code, model, megabytes, n_ctx)
     assert (
         done.returncode == 0 and reason in done.stdout and done.stdout.startswith((str(model), f"cannot read {model}"))
@@ -310,7 +311,7 @@ def test_context_that_does_not_fit_into_memory_is_an_error(model, megabytes, n_c
 
 
 def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
-    """ggml's CPU backend makes its work buffer with `new`, and nothing catches what that throws: no error can be given."""
+    """ggml's CPU backend allocates its work buffer with `new`, and nothing catches the exception that this throws."""
     code = (
         LIMITED
         + "llm = PopLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_ubatch=2048, **one); limit(int(sys.argv[2]))\n"
@@ -326,7 +327,7 @@ def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
 
 @pytest.mark.parametrize("use_mmap", [True, False])
 def test_file_cut_short_under_a_running_model(model, tmp_path, use_mmap):
-    """Where it is mapped the system kills the process, and nothing here can prevent that; read into memory it does not matter."""
+    """If the file is mapped, the system kills the process. If it was read into memory, nothing happens."""
     copy = shutil.copy(model, tmp_path / "copy.gguf")
     code = "import os, sys; from pypop_gguf import PopLlama\n"
     code += (
@@ -346,7 +347,7 @@ def test_file_cut_short_before_it_is_loaded_is_refused_at_every_length(model, tm
     whole = model.read_bytes()
     for length in [*random.Random(3).sample(range(len(whole)), 24), len(whole) - 1]:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        with pytest.raises(PopError, match="damaged or cut short|not a GGUF file"):
+        with pytest.raises(PopError, match=r"damaged or cut short|not a GGUF file"):
             PopLlama(str(tmp_path / "cut.gguf"), verbose=False)
 
 
@@ -379,7 +380,7 @@ def test_library_that_cannot_be_loaded_is_an_import_error_that_names_the_mend(tm
 
 
 def test_library_without_pop_is_refused(tmp_path, stock):
-    """An unpatched build in the carried one's place."""
+    """An unpatched build has taken the place of the carried one."""
     from tests.support.paths import STOCK
 
     fault = f"shutil.rmtree(lib); shutil.copytree({str(STOCK / 'llama_cpp' / 'lib')!r}, lib)"
@@ -395,7 +396,8 @@ from pypop_gguf import PopError, PopLlama
 llm = PopLlama(sys.argv[1], n_ctx=64, n_threads=2, n_threads_batch=2, verbose=False)
 llm.create_completion("Once", max_tokens=2)
 calls = [lambda: llm.create_completion("Once", max_tokens=2), lambda: llm.eval([5, 6]), lambda: llm.score([5], [6]),
-         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2), lambda: next(llm.generate([5, 6]))]
+         lambda: llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=2),
+         lambda: next(llm.generate([5, 6]))]
 pid = os.fork()
 if pid == 0:
     signal.alarm(10)
@@ -409,7 +411,7 @@ print(len(llm.create_completion("Once", max_tokens=2)["choices"]))
 
 
 def test_model_that_was_loaded_before_a_fork_is_refused_in_the_child(model):
-    """Its threads do not come along: a computation would wait for them for ever."""
+    """A child process has none of the model's threads, so a computation would wait for them for ever."""
     done = python(FORKED, model)
     lines = done.stdout.splitlines()
     assert (

@@ -1,8 +1,4 @@
-"""Programs of others with ``PopLlama`` or ``pop-gguf serve`` under them: llama-cpp-python's own server, LangChain.
-
-They are no dependencies of the tests; what is missing is skipped. All of them, without a build, as the extra ``integrations`` has them:
-pip install fastapi uvicorn sse-starlette starlette-context pydantic-settings langchain-community langchain-openai
-"""
+"""Programs of others that run on ``PopLlama`` or on ``pop-gguf serve``: llama-cpp-python's own server and LangChain."""
 
 import json
 import re
@@ -13,6 +9,8 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from langchain_community.chat_models import ChatLlamaCpp
+from langchain_openai import ChatOpenAI
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
@@ -33,11 +31,7 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def chat(model, monkeypatch):
-    """Opens LangChain's model with the page's arguments."""
-    models = pytest.importorskip(
-        "langchain_community.chat_models",
-        reason="langchain-community is not installed: pip install langchain-community",
-    )
+    """Opens LangChain's model with the arguments of docs/integrations.md."""
     own = dict(
         rope_freq_base=0,
         rope_freq_scale=0,
@@ -51,7 +45,7 @@ def chat(model, monkeypatch):
 
     def open_model(kind, **options):
         monkeypatch.setattr(llama_cpp, "Llama", kind)
-        return models.ChatLlamaCpp(model_path=str(model), **own, model_kwargs={"n_threads_batch": 1, **options})
+        return ChatLlamaCpp(model_path=str(model), **own, model_kwargs={"n_threads_batch": 1, **options})
 
     return open_model
 
@@ -61,8 +55,6 @@ def chat(model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def fastapi_server(model, tmp_path_factory):
-    for name in ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install {name.replace('_', '-')}")
     code, options = re.search(r'python -c "(.+?)" \\\n +(.+)', PAGE).groups()
     assert options == "--model model.gguf --logits_all false"
     arguments = [
@@ -96,7 +88,7 @@ def test_llama_cpp_pythons_server_prunes(fastapi_server, model):
     expected = llm.create_completion(PROMPT, max_tokens=12, temperature=0)
     body = dict(prompt=PROMPT, max_tokens=12, temperature=0, repeat_penalty=1)
     assert fastapi_server.post("/v1/completions", **body)["choices"][0]["text"] == expected["choices"][0]["text"]
-    fastapi_server.post("/v1/completions", prompt="Another", max_tokens=1)  # its cache holds PROMPT no longer
+    fastapi_server.post("/v1/completions", prompt="Another", max_tokens=1)  # so that its cache no longer holds PROMPT
     chunks = streamed(fastapi_server, "/v1/completions", **body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected["choices"][0]["text"]
     timings = chunks[-1]["timings"]
@@ -159,11 +151,8 @@ def test_langchain_binds_tools(chat):
 
 
 def test_langchain_against_the_server(model, tmp_path):
-    kind = pytest.importorskip(
-        "langchain_openai", reason="langchain-openai is not installed: pip install langchain-openai"
-    ).ChatOpenAI
     with serve(model, tmp_path / "log.txt", "--threads", 1, "--context", 512) as server:
-        llm = kind(
+        llm = ChatOpenAI(
             base_url=server.url + "/v1", api_key="none", model="any", temperature=0, max_tokens=12, max_retries=0
         )
         text = llm.invoke(PROMPT).content
@@ -175,9 +164,6 @@ def test_langchain_against_the_server(model, tmp_path):
 
 
 def test_example_of_the_page_runs(model):
-    pytest.importorskip(
-        "langchain_community", reason="langchain-community is not installed: pip install langchain-community"
-    )
     (example,) = re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     done = subprocess.run([sys.executable, "-c", example], cwd=model.parent, capture_output=True, text=True)
     assert done.returncode == 0 and "pruned_tokens=" in done.stdout and "pruned_tokens=0" not in done.stdout, (

@@ -1,8 +1,9 @@
-"""``PopLlama`` as its users meet it: boundaries and their sources, reuse of prefixes, timings, states, errors."""
+"""What users see of ``PopLlama``: boundaries and their sources, reuse of prefixes, timings, states, errors."""
 
 import pickle
 
 import llama_cpp
+import numpy as np
 import pytest
 
 from pypop_gguf import PopError, PopLlama
@@ -133,6 +134,18 @@ def test_draft_model_leaves_the_prompt_pruned(bundled_gguf):
     )
     assert complete(drafted) == complete(plain)
     assert drafted.timings.pruned_tokens == drafted.timings.prompt_tokens - 1
+
+
+def test_score_of_a_continuation_longer_than_a_micro_batch(bundled_gguf):
+    """llama.cpp gives the logits of the last micro-batch only."""
+    options = dict(pop_boundary=8, n_ctx=256, n_batch=64, n_threads=1, n_threads_batch=1, verbose=False)
+    small, large = (PopLlama(str(bundled_gguf), n_ubatch=n_ubatch, **options) for n_ubatch in (16, 64))
+    tokens = small.tokenize(PROMPT.encode())
+    scores = [llm.score(tokens[:40], tokens[40:90]) for llm in (small, large)]
+    assert scores[0].shape == scores[1].shape == (50, small.n_vocab())
+    assert np.allclose(*scores, atol=2e-2) and np.array_equal(*(one.argmax(axis=1) for one in scores))
+    small.close()
+    large.close()
 
 
 def test_state_keeps_the_boundaries_of_its_positions(llm, bundled_gguf):

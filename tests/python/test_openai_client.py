@@ -4,11 +4,10 @@ import itertools
 import json
 import time
 
+import openai
 import pytest
 
 from tests.support.server import TOOL_TEMPLATE, serve
-
-openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install openai")
 
 TOOL = {
     "type": "function",
@@ -83,7 +82,8 @@ def test_stream_brings_the_same_text_and_the_timings_last(client):
 
 
 def test_tool_is_called_with_arguments_of_its_schema(client, server):
-    # words before the call are allowed, and this toy would never come to the call: it is pushed to begin with one
+    # A model may write words before it calls a tool. This toy model would never come to the call, so a bias on the
+    # opening brace makes it begin with one.
     (brace,) = server.post("/tokenize", content="{", add_special=False)["tokens"][-1:]
     done = chat(client, tools=[TOOL], tool_choice="required", max_tokens=128, logit_bias={brace: 100})
     call = done.choices[0].message.tool_calls[0]
@@ -124,24 +124,24 @@ def test_a_prompt_that_does_not_fit_is_refused_in_words(client):
 
 
 def test_embeddings_are_the_whole_models(bundled_gguf, model, tmp_path):
-    """They read every layer: a file with a boundary and one without give the same."""
+    """Embeddings are computed by every layer, so a file with a boundary and one without give the same."""
     vectors = []
     for name, path in (("pruned", model), ("plain", bundled_gguf)):
-        with serve(
-            path,
-            tmp_path / f"{name}.txt",
-            "--threads",
-            1,
-            "--context",
-            512,
-            "--server-options",
-            "--embeddings",
-            "--pooling",
-            "mean",
-        ) as server:
-            with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
-                done = client.embeddings.create(
-                    model="lab", input=["a red ball", "a small dog"], encoding_format="float"
-                )
-                vectors.append([one.embedding for one in done.data])
+        with (
+            serve(
+                path,
+                tmp_path / f"{name}.txt",
+                "--threads",
+                1,
+                "--context",
+                512,
+                "--server-options",
+                "--embeddings",
+                "--pooling",
+                "mean",
+            ) as server,
+            openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
+        ):
+            done = client.embeddings.create(model="lab", input=["a red ball", "a small dog"], encoding_format="float")
+            vectors.append([one.embedding for one in done.data])
     assert vectors[0] == vectors[1] and len(vectors[0]) == 2 and vectors[0][0] != vectors[0][1]

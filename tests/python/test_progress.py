@@ -51,7 +51,7 @@ def test_returning_false_stops_and_the_next_call_goes_on_from_there(llm, answer)
     assert (caught.value.done, caught.value.total) == (64, len(llm.tokenize(TEXT.encode())))
     done = llm.create_completion(TEXT, **CALL)
     assert done["choices"][0]["text"] == answer and llm.timings.reused_tokens == 64
-    # the same prompt as the part that was read: its logits were never asked for
+    # Now the prompt is just the part that was read. It is all cached, but its last token was not asked for logits.
     with pytest.raises(Cancelled):
         llm.create_completion("Two dogs. " + TEXT, progress=lambda done, total: done < 64, **CALL)
     part = llm._input_ids[:64].tolist()
@@ -76,7 +76,7 @@ def test_event_of_another_thread_stops_prompt_and_answer(llm, answer):
 
 
 def test_recurrent_memory_keeps_what_a_cancelled_call_has_read(reference_models):
-    """Between two micro-batches its state is whole: the same prompt goes on from there, another one begins anew."""
+    """Its state between micro-batches is complete, so the same prompt goes on from there. Another one begins anew."""
     model = reference_models["lfm2"]
     prompt, other = model.tokens(200), model.tokens(200)[:32] + model.tokens(120)[5:]
     options = {**OPTIONS, "pop_boundary": 4}
@@ -96,8 +96,8 @@ def test_recurrent_memory_keeps_what_a_cancelled_call_has_read(reference_models)
 
 @pytest.mark.parametrize("recurrent", [False, True], ids=["attention", "hybrid"])
 def test_ctrl_c_within_a_micro_batch_undoes_it(request, bundled_gguf, reference_models, recurrent):
-    """Python acts on a signal that comes during llama_decode when that returns: before the tokens are counted."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    """A signal that comes during llama_decode is handled by Python when that returns, before the tokens are counted."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path = reference_models["lfm2"].gguf if recurrent else bundled_gguf
     tokens = reference_models["lfm2"].tokens(200) if recurrent else None
@@ -111,7 +111,7 @@ def test_ctrl_c_within_a_micro_batch_undoes_it(request, bundled_gguf, reference_
             decode(batch)
             calls.append(None)
             if len(calls) == 3:
-                ctypes.pythonapi.PyErr_SetInterruptEx(signal.SIGINT)  # came in the middle; Python acts on it now
+                ctypes.pythonapi.PyErr_SetInterruptEx(signal.SIGINT)  # Python handles it now
 
         llm._ctx.decode = decode_and_signal
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Saved states and caches: positions keep their boundaries, shallow ones are read again, a state of another model is refused."""
+"""Saved states and caches: positions keep their boundaries, and a state of another model is refused."""
 
 import pickle
 import shutil
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pypop_gguf import PopError, PopLlama, library, states
+from pypop_gguf.call import Call
 from pypop_gguf.fitting import fit as fit_kv
 from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.header import read_header
@@ -30,7 +31,7 @@ def llm(bundled_gguf):
 
 @pytest.fixture(scope="module")
 def tuned(bundled_gguf, tmp_path_factory):
-    """The bundled model with other attention weights in some layers, as after training: the same names, shapes and norms."""
+    """The bundled model with other attention weights in some layers; names, shapes and norms are the same."""
     path = tmp_path_factory.mktemp("tuned") / "tuned.gguf"
     shutil.copy(bundled_gguf, path)
     header = read_header(path)
@@ -51,7 +52,7 @@ def complete(llm, prompt=PROMPT, **options):
 
 
 def fresh(path, prompt=PROMPT, **options):
-    """What a new object answers."""
+    """The answer of a new object."""
     llm = PopLlama(str(path), **{**OPTIONS, **options})
     text = complete(llm, prompt)
     llm.close()
@@ -77,7 +78,7 @@ def test_cache_gives_back_what_was_read_and_reads_shallow_positions_again(bundle
     reader.reset()
     assert complete(reader, pop=False) == fresh(bundled_gguf, pop=False) != expected
     assert reader.timings.reused_tokens == 0
-    writer.reset()  # the cache now holds what every layer has read: good for a shallower call
+    writer.reset()  # The cache now holds what every layer has read, which a pruned call may reuse.
     complete(writer)
     assert writer.timings.reused_tokens == writer.timings.prompt_tokens - 1
     writer.close()
@@ -89,7 +90,7 @@ def test_models_that_share_a_cache_find_their_own_entries(bundled_gguf, tuned, k
     cache = make_cache(kind, tmp_path)
     expected = {path: fresh(path) for path in (bundled_gguf, tuned)}
     assert expected[bundled_gguf] != expected[tuned]
-    plain = llama_cpp.Llama(str(bundled_gguf), n_ctx=128, **ONE_THREAD)  # knows nothing of whose its entries are
+    plain = llama_cpp.Llama(str(bundled_gguf), n_ctx=128, **ONE_THREAD)  # it does not mark its entries as its own
     plain.set_cache(cache)
     complete(plain)
     models = {path: PopLlama(str(path), **OPTIONS) for path in expected}
@@ -99,7 +100,7 @@ def test_models_that_share_a_cache_find_their_own_entries(bundled_gguf, tuned, k
     for path, model in models.items():
         model.reset()
         assert complete(model) == expected[path] and model.timings.reused_tokens > 20
-    # so does one that is open in another layout: its states would not load
+    # A model that is open with another memory layout finds only its own entries too, as other states would not load.
     other = PopLlama(str(bundled_gguf), **{**OPTIONS, "type_k": llama_cpp.GGML_TYPE_F32})
     other.set_cache(cache)
     complete(other)
@@ -128,7 +129,7 @@ def test_state_of_another_model_is_refused_and_leaves_this_one_as_it_was(llm, tu
     expected = complete(llm)
     other = PopLlama(str(tuned), **OPTIONS)
     complete(other)
-    with pytest.raises(PopError, match="^this state was not saved by .*f16.gguf") as caught:
+    with pytest.raises(PopError, match=r"^this state was not saved by .*f16.gguf") as caught:
         llm.load_state(other.save_state())
     assert "\n" not in str(caught.value)
     assert complete(llm) == expected and llm.timings.reused_tokens == llm.timings.prompt_tokens - 1
@@ -153,7 +154,7 @@ def test_model_whose_keys_changed_is_the_same_model(llm, bundled_gguf, tmp_path)
 
 
 def test_every_shard_of_a_split_model_counts(tmp_path, bundled_gguf, tuned):
-    """Here the shards are whole files, which is all the same to the digest."""
+    """The shards here are whole models. This makes no difference to the digest."""
     for directory, second in (("a", bundled_gguf), ("b", tuned)):
         (tmp_path / directory).mkdir()
         shutil.copy(bundled_gguf, tmp_path / directory / "m-00001-of-00002.gguf")
@@ -192,16 +193,15 @@ print(json.dumps([llm.n_tokens, llm.create_completion(sys.argv[3], max_tokens=8,
 
 
 def test_plain_states_that_do_not_fit_are_refused_in_one_line(llm, reference_models, bundled_gguf):
-    cases = {"llama": "with another vocabulary"}  # and one with the right vocabulary, whose cells are of another type:
-    for name, message in cases.items():
-        other = llama_cpp.Llama(str(reference_models[name].gguf), n_ctx=64, **ONE_THREAD)
-        other.eval(reference_models[name].tokens(5))
-        with pytest.raises(PopError, match=message):
-            llm.load_state(other.save_state())
-        other.close()
+    other = llama_cpp.Llama(str(reference_models["llama"].gguf), n_ctx=64, **ONE_THREAD)
+    other.eval(reference_models["llama"].tokens(5))
+    with pytest.raises(PopError, match="with another vocabulary"):
+        llm.load_state(other.save_state())
+    other.close()
+    # This one has the right vocabulary, but the cells of its cache are of another type.
     other = llama_cpp.Llama(str(bundled_gguf), n_ctx=128, type_k=llama_cpp.GGML_TYPE_F32, **ONE_THREAD)
     other.eval([1, 2, 3])
-    with pytest.raises(PopError, match="does not fit .*type") as caught:
+    with pytest.raises(PopError, match=r"does not fit .*type") as caught:
         llm.load_state(other.save_state())
     assert "\n" not in str(caught.value)
     assert llm.n_tokens == 0
@@ -221,7 +221,7 @@ def test_state_moves_to_a_context_of_another_length(llm, bundled_gguf):
         assert longer["usage"]["completion_tokens"] > 1
         other.close()
     small = PopLlama(str(bundled_gguf), **{**OPTIONS, "n_ctx": 32})
-    with pytest.raises(PopError, match="open the model with n_ctx=[0-9]+ or more"):
+    with pytest.raises(PopError, match=r"open the model with n_ctx=[0-9]+ or more"):
         small.load_state(state)
     small.close()
 
@@ -251,7 +251,7 @@ def test_state_without_logits_is_read_again_where_every_token_needs_them(llm, bu
 
 
 def write_adapter(model, target, seed: int):
-    """Large random differences for boundary 2."""
+    """Writes an adapter for boundary 2 with large random differences."""
     generator = torch.Generator().manual_seed(seed)
     differences = []
     for projection in fit_kv.find_projections(model.torch_model, 2):
@@ -303,7 +303,7 @@ def test_shallow_state_of_a_hybrid_is_cleared_and_read_again(reference_models):
     tokens = model.tokens(40)
 
     def answer(llm, **which):
-        with llm._calling(llm._boundary_for(None, which.get("boundary"))):
+        with llm._calling(Call(which.get("boundary", llm.pop.boundary))):
             return [token for token, _ in zip(llm.generate(tokens, temp=0), range(4))]
 
     options = dict(pop_boundary=4, n_ctx=64, **ONE_THREAD)

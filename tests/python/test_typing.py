@@ -1,4 +1,4 @@
-"""What a type checker sees in a program that uses the package: laid out as a wheel lays it out, checked by mypy."""
+"""What mypy sees in a program that uses the package, which is laid out as in a wheel."""
 
 import shutil
 import subprocess
@@ -10,8 +10,6 @@ import pytest
 
 from pypop_gguf import library
 from tests.support.paths import ROOT
-
-pytest.importorskip("mypy", reason="mypy is not installed: pip install mypy")
 
 PROGRAM = """
 import threading
@@ -49,7 +47,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def mypy(tmp_path_factory):
-    """Runs mypy on the package as installed in an environment of its own, without the import hook of an editable one."""
+    """Runs mypy on the package in an environment of its own, where no editable install hooks into imports."""
     base = tmp_path_factory.mktemp("typing")
     venv.create(base / "venv", with_pip=False)
     packages = next((base / "venv").glob("lib/python*/site-packages"))

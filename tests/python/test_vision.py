@@ -1,6 +1,6 @@
 """Vision models: the text model gets the pop.* keys, the projector becomes a second file, and the two load together.
 
-Tiny random models with the bundled model's tokenizer; llama.cpp's converter takes it for every family here.
+The models are tiny and random. They have the bundled model's tokenizer, which llama.cpp's converter accepts for all.
 """
 
 import base64
@@ -40,7 +40,8 @@ TEXT = dict(
 )
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}\
-{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} She said:{% endif %}"""
+{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}\
+{% if add_generation_prompt %} She said:{% endif %}"""
 VISION = dict(hidden_size=32, intermediate_size=64, patch_size=14)
 
 
@@ -51,7 +52,7 @@ def gemma3(directory: Path) -> None:
         mm_tokens_per_image=4,
     )
     transformers.Gemma3ForConditionalGeneration(config).save_pretrained(directory)
-    # published models have their tensors under the names that Transformers used before version 5
+    # Published models name their tensors as Transformers did before version 5.
     weights = load_file(directory / "model.safetensors")
     old = {
         re.sub(r"vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name): weights[name]
@@ -80,7 +81,7 @@ def qwen3vl(directory: Path) -> None:
 
 @pytest.fixture(scope="module", params=[gemma3, qwen3vl], ids=["gemma3", "qwen3vl"])
 def converted(request, tmp_path_factory) -> Path:
-    """The text GGUF; the projector stands beside it."""
+    """The text model's GGUF, which has the projector beside it."""
     directory = tmp_path_factory.mktemp(request.param.__name__)
     source = directory / "model"
     torch.manual_seed(0)
@@ -151,17 +152,17 @@ def image_url(colour) -> str:
 
 
 def photo_url(seed: int) -> str:
-    """No two parts alike, wider than high."""
+    """An image that is wider than high, and of which no two parts are alike."""
     return _url(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (112, 168, 3), np.uint8)))
 
 
 class Spy:
-    """Stands before a handler's ``mtmd_cpp``: notes what is encoded, and what the text model then reads."""
+    """Takes the place of a handler's ``mtmd_cpp`` and notes what is encoded, and what the text model then reads."""
 
     def __init__(self, handler) -> None:
         self._mtmd, handler._mtmd_cpp = handler._mtmd_cpp, self
-        self.encoded = 0  # images
-        self.read = []  # pieces of them: embeddings F32 [n, n_embd_inp], positions I32 [n_pos_per_embd, n]
+        self.encoded = 0  # number of images
+        self.read = []  # micro-batches of images: embeddings F32 [n, n_embd_inp], positions I32 [n_pos_per_embd, n]
 
     def __getattr__(self, name: str):
         return getattr(self._mtmd, name)
@@ -200,11 +201,14 @@ def ask(llm, url, question, **options):
 
 
 def prompt_pieces(llm: PopLlama, spy: Spy, images_whole: bool) -> list[tuple]:
-    """What the text model has read, but for the last token: values, positions and whether by every layer, as ``image_worker.py`` has them."""
+    """What the text model has read, without the last token, in the form that ``image_worker.py`` takes.
+
+    Each piece is its values, their positions, and whether every layer has read it.
+    """
     pieces, at, last = [], 0, llm.timings.prompt_tokens - 1
     for values, pos in [*spy.read, (None, np.array([[last]]))]:
-        while at < pos[0, 0]:  # text, in pieces that were read alike
-            read = llm._computed_with[at : pos[0, 0]] == llm.pop.n_layer
+        while at < pos[0, 0]:  # text, in pieces that were read by the same layers
+            read = llm._record.boundaries[at : pos[0, 0]] == llm.pop.n_layer
             n = int(np.flatnonzero(np.append(read != read[0], True))[0])
             pieces.append((llm.input_ids[at : at + n].astype(np.int32), np.arange(at, at + n), bool(read[0])))
             at += n
@@ -215,14 +219,14 @@ def prompt_pieces(llm: PopLlama, spy: Spy, images_whole: bool) -> list[tuple]:
 
 
 def test_every_boundary_equals_what_stock_makes_of_images_and_text(converted, stock, tmp_path):
-    """Stock reads the same text and embeddings in a copy of the text model whose layers from the boundary on are the identity."""
-    gemma = "gemma3" in converted.parts[-3]  # in the text model its images see all of themselves, which is not pruned
+    """Stock reads the same text and embeddings in a copy of the text model whose upper layers are the identity."""
+    gemma = "gemma3" in converted.parts[-3]  # each token of its images sees all others, and such images are not pruned
     follow, rows = [300, 1700, 29], []
 
     def keep(_ids, scores):
         rows.append(scores.copy())
         chosen = np.full_like(scores, -np.inf)
-        chosen[[*follow, 0][len(rows) - 1]] = 0  # every boundary has the same tokens after the prompt
+        chosen[[*follow, 0][len(rows) - 1]] = 0  # so that every boundary has the same tokens after the prompt
         return chosen
 
     images = message(" Which colour has the ball?", photo_url(0), photo_url(1))
@@ -256,9 +260,9 @@ def test_every_boundary_equals_what_stock_makes_of_images_and_text(converted, st
     right, wrong = expected[not gemma], expected[gemma]
     for boundary, logits in actual.items():
         error = squared_error(logits, right[str(boundary)])
-        assert error <= 1e-7, f"boundary {boundary}"  # batches of other shapes, and ggml's GELU is a table in F16
+        assert error <= 1e-7, f"boundary {boundary}"  # batches have other shapes, and ggml's GELU is a table in F16
         assert squared_error(logits, wrong[str(boundary)]) > 1e-6  # the mask of the images matters
-        if boundary < 5:  # so does POP
+        if boundary < 5:  # pruning changes the logits, so the test would notice if it were missing
             assert squared_error(actual[6], right[str(boundary)]) > max(1e-5, 100 * error), f"boundary {boundary}"
 
 
@@ -266,7 +270,7 @@ def test_second_question_about_an_image_reads_neither_it_nor_what_stands_before_
     red, blue = image_url((255, 0, 0)), image_url((0, 80, 255))
 
     def open_lossless():
-        # the last boundary is lossless, so what was read for one question is exact for the next
+        # The last boundary is lossless, so what was read for one question is exact for the next.
         return open_model(converted, pop_boundary=5)
 
     def fresh(*arguments, **options):
@@ -297,9 +301,8 @@ def test_second_question_about_an_image_reads_neither_it_nor_what_stands_before_
     assert timings["pruned_n"] > 10 and shallow == fresh(blue, " Where is the dog?", boundary=2)
     encoded = spy.encoded
     deeper, timings = ask(llm, blue, " Where is the dog?")
-    assert timings["cache_n"] <= 1 and deeper == fresh(
-        blue, " Where is the dog?"
-    )  # fewer layers had read all but the first token
+    assert timings["cache_n"] <= 1  # fewer layers had read all but the first token
+    assert deeper == fresh(blue, " Where is the dog?")
     assert spy.encoded == encoded + 1
     llm.close()
 
@@ -311,16 +314,20 @@ def test_call_with_an_image_is_cancelled_between_its_parts_and_leaves_the_model_
     whole, _ = ask(llm, photo_url(0), question, progress=lambda *at: calls.append(at))
     total = llm.timings.prompt_tokens
     assert calls == sorted(calls) and calls[-1] == (total, total) and {of for _, of in calls} == {total}
-    first_encoded = next(
-        i for i in range(1, len(calls)) if calls[i] == calls[i - 1]
-    )  # before the image, and once it is encoded
+    # Progress is told twice for an image's first position: before the image is encoded and after.
+    first_encoded = next(i for i in range(1, len(calls)) if calls[i] == calls[i - 1])
     n_pieces = len(spy.read)
     assert n_pieces == (1 if "gemma3" in converted.parts[-3] else 2) and len(calls) > first_encoded + n_pieces
     for stop_at in range(len(calls)):
         llm.reset()
         seen, encoded = [], spy.encoded
+
+        def stop(*at, seen=seen, stop_at=stop_at):
+            seen.append(at)
+            return len(seen) <= stop_at
+
         with pytest.raises(Cancelled) as caught:
-            ask(llm, photo_url(0), question, progress=lambda *at: seen.append(at) or len(seen) <= stop_at)
+            ask(llm, photo_url(0), question, progress=stop)
         assert seen == calls[: stop_at + 1] and spy.encoded - encoded == (stop_at >= first_encoded)
         assert (caught.value.done, caught.value.total) == (llm.n_tokens, total)
         assert (
@@ -332,18 +339,19 @@ def test_call_with_an_image_is_cancelled_between_its_parts_and_leaves_the_model_
     event = threading.Event()
     with pytest.raises(Cancelled):
         ask(llm, photo_url(1), question, cancel=event, progress=lambda done, _: done and event.set())
-    assert spy.encoded - encoded == 1  # the second image was not
+    assert spy.encoded - encoded == 1  # the second image was not encoded
     assert ask(llm, photo_url(0), question)[0] == whole
     llm.close()
 
 
 @pytest.mark.parametrize("converted", [gemma3], indirect=True, ids=["gemma3"])
 def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(converted):
-    """llama.cpp would end the process."""
+    """llama.cpp would end the process instead."""
     llm, _ = open_model(converted, n_ubatch=2)
     with pytest.raises(
         PopError,
-        match=r"4 tokens that are read at once: open the model with n_batch and n_ubatch of 4 or more \(now 256 and 2\)",
+        match="4 tokens that are read at once: open the model with n_batch and n_ubatch of 4 or more "
+        r"\(now 256 and 2\)",
     ):
         ask(llm, photo_url(0), " Which colour has the ball?")
     assert llm.create_completion("Once upon a time", max_tokens=2)["choices"]
@@ -352,7 +360,7 @@ def test_micro_batch_that_an_image_does_not_fit_into_is_refused_in_one_line(conv
 
 @pytest.mark.parametrize("boundary", [5, 2])
 def test_server_answers_about_an_image_as_popllama_does(converted, tmp_path, boundary):
-    """Each from an empty cache. Boundary 5 is lossless; at 2 these random weights answer otherwise than whole."""
+    """Each begins with an empty cache. Boundary 5 is lossless; at 2 the answers differ from the whole model's."""
     options = (
         "--threads",
         1,
@@ -410,7 +418,10 @@ def results(doc, answers):
 @pytest.mark.slow
 @pytest.mark.parametrize("converted", [qwen3vl], indirect=True, ids=["qwen3vl"])
 def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, capsys):
-    """MMMU's format: <image> marks in the text, images beside it. Answers are the model's own, so the whole model scores 1."""
+    """The task has MMMU's format: <image> marks in the text, and the images beside it.
+
+    The right answers are the model's own, so the whole model scores 1.
+    """
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
     from pypop_gguf.quality import lm_eval as lm_eval_model
 
@@ -426,7 +437,7 @@ def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, caps
         answer = model._generate(question, options, {"visual": [Image.new("RGB", (56, 56), colour)]})
         documents.append({"question": question, "colours": [colour], "answer": answer})
     llm.close()
-    assert documents[0]["answer"] != documents[1]["answer"]  # what is in the image changes the answer
+    assert documents[0]["answer"] != documents[1]["answer"]  # the answer depends on the image
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (tmp_path / "look.yaml").write_text(IMAGE_TASK.format(data=tmp_path / "data.jsonl"))
     (tmp_path / "look.py").write_text(IMAGE_CODE)

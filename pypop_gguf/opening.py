@@ -1,0 +1,173 @@
+"""What the ``pop_*`` arguments of ``PopLlama`` mean for the model it has opened: its boundary, ends and adapters."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pypop_gguf import library, native
+from pypop_gguf.errors import PopError
+from pypop_gguf.status import PopStatus
+
+if TYPE_CHECKING:
+    import llama_cpp
+else:
+    llama_cpp = library.load()
+
+_INT32_MAX = 2**31 - 1  # numbers of tokens and layers are of this type in the native library
+_PARAMETERS_OF_PARENT = frozenset(
+    name
+    for name, parameter in inspect.signature(llama_cpp.Llama.__init__).parameters.items()
+    if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self"
+)
+# The parent drops any name that it does not know. Its own server and LangChain still pass these, which it once knew.
+_PARAMETERS_REMOVED_FROM_PARENT = frozenset(
+    {"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps", "rpc_servers"}
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How a context has been set up.
+
+    Attributes:
+        status: What ``PopLlama.pop`` shows.
+        lossless: Boundary from which on pruning changes nothing.
+        adapters: The adapter files in use, by the boundary that each is for.
+    """
+
+    status: PopStatus
+    lossless: int
+    adapters: dict[int, str]
+
+
+def check_boundary_type(name: str, boundary: int | str | None) -> None:
+    """
+    Raises:
+        TypeError: The argument of this name is no boundary.
+    """
+    if isinstance(boundary, bool) or not (boundary is None or boundary == "lossless" or isinstance(boundary, int)):
+        raise TypeError(f'{name} must be a layer number, "lossless" or None, not {boundary!r}')
+
+
+def check_keywords(keywords: Iterable[str]) -> None:
+    """
+    Raises:
+        TypeError: ``llama_cpp.Llama`` takes no argument of one of these names, and has never done so.
+    """
+    unknown = sorted(set(keywords) - _PARAMETERS_OF_PARENT - _PARAMETERS_REMOVED_FROM_PARENT)
+    if unknown:
+        raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def open_context(
+    llm: llama_cpp.Llama,
+    *,
+    pop: bool,
+    pop_boundary: int | str | None,
+    pop_head: int | None,
+    pop_tail: int | None,
+    pop_min_tokens: int | None,
+    pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None,
+    logits_everywhere: bool,
+) -> Opened:
+    """Gives the context of a model its boundary, ends and adapters. The engine decides them (``llama_pop_open``).
+
+    Args:
+        llm: The model with its context.
+        pop: As in ``PopLlama``, like the arguments with the prefix ``pop_``.
+        pop_boundary: As in ``PopLlama``.
+        pop_head: As in ``PopLlama``.
+        pop_tail: As in ``PopLlama``.
+        pop_min_tokens: As in ``PopLlama``.
+        pop_adapter: As in ``PopLlama``.
+        logits_everywhere: Whether every token asks for logits, so that nothing can be pruned.
+
+    Raises:
+        PopError: A value is out of range, the model cannot be pruned at the boundary, or an adapter does not fit.
+    """
+    n_layer = native.n_layer(llm.model)
+    choice = native.open_context(
+        llm.ctx,
+        llm.model_path if pop_adapter is None else None,
+        boundary=_requested_boundary(llm, pop_boundary) if pop else native.OFF,
+        n_head=_requested_number("pop_head", pop_head),
+        n_tail=_requested_number("pop_tail", pop_tail),
+        min_tokens=_requested_number("pop_min_tokens", pop_min_tokens),
+    )
+    if choice.boundary < n_layer and logits_everywhere:  # the default of llama-cpp-python's own server
+        print(
+            "pypop_gguf: logits_all=True asks every token of a prompt for logits, so all "
+            f"{n_layer} layers read it; set it to False",
+            file=sys.stderr,
+        )
+    if pop and pop_boundary is None and choice.source == "off" and "pop.boundary" not in llm.metadata:
+        if native.refusal(llm.model) is None:
+            print(
+                f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
+                f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
+                file=sys.stderr,
+            )
+    if choice.has_adapter:
+        adapters = {choice.boundary: str(native.adapter_path(llm.model_path, choice.boundary))}
+    else:
+        adapters = _add_adapters(llm, pop_adapter, choice.boundary)
+    ends = choice.n_head, choice.n_tail, choice.min_tokens
+    status = PopStatus(choice.boundary < n_layer, choice.boundary, n_layer, choice.source, *ends, tuple(adapters))
+    return Opened(status, native.lossless_boundary(llm.model), adapters)
+
+
+def checked_boundary(llm: llama_cpp.Llama, boundary: int | str) -> int:
+    """The number of a boundary that the model can be pruned at; its context has it from now on.
+
+    Raises:
+        PopError: The model cannot be pruned there.
+    """
+    number = _requested_boundary(llm, boundary)
+    if number == native.LOSSLESS:
+        return native.lossless_boundary(llm.model)
+    native.set_boundary(llm.ctx, number)
+    return number
+
+
+def _requested_boundary(llm: llama_cpp.Llama, boundary: int | str | None) -> int:
+    """What the engine is asked for: a layer, or one of its special values, which a user may not give as a number."""
+    if boundary is None:
+        return native.DEFAULT
+    if boundary == "lossless":
+        return native.LOSSLESS
+    assert isinstance(boundary, int)
+    if abs(boundary) > _INT32_MAX:
+        raise PopError(f"boundary {boundary} is out of range: choose 1 to {native.n_layer(llm.model)}")
+    if reason := native.refusal(llm.model, boundary):
+        raise PopError(reason)
+    return boundary
+
+
+def _requested_number(name: str, asked: int | None) -> int:
+    """A number of tokens as the engine takes it, -1 for the model file's value. The engine knows the upper limits."""
+    if asked is None:
+        return -1
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= _INT32_MAX:
+        raise PopError(f"{name} is {asked!r}: give a whole number, {int(name == 'pop_tail')} to {_INT32_MAX}")
+    return asked
+
+
+def _add_adapters(llm: llama_cpp.Llama, asked, boundary: int) -> dict[int, str]:
+    """Loads the adapters that were asked for; returns their files by boundary."""
+    if asked is True:
+        raise PopError("pop_adapter=True names no file: give a path, or leave it out to take the one beside the model")
+    single = isinstance(asked, (str, os.PathLike))
+    paths = [asked] if single else asked or []
+    with library.captured_log():  # the error tells what the log says
+        files = {native.load_adapter(llm.ctx, llm.model, path): os.fspath(path) for path in paths}
+    if single and boundary < native.n_layer(llm.model) and list(files) != [boundary]:
+        [(found, path)] = files.items()
+        raise PopError(
+            f"{path} was fitted for boundary {found}, this model is pruned at {boundary}: give both the same"
+        )
+    return files
