@@ -61,7 +61,7 @@ def running_process(
         stop(process)
 
 
-def stop(process: subprocess.Popen) -> int:
+def stop(process: subprocess.Popen, seconds: float = STOP_S) -> int:
     """Asks a process to end and returns its exit status.
 
     Raises:
@@ -69,7 +69,7 @@ def stop(process: subprocess.Popen) -> int:
     """
     process.terminate()
     try:
-        return process.wait(STOP_S)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
