@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.process import free_port, running_process
+from tests.support.process import free_port, resident_bytes, running_process
 
 # Options of `pop-gguf serve` for four slots of 1024 tokens. Options of llama-server may follow.
 OPTIONS = ("--threads", 1, "--context", 4096, "--parallel", 4, "--server-options")
@@ -76,7 +75,7 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Memory that the process holds now. Linux only."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return resident_bytes(self.process.pid)
 
 
 def ask(server: Server, path: str, body: bytes | None = None, headers: dict | None = None):
