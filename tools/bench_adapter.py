@@ -63,9 +63,12 @@ def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
     writer.add_uint32("pop.boundary", boundary)
     writer.add_string("pop.fingerprint", _library.fingerprint(model))
     for il in range(boundary + 1, field("block_count")):
-        for part, shape in (("lora_a", (rank, n_in)), ("lora_b", (n_out, rank))):
-            values = (chance.standard_normal(shape) / 1e3).astype(np.float16)
-            writer.add_tensor(f"blk.{il}.attn_v.weight.{part}", values)
+        writer.add_tensor(
+            f"blk.{il}.attn_v.weight.lora_a", (chance.standard_normal((rank, n_in)) / 1e3).astype(np.float16)
+        )
+        writer.add_tensor(
+            f"blk.{il}.attn_v.weight.lora_b", (chance.standard_normal((n_out, rank)) / 1e3).astype(np.float16)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
