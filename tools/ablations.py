@@ -62,7 +62,7 @@ def variants(n_layer: int, n_skipped: int, influence: np.ndarray) -> list[Varian
         Variant("as many shallow layers, from 0 on", tuple(range(n_skipped))),
         Variant("every 2nd layer" if n_skipped * 2 == n_layer else "every 3rd layer", spread),
     ]
-    # one deep layer kept, and one more skipped below the boundary in its place
+    # One deep layer runs, and one more layer below the boundary is skipped in its place.
     below = n_layer - n_skipped - 1
     rows += [
         Variant(f"layer {kept} kept, {below} skipped instead", tuple(sorted({below, *deep} - {kept})))

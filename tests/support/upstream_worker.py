@@ -64,10 +64,10 @@ def main() -> int:
     import huggingface_hub
 
     huggingface_hub.hf_hub_download = lambda _repository, filename: models[Path(filename).name]
-    sys.modules.setdefault(
-        "scipy.special", types.SimpleNamespace(log_softmax=None)
-    )  # the tests import it and do not use it
-    multiprocessing.cpu_count = lambda: 1  # the tests run with so many threads, and a tiny model has no work for more
+    # The tests import scipy and do not use it.
+    sys.modules.setdefault("scipy.special", types.SimpleNamespace(log_softmax=None))
+    # The tests use so many threads, and tiny models have no work for more than one.
+    multiprocessing.cpu_count = lambda: 1
     pruned = int
     if mode != "stock":
         kind = pruning(mode == "forgetful")
