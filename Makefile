@@ -10,7 +10,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow lint architectures bench quality docs soak audit pin clean
+.PHONY: demo test test-slow lint architectures bench quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt "lm-eval>=0.4.9"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval]" --no-build-isolation
 	$(BIN)/python -m pytest -m slow
 
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
@@ -73,10 +73,14 @@ MINUTES := 60
 soak: $(VENV)/.installed
 	$(BIN)/python -m tools.soak --minutes $(MINUTES)
 
-# licences of all that is installed, and known vulnerabilities where pip-audit's service can be reached
-audit: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
-	$(BIN)/python -m tools.audit
+# the licence of each installed package; a package that names none is an error
+licences: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group audit
+	$(BIN)/pip-licenses --from=mixed --fail-on=UNKNOWN
+
+# known vulnerabilities of the installed packages; needs the service behind pip-audit
+audit: licences
+	$(BIN)/pip-audit --local --skip-editable
 
 # another llama-cpp-python: VERSION=0.3.37, or the newest; tries the patches, builds in a copy, runs the architecture table there
 pin: $(VENV)/.installed

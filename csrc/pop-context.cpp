@@ -164,7 +164,7 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
 
         const pop_graph_params continuation = { POP_CONTINUATION, boundary, 0, 0, pop.states };
         continues                           = pop_build_graph(pruned, n_tokens, n_seqs, 0)->pop_rewritten &&
-                    pop_build_graph(continuation, n_seqs, n_seqs, n_seqs)->pop_rewritten;
+                                              pop_build_graph(continuation, n_seqs, n_seqs, n_seqs)->pop_rewritten;
     }
     pop.tried[boundary] = continues;
     return true;

@@ -57,9 +57,9 @@ static schema_kind kind_of(const json & schema, const json & type) {
     if (schema.contains("const") || schema.contains("enum")) {
         return LITERALS;
     }
-    const std::string name           = type.is_string() ? type.get<std::string>() : "";
-    const bool        has_all_of     = schema.contains("allOf");
-    const bool        has_properties = schema.contains("properties") ||
+    const std::string name       = type.is_string() ? type.get<std::string>() : "";
+    const bool        has_all_of = schema.contains("allOf");
+    const bool has_properties = schema.contains("properties") ||
                                 (schema.contains("additionalProperties") && schema.at("additionalProperties") != true);
     if (name.empty() ? has_properties : name == "object" && (has_properties || !has_all_of)) {
         return OBJECT;

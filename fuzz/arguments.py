@@ -1,9 +1,9 @@
-"""The command line and the choice of the boundary: random arguments end in exit status 0, or in one line, never in a traceback.
+"""Fuzzes the command line and the choice of the boundary: any arguments end in success or in one line of error.
 
     python -m fuzz.arguments --cases 5000 --seed 1
 
-Each subcommand runs in this process on tiny files, some of them damaged, with its options drawn from the parser itself. Files may not
-grow beyond 16 MB, ``chat`` finds its input at the end, and where ``serve`` would become the server the case is over.
+Each command runs in this process on tiny files, some of them damaged, with options that its parser has. Files may not
+grow beyond 16 MB, ``chat`` gets no input, and a case ends where ``serve`` would become the server.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def value(chance: random.Random, action: argparse.Action) -> str:
         return chance.choice(_FILES)
     if action.dest in ("model", "file", "files"):
         return chance.choice(_FILES)
-    if action.type is not None and chance.random() < 0.9:  # of its type, else argparse refuses it
+    if action.type is not None and chance.random() < 0.9:  # a value of this type, since argparse refuses others
         return chance.choice([text for text in _NUMBERS if is_of(action.type, text)])
     return chance.choice(_NUMBERS if chance.random() < 0.7 else _WORDS + _FILES)
 
@@ -141,7 +141,7 @@ def run_command(argv: list[str], directory: Path, pristine: Path) -> str:
 
 
 class Started(BaseException):
-    """In the place of the server that this process would become."""
+    """Raised where this process would become the server."""
 
 
 def start(*_command) -> None:
@@ -149,10 +149,12 @@ def start(*_command) -> None:
 
 
 def choice(chance: random.Random) -> str:
-    """The boundary that ``convert`` chooses, and ``tune``'s."""
-    number = lambda: chance.choice(
-        [None, None, *map(float, ("0", "0.3", "0.999", "1", "-1", "nan", "inf")), chance.random()]
-    )
+    """Lets ``convert`` or ``tune`` choose a boundary from random figures."""
+
+    def number() -> float | None:
+        numbers = map(float, ("0", "0.3", "0.999", "1", "-1", "nan", "inf"))
+        return chance.choice([None, None, *numbers, chance.random()])
+
     n_layer = chance.choice([1, 2, 6, 48, 126])
     importance = chance.choice(
         [None, np.zeros(n_layer), np.array([chance.random() for _ in range(n_layer)], np.float32)]

@@ -1,12 +1,13 @@
-"""Batches of every shape: random mixtures of sequences, each checked against the same sequence run alone.
+"""Fuzzes batches: in random mixtures of sequences, each sequence gets the logits that it gets alone.
 
-    python -m fuzz.batches --cases 2000 --seed 1       # about ten batches a case; the report counts both
+    python -m fuzz.batches --cases 2000 --seed 1
 
-A case draws a model, a boundary, head and tail, the size of micro-batches, unified or separate caches, continuing or repeating, and
-which sequences run whole. Its batches hold parts of up to five sequences, in blocks or interleaved, that ask for logits anywhere;
-between batches sequences end and others begin in their place. Every row of logits is compared with the one of a context
-that holds this sequence only and gets its parts in batches of their own. POP's own effect, against the whole model, is measured beside it.
-A case that fails is run again with POP off, which is stock llama.cpp: where that fails too, the fault is llama.cpp's and counted as such.
+A case draws a model, a boundary, head and tail, the size of micro-batches, unified or separate caches, continuation
+on or off, and which sequences run whole. It has about ten batches. They hold parts of up to five sequences, in blocks
+or interleaved, that ask for logits anywhere. Between batches sequences end, and others begin in their place. Every
+row of logits is compared with that of a context that holds this sequence only and gets its parts in batches of their
+own. The effect of POP, compared with the whole model, is measured too. A case that fails runs again with POP off,
+which is stock llama.cpp: if that fails too, the fault is llama.cpp's and is counted as such.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from fuzz.harness import Failure
 from pypop_gguf import library, native
 from tests.support.engine import Engine, llama_cpp
 
-# Squared error of the same sums grouped by other shapes; random Gemma amplifies rounding. See tests/test_batches.py.
+# Squared errors, because batches of other shapes group the same sums differently, and random Gemma amplifies
+# rounding. See tests/engine/test_batches.py.
 TOLERANCE = {"llama": 1e-7, "qwen3": 1e-7, "gemma3": 1e-6, "mixtral": 1e-7, "deepseek2": 1e-7, "lfm2": 1e-7}
 _LONGEST = 96  # tokens of a sequence
 _MAX_SEQUENCES = 5
@@ -32,7 +34,7 @@ _N_VOCAB = 128
 
 
 class Mixture:
-    """A shape that was drawn, its context, and what stands in each sequence."""
+    """The random choices of a case, and the number of tokens in each of its sequences."""
 
     def __init__(self, chance: random.Random, models: Path):
         self.name = chance.choice(list(TOLERANCE))
@@ -50,7 +52,7 @@ class Mixture:
         self.tail = chance.choice([1, 1, 1, 2, 5, 30])
         self.continues = chance.random() < 0.7
         self.whole = {s for s in range(self.n_seq) if chance.random() < 0.15}
-        self.share = chance.choice([0.0, 0.0, 0.1, 0.5, 1.0])  # of tokens inside a part that ask
+        self.share = chance.choice([0.0, 0.0, 0.1, 0.5, 1.0])  # share of the tokens inside a part that ask for logits
         self.past = [0] * self.n_seq
 
     def turn_off(self) -> None:
@@ -65,7 +67,7 @@ class Mixture:
         return result
 
     def batch(self, chance: random.Random) -> list[tuple[int, int, int, bool]]:
-        """(token, position, sequence, asks): of some sequences, each in order."""
+        """Returns entries (token, position, sequence, asks) of some sequences, each in order."""
         parts = []
         for s in chance.sample(range(self.n_seq), chance.randint(1, self.n_seq)):
             count = min(chance.choice([1, 1, 2, 3, 7, 16, 33, 60]), _LONGEST - self.past[s])
@@ -76,7 +78,7 @@ class Mixture:
             self.past[s] += count
         if chance.random() < 0.5:  # in blocks
             return [entry for part in parts for entry in part]
-        result = []  # interleaved by chance
+        result = []  # interleaved at random
         while any(parts):
             result.append(chance.choice([part for part in parts if part]).pop(0))
         return result
@@ -88,11 +90,11 @@ class Mixture:
 
 
 class Compared:
-    """What all cases together have shown."""
+    """Counts and errors over all cases."""
 
     def __init__(self):
         self.batches = self.rows = self.pruned = 0
-        self.error = dict.fromkeys(TOLERANCE, 0.0)  # the largest that was within the tolerance
+        self.error = dict.fromkeys(TOLERANCE, 0.0)  # the largest error of those that are allowed
         self.effect: dict[str, list[float]] = {name: [] for name in TOLERANCE}
 
     def line(self) -> str:
@@ -135,12 +137,11 @@ def mixture_case(chance: random.Random, models: Path, compared: Compared, pop: b
         for s in mixture.whole:
             native.set_sequence(mixed.context, s, prunes=False)
         alone = [opened(mixture.n_layer if s in mixture.whole else mixture.boundary) for s in range(mixture.n_seq)]
-        unpruned = opened(mixture.n_layer)  # sequence 0, to see what POP changes
+        unpruned = opened(mixture.n_layer)  # has sequence 0, to measure the effect of POP
         for _ in range(chance.randint(4, 16)):
             for s in range(mixture.n_seq):
-                if mixture.past[s] >= _LONGEST or (
-                    mixture.past[s] and chance.random() < 0.1
-                ):  # it ends, another begins
+                ends = mixture.past[s] and chance.random() < 0.1
+                if mixture.past[s] >= _LONGEST or ends:  # another sequence begins in its place
                     mixture.past[s] = 0
                     for engine, own in ((mixed, s), (alone[s], 0), *([(unpruned, 0)] if s == 0 else [])):
                         if not llama_cpp.llama_memory_seq_rm(engine.memory, own, -1, -1):
@@ -189,9 +190,7 @@ def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def main() -> int:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--models", type=Path, help="directory with tiny models (default: they are written anew, which needs torch)"
-        )
+        parser.add_argument("--models", type=Path, help="directory with tiny models (default: write them with torch)")
 
     arguments = harness.parse(__doc__.splitlines()[0], 200, add)
     return harness.in_a_child(arguments, lambda: fuzz(arguments))

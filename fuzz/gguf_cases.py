@@ -1,6 +1,7 @@
-"""GGUF files with ``pop.*`` keys, written byte by byte: right ones, and ones with up to a handful of faults.
+"""Writes GGUF files with ``pop.*`` keys byte by byte: valid ones, and ones with up to five faults.
 
-Used by the fuzzers of metadata and of the native library, and by the tests of properties. ``gguf.GGUFWriter`` refuses most of these.
+The fuzzers of metadata and of the native library use this module, and so does tests/commands/test_properties.py.
+``gguf.GGUFWriter`` refuses to write most of these files.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ _NAMES = [
 
 @dataclass(frozen=True)
 class Key:
-    """A key and its value as the bytes that stand behind the type."""
+    """A key, the number of its type, and the bytes that follow the type."""
 
     name: bytes
     kind: int
@@ -92,7 +93,20 @@ class Key:
 
 @dataclass(frozen=True)
 class File:
-    """What a GGUF file is made of. Counts that are None are right."""
+    """The parts of a GGUF file.
+
+    Attributes:
+        keys: The keys in order.
+        infos: Names, shapes, types and offsets of the tensors.
+        n_tensors: Number of entries in ``infos``.
+        data: The tensors.
+        order: Byte order, as in the module struct.
+        version: Version of GGUF.
+        n_keys: Claimed number of keys; None claims the true one.
+        claimed_tensors: Claimed number of tensors; None claims the true one.
+        alignment: Alignment of ``data``.
+        damage: For each change of the header: what is done, where, and a number for it.
+    """
 
     keys: list[Key]
     infos: bytes = b""
@@ -103,9 +117,7 @@ class File:
     n_keys: int | None = None
     claimed_tensors: int | None = None
     alignment: int = 32
-    damage: list[tuple[str, int, int]] = field(
-        default_factory=list
-    )  # what to do to the header's bytes, where, with what
+    damage: list[tuple[str, int, int]] = field(default_factory=list)
 
     def header(self) -> bytes:
         """All that stands before the tensor data, padded."""
@@ -142,15 +154,16 @@ class File:
 
 
 def valid(chance: random.Random, order: str = "<", n_layer: int = N_LAYER, architecture: bytes = b"llama") -> list[Key]:
-    """``general.architecture``, ``block_count`` and any of the ``pop.*`` keys, all as docs/metadata.md has them."""
-    small = lambda low: number(
-        Kind.UINT32, chance.choice([low, 1, 2, chance.randint(low, 99), chance.randrange(low, 2**31)]), order
-    )
-    scores = lambda count: array(
-        Kind.FLOAT32,
-        [real(Kind.FLOAT32, chance.random() * 10.0 ** chance.randint(-9, 9), order) for _ in range(count)],
-        order,
-    )
+    """Returns architecture, number of layers and any of the ``pop.*`` keys, all as docs/metadata.md allows them."""
+
+    def small(low: int) -> bytes:
+        choices = [low, 1, 2, chance.randint(low, 99), chance.randrange(low, 2**31)]
+        return number(Kind.UINT32, chance.choice(choices), order)
+
+    def scores(count: int) -> bytes:
+        values = [chance.random() * 10.0 ** chance.randint(-9, 9) for _ in range(count)]
+        return array(Kind.FLOAT32, [real(Kind.FLOAT32, value, order) for value in values], order)
+
     n_curve = chance.randint(0, 5)
     curve = {
         b"pop.curve.boundary": (
@@ -190,18 +203,21 @@ def valid(chance: random.Random, order: str = "<", n_layer: int = N_LAYER, archi
 
 
 def tensor(name: bytes, shape: list[int], kind: int, offset: int, order: str = "<") -> bytes:
-    """An entry of the tensor infos."""
+    """Returns an entry of the tensor infos."""
     return string(name, order) + struct.pack(f"{order}I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
 def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
-    """With none to five faults; ``only_pop`` leaves alone what is not about ``pop.*`` keys, so that llama.cpp loads most."""
+    """Returns the file with none to five faults.
+
+    ``only_pop`` changes nothing but ``pop.*`` keys, so that llama.cpp still loads most of the files.
+    """
     for _ in range(chance.choice([0, 1, 1, 1, 2, 2, 3, 5])):
         keys = list(file.keys)
         open_to = [i for i, key in enumerate(keys) if key.name.startswith(b"pop.") or not only_pop]
         at = chance.choice(open_to) if open_to else None
         fault = chance.choices(range(11), [6, 6, 2, 2, 2, 2, 3, 1, *([0] * 3 if only_pop else [2, 4, 1])])[0]
-        if fault == 0 and at is not None:  # another value of its type
+        if fault == 0 and at is not None:  # another value of the same type
             kind = Kind(keys[at].kind) if keys[at].kind in list(Kind) else Kind.UINT8
             keys[at] = replace(keys[at], value=value(chance, kind, file.order))
         elif fault == 1 and at is not None:  # another type
@@ -213,16 +229,16 @@ def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
             keys.insert(chance.randint(0, len(keys)), keys[at])
         elif fault == 4 and not only_pop:
             chance.shuffle(keys)
-        elif fault == 5:  # a key nobody knows
+        elif fault == 5:  # an unknown key
             kind = chance.choice(list(Kind))
             name = b"pop.unknown" if only_pop else chance.choice(_NAMES)
             keys.append(Key(name, kind, value(chance, kind, file.order)))
-        elif fault == 6 and at is not None and len(keys[at].value) >= 12:  # a length or count that lies
+        elif fault == 6 and at is not None and len(keys[at].value) >= 12:  # a wrong length or count
             claimed = struct.pack(f"{file.order}Q", chance.choice(_EDGES))
             start = 4 if keys[at].kind == Kind.ARRAY else 0
             if not only_pop:
                 keys[at] = replace(keys[at], value=keys[at].value[:start] + claimed + keys[at].value[start + 8 :])
-        elif fault == 7 and at is not None:  # a right type that is no type
+        elif fault == 7 and at is not None:  # a number that is no type
             keys[at] = replace(keys[at], kind=keys[at].kind if only_pop else chance.choice([13, 99, 2**32 - 1]))
         elif fault == 8:
             name = chance.choice(["n_keys", "claimed_tensors", "version", "order", "alignment"])
@@ -236,7 +252,7 @@ def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
             action = chance.choice(["byte", "byte", "number", "small number", "insert", "delete", "cut"])
             what = chance.choice(_EDGES) if chance.random() < 0.7 else chance.getrandbits(64)
             file = replace(file, damage=[*file.damage, (action, chance.getrandbits(20), what)])
-        elif fault == 10:  # a really long value
+        elif fault == 10:  # a very long value
             count = chance.choices([1000, 65536, 2**20], [90, 8, 2])[0]
             item = chance.choice([Kind.UINT8, Kind.FLOAT32, Kind.UINT32])
             raw = struct.pack(f"{file.order}IQ", item, count) + bytes(count * _SIZES[item])
@@ -246,7 +262,7 @@ def mutated(chance: random.Random, file: File, only_pop: bool = False) -> File:
 
 
 def value(chance: random.Random, kind: Kind, order: str, depth: int = 0) -> bytes:
-    """Any value of a type, edges more often."""
+    """Returns any value of a type, mostly one at the edge of its range."""
     if kind == Kind.STRING:
         return string(
             chance.choice(_TEXTS) if chance.random() < 0.8 else chance.randbytes(chance.choice([1, 40, 400])), order

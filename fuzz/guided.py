@@ -1,10 +1,11 @@
-"""The cases of metadata.py and texts.py, led by the code that they reach: atheris (libFuzzer) chooses, where the others draw by chance.
+"""Runs the cases of metadata.py and texts.py guided by coverage, with atheris (libFuzzer).
 
     pip install atheris
     python -m fuzz.guided metadata --cases 100000
 
-Its bytes are the source of chance that makes a case, so that each case is one of the same kinds and is held to the same promises. It
-ends at the first failure, whose bytes it leaves in a file ``crash-...``; with that file as an argument it runs that case alone.
+The bytes that atheris chooses take the place of random numbers, so each case is of the same kinds and has to keep the
+same promises. The run ends at the first failure and leaves its bytes in a file ``crash-...``. With that file as an
+argument, it runs that case alone.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import atheris
 
 from fuzz import harness
 
-_LONGEST = 4096  # bytes of chance
-_SECONDS = 5  # longest time of a case, which runs slower than without atheris
+_LONGEST = 4096  # bytes for one case
+_SECONDS = 5  # longest time of a case, which is slower under atheris
 
 
 class Chosen(random.Random):
-    """Chance that a fuzzer's bytes decide; zeros after their end."""
+    """Random numbers that are taken from given bytes, and zeros after their end."""
 
     def __init__(self, data: bytes):
         super().__init__()
@@ -52,13 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fuzzer", choices=["metadata", "texts"])
     parser.add_argument("--cases", type=int, default=100_000, help="how many (default 100000)")
-    parser.add_argument("--seed", type=int, default=1, help="of atheris (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of atheris (default 1)")
     parser.add_argument("file", nargs="?", help="a case that failed, to run alone")
     arguments = parser.parse_args()
     fuzzer = importlib.import_module(f"fuzz.{arguments.fuzzer}")
     for function in gc.get_objects():
         if isinstance(function, types.FunctionType) and (function.__module__ or "").startswith("pypop_gguf"):
-            atheris.instrument_func(function)  # its hook of imports sees nothing of an editable install
+            atheris.instrument_func(function)  # the import hook of atheris does not see an editable install
     outcomes: collections.Counter[str] = collections.Counter()
     with harness.directory() as directory:
         runs = [f"-runs={arguments.cases}", f"-seed={arguments.seed}", f"-max_len={_LONGEST}", "-len_control=0"]
@@ -66,11 +67,9 @@ def main() -> None:
 
         def case(data: bytes) -> None:
             outcomes[fuzzer.case(Chosen(data), directory)] += 1
-            if sum(outcomes.values()) == arguments.cases:  # atheris does not come back
-                print(
-                    f"{arguments.cases} cases: {', '.join(f'{count} {name}' for name, count in sorted(outcomes.items()))}",
-                    flush=True,
-                )
+            if sum(outcomes.values()) == arguments.cases:  # atheris ends the process after the last case
+                counts = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
+                print(f"{arguments.cases} cases: {counts}", flush=True)
 
         atheris.Setup([sys.argv[0], f"-timeout={_SECONDS}", "-rss_limit_mb=1024", *options], case)
         atheris.Fuzz()

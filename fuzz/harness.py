@@ -1,7 +1,8 @@
-"""What the fuzzers share: cases by number, a time limit for each, failures told apart, the counts at the end.
+"""Runs cases by number for the fuzzers, with a time limit for each, and counts outcomes and failures.
 
-A case is made of its seed and number alone, so that ``--seed S --first N --cases 1`` replays it. ``Failure`` and any exception that a
-fuzzer does not expect count as failures; the run goes on, prints each kind once and exits with 1.
+A case depends on the seed and its number alone, so ``--seed S --first N --cases 1`` replays it. ``Failure`` and any
+exception that a fuzzer does not expect count as failures. The run goes on after a failure, prints each kind once and
+exits with status 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _REPORT_SECONDS = 30
-_STATE = "POP_FUZZ_STATE"  # file for the number of the case that runs, of a process that may be aborted
+_STATE = "POP_FUZZ_STATE"  # variable that names a file for the number of the running case
 
 
 class Failure(Exception):
@@ -30,7 +31,7 @@ class Failure(Exception):
 
 
 class TooLong(BaseException):
-    """Not an Exception: what runs may not swallow it."""
+    """A case took too long. This is no Exception, so that the code under test cannot catch it by accident."""
 
 
 def parse(
@@ -38,9 +39,9 @@ def parse(
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=cases, help=f"how many (default {cases})")
-    parser.add_argument("--seed", type=int, default=1, help="of all cases (default 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default 1)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to replay one (default 0)")
-    parser.add_argument("--keep", type=Path, help="directory for what made a case fail")
+    parser.add_argument("--keep", type=Path, help="directory for the input of cases that fail")
     add(parser)
     return parser.parse_args()
 
@@ -48,13 +49,13 @@ def parse(
 def run(
     arguments: argparse.Namespace, case: Callable[[random.Random], str], seconds: float, counted: str = "cases"
 ) -> int:
-    """Runs ``case`` with a source of chance of its own each time; it returns the name of its outcome.
+    """Runs the cases, each with random numbers of its own, and prints the counts of their outcomes.
 
     Args:
         arguments: From :func:`parse`.
-        case: Raises where a promise does not hold.
-        seconds: Longest time for one case, of the processor: a busy machine changes nothing.
-        counted: What a case is, for the report.
+        case: Runs one case and returns the name of its outcome. It raises an exception where a promise does not hold.
+        seconds: Longest processor time of a case, which does not depend on how busy the machine is.
+        counted: The plural of what a case is, for the report.
 
     Returns:
         The exit status.
@@ -90,7 +91,10 @@ def run(
 
 
 def in_a_child(arguments: argparse.Namespace, body: Callable[[], int]) -> int:
-    """Runs ``body`` in a process of its own, so that an abort of native code is told by the number of its case. It ends the run."""
+    """Runs ``body`` in a process of its own and returns its exit status.
+
+    An abort of native code ends the run and is reported with the number of its case.
+    """
     if _STATE in os.environ:
         return body()
     with tempfile.NamedTemporaryFile() as file:
@@ -102,7 +106,7 @@ def in_a_child(arguments: argparse.Namespace, body: Callable[[], int]) -> int:
 
 
 def limit_memory(megabytes: int) -> None:
-    """More than what the process has now ends in MemoryError."""
+    """Lets the process allocate so much more than it has now. More ends in MemoryError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
@@ -110,7 +114,7 @@ def limit_memory(megabytes: int) -> None:
 
 @contextlib.contextmanager
 def directory() -> Iterator[Path]:
-    """A temporary one, in memory where there is such a place: files are written for each case."""
+    """Yields a temporary directory, in memory where possible, because every case writes files."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
         yield Path(path)
@@ -122,7 +126,8 @@ def _too_long(_signal, _frame):
 
 def _report(outcomes: collections.Counter, counted: str, seconds: float) -> str:
     parts = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
-    return f"{sum(outcomes.values())} {counted} in {seconds:.0f} s, {sum(outcomes.values()) / seconds:.0f} a second: {parts}"
+    total = sum(outcomes.values())
+    return f"{total} {counted} in {seconds:.0f} s, {total / seconds:.0f} a second: {parts}"
 
 
 def _place(error: BaseException) -> str:

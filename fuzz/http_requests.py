@@ -3,8 +3,8 @@
     python -m fuzz.http_requests --cases 5000 --seed 1
 
 Each case is one request to `pop-gguf serve` with fields of llama-server's and OpenAI's requests. Their values are
-invalid, too large, too many, too long, or lead to one another without end. The server is started again after a case that
-ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of a
+invalid, too large, too many, too long, or lead to one another without end. The server is started again after a case
+that ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of a
 grammar are counted apart.
 """
 
@@ -232,7 +232,10 @@ def schema(chance: random.Random, depth: int = 0) -> object:
     )
     if depth > 4 and kind in ("object", "array", "any", "types", "circle"):
         kind = "string"
-    inner = lambda: schema(chance, depth + 1)
+
+    def inner() -> dict:
+        return schema(chance, depth + 1)
+
     if kind == "object":
         count = chance.choice([0, 1, 3, 3, 2000 if depth == 0 else 2])
         named = chance.random() < 0.5
@@ -354,7 +357,9 @@ def parser(chance: random.Random) -> str:
 
 
 def tools(chance: random.Random) -> list:
-    named = lambda: {"name": chance.choice(["f", text(chance)]), "description": "x", "parameters": schema(chance)}
+    def named() -> dict:
+        return {"name": chance.choice(["f", text(chance)]), "description": "x", "parameters": schema(chance)}
+
     return [{"type": "function", "function": named()} for _ in range(chance.randint(0, 3))]
 
 

@@ -1,9 +1,9 @@
-"""The ``pop.*`` keys and the header of GGUF files: each case ends in metadata within docs/metadata.md, or in one line.
+"""Fuzzes the reader of ``pop.*`` keys: a file has metadata within docs/metadata.md, or an error of one line.
 
     python -m fuzz.metadata --cases 1000000 --seed 1
 
-Never another exception, more than a second, or 256 MB. What is read also has to be what ``gguf.GGUFReader`` reads (some cases, where
-it can), and ``pop-gguf inspect`` has to print it (some cases).
+A case may not end in another exception, take more than a second, or need more than 256 MB. In some cases the metadata
+is also compared with that of ``gguf.GGUFReader``, where it reads the file, and printed with ``pop-gguf inspect``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pypop_gguf.commands import inspect as inspect_gguf
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, parse_metadata
 
-_LONGEST_LINE = 400  # characters, the file's name left out
+_LONGEST_LINE = 400  # characters, without the name of the file
 
 
 def case(chance: random.Random, directory: Path) -> str:
@@ -49,7 +49,7 @@ def case(chance: random.Random, directory: Path) -> str:
         check_line(refusal, path)
     if metadata is not None:
         check(metadata)
-        if chance.random() < 0.05 and path.stat().st_size < 10_000:  # it takes seconds for long arrays
+        if chance.random() < 0.05 and path.stat().st_size < 10_000:  # the other reader takes seconds for long arrays
             compare(metadata, path)
     if chance.random() < 0.1:
         inspect(path, refusal, chance.random() < 0.5, chance.random() < 0.05)
@@ -65,7 +65,7 @@ def check_line(text: str, path: Path) -> None:
 
 
 def check(metadata: PopMetadata) -> None:
-    """As docs/metadata.md has it. The number of layers may be mutated too, so its own limit is taken from the arrays."""
+    """Checks the ranges of docs/metadata.md. The number of layers may be wrong too, so it is taken from the arrays."""
     n_layer = 2**32
     for scores in (metadata.importance_prefill, metadata.importance_decode):
         if scores is not None:
@@ -85,7 +85,7 @@ def check(metadata: PopMetadata) -> None:
         require(all(1 <= boundary <= n_layer for boundary in curve.boundary), "boundaries of the curve")
         for figures in (curve.kl, curve.loss_increase, curve.speedup):
             require(len(figures) == len(curve.boundary) and np.isfinite(figures).all(), "figures of the curve")
-        require(isinstance(curve.source, str) and 0 <= curve.samples < 2**32, "what the curve is of")
+        require(isinstance(curve.source, str) and 0 <= curve.samples < 2**32, "source and samples of the curve")
 
 
 def require(holds: bool, what: str) -> None:
@@ -94,12 +94,12 @@ def require(holds: bool, what: str) -> None:
 
 
 def compare(metadata: PopMetadata, path: Path) -> None:
-    """With what another reader makes of the file."""
+    """Compares with what gguf.GGUFReader reads."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fields = gguf.GGUFReader(path).fields
-    except Exception:  # it refuses files of other kinds, and in ways of its own
+    except Exception:  # it refuses other files than ours does, with any exception
         return
     for key, mine, _kind in metadata.key_values():
         if key != "pop.version" and not np.array_equal(mine, fields[key].contents()):
@@ -107,7 +107,7 @@ def compare(metadata: PopMetadata, path: Path) -> None:
 
 
 def inspect(path: Path, refusal: str | None, as_json: bool, by_command: bool) -> None:
-    """Prints the metadata, or fails with the same line."""
+    """Checks that ``pop-gguf inspect`` prints the metadata, or fails with the same line."""
     output, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         if by_command:
@@ -123,7 +123,7 @@ def inspect(path: Path, refusal: str | None, as_json: bool, by_command: bool) ->
     if refusal is not None:
         if status != 1 or printed or errors.getvalue() != f"pop-gguf: error: {refusal}\n":
             raise Failure(f"inspect said {status} {errors.getvalue()!r} of a file that is refused: {refusal}")
-    elif status == 1:  # of a file without pop keys it asks for the number of layers
+    elif status == 1:  # the file has no pop keys, and no usable number of layers either
         check_line(errors.getvalue().removesuffix("\n"), path)
         if printed or "no usable block_count" not in errors.getvalue():
             raise Failure(f"inspect refuses what is read: {errors.getvalue()!r}")

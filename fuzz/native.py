@@ -1,10 +1,11 @@
-"""The native library's own reading: ``pop.*`` keys of models, and adapters, in a process of its own.
+"""Fuzzes what the native library reads: ``pop.*`` keys of models, and adapters, in a process of its own.
 
     python -m fuzz.native --cases 20000 --seed 1
 
-Half of the cases are models with mutated ``pop.*`` keys, some with other damage. What llama.cpp loads has to end in a boundary of 1..L and a
-decoded batch, or one line; what ``read_metadata`` accepts has to be read alike. Half are adapters for a good model. Where the
-process dies, the assertion that ended it is named: one of llama.cpp's own is counted, ours is a failure.
+Half of the cases are models with wrong ``pop.*`` keys, some with other damage. If llama.cpp loads such a file, there
+has to be a boundary of 1..L and a decoded batch, or one line of error. If ``read_metadata`` accepts it, the native
+library has to read the same. The other half are adapters for a valid model. Where the process dies, the failed
+assertion is named: one of llama.cpp's own is counted, and one of ours is a failure.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -36,16 +38,14 @@ _OURS = re.compile(r"csrc/pop-|pop-[a-z]+\.(cpp|h):")
 
 
 class Worker:
-    """The process, started anew when it has died."""
+    """The process that reads files. It is started again when it has died."""
 
-    def __init__(self, model: Path):
-        self._model, self._process = model, None
-        self._errors = tempfile.TemporaryFile()
+    def __init__(self, model: Path, errors: IO[bytes]):
+        self._model, self._errors, self._process = model, errors, None
 
     def ask(self, kind: str, path: Path) -> tuple[dict, str]:
-        """The answer, or none and the step that killed the process."""
+        """Returns the answer and the last step; no answer if that step has killed the process."""
         if self._process is None:
-            # the backtrace that ggml makes by a debugger takes a second
             self._errors.seek(0)
             self._errors.truncate()
             self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+                env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # a backtrace would take a second
             )
             self._process.stdout.readline()
         self._process.stdin.write(json.dumps([kind, str(path)]) + "\n")
@@ -68,13 +68,13 @@ class Worker:
         return {}, step
 
     def last_words(self) -> str:
-        """How a process died that gave no answer."""
+        """Returns how the process died that gave no answer."""
         status = self._process.wait()
         self._process = None
         self._errors.seek(0)
         text = self._errors.read().decode("utf-8", "replace")
         if report := re.search(r"SUMMARY: \w+Sanitizer: (\S+)|runtime error: ", text):
-            # without a sanitizer it throws, and loading is refused
+            # A failed allocation ends a process only under a sanitizer. Without one, the file is refused.
             return "no memory" if report[1] in ("out-of-memory", "allocation-size-too-big") else f"sanitizer: {text}"
         found = re.findall(r"([\w/.+-]+/)?([\w.-]+/[\w.-]+:\d+): (.*)", text)
         return f"{found[-1][1]}: {found[-1][2]}" if found else f"exit status {status}: {text[-300:]!r}"
@@ -86,7 +86,7 @@ class Worker:
 
 
 def base_of(path: Path) -> File:
-    """A written file as the mutator wants it."""
+    """Reads a file as :mod:`fuzz.gguf_cases` represents it."""
     header, raw = read_header(path), path.read_bytes()
     keys = []
     for name, field in header.fields.items():
@@ -138,7 +138,7 @@ def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) 
     file = base
     for _ in range(chance.choice([0, 1, 1, 2])):
         fault = chance.random()
-        if fault < 0.4:  # a wrong text, number or type
+        if fault < 0.4:  # another text, number or type
             keys = list(file.keys)
             at = chance.randrange(len(keys))
             kind = chance.choice([Kind.UINT32, Kind.STRING, Kind.UINT32, Kind.STRING, Kind.FLOAT32, Kind.ARRAY])
@@ -172,7 +172,7 @@ def adapter_case(chance: random.Random, worker: Worker, base: File, path: Path) 
 
 def died(worker: Worker, step: str) -> str:
     words = worker.last_words()
-    # an assertion names its file; a signal alone could be anyone's, but before our first call it is llama.cpp's
+    # An assertion names its file. A signal does not, but before the first call of ours it comes from llama.cpp.
     if (
         _OURS.search(words)
         or words.startswith("sanitizer")
@@ -184,11 +184,11 @@ def died(worker: Worker, step: str) -> str:
 
 def main() -> int:
     arguments = harness.parse(__doc__.splitlines()[0], 2000)
-    with harness.directory() as directory:
+    with harness.directory() as directory, tempfile.TemporaryFile() as errors:
         good = write_model(directory / "good.gguf", n_layer=N_LAYER)
         base = base_of(good)
         adapter = base_of(write_adapter(directory / "adapter.gguf", library.fingerprint(good)))
-        worker, path = Worker(good), directory / "case.gguf"
+        worker, path = Worker(good, errors), directory / "case.gguf"
 
         def one(chance: random.Random) -> str:
             try:

@@ -1,6 +1,7 @@
-"""Opens GGUF files with the native library for fuzz/native.py: one JSON line in, one out; each step is named before it begins.
+"""Opens GGUF files with the native library for fuzz/native.py, in a process of its own.
 
-A process of its own, because llama.cpp ends the process where its own assertions fail.
+Each request is one line of JSON. The answer is one line too, after a line for each step before it begins. llama.cpp
+ends the process where one of its own assertions fails.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def read_adapter(model, context, path: str) -> dict:
 
 
 def main() -> None:
-    if "ASAN_OPTIONS" not in os.environ:  # whose map of the memory is larger
+    if "ASAN_OPTIONS" not in os.environ:  # the address sanitizer needs more address space
         size = 4 << 30
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

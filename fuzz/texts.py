@@ -1,9 +1,10 @@
-"""What people measure and calibrate on: files of any bytes end in samples within the limits, or in one line.
+"""Fuzzes the readers of text files: any bytes end in samples within the limits, or in an error of one line.
 
     python -m fuzz.texts --cases 100000 --seed 1
 
-Text and JSON Lines, right and damaged: wrong types, keys that are missing, broken JSON, deep nesting, lone surrogates, bytes that
-are no UTF-8. Read by ``convert``'s reader (pypop_gguf/importance/calibration.py) and by ``eval``'s (pypop_gguf/quality/tasks.py), with a tokenizer of bytes.
+The files are text and JSON Lines, valid and damaged: wrong types, missing keys, broken JSON, deep nesting, lone
+surrogates, bytes that are no UTF-8. The readers are those of ``convert`` (pypop_gguf/importance/calibration.py) and of
+``eval`` (pypop_gguf/quality/tasks.py). The tokenizer has a token for each byte.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _ROLES = ["user", "assistant", "system", "", "tool", None, 7]
 
 
 class Bytes:
-    """A tokenizer with a token for each byte, as strict with what is no text as real ones."""
+    """A tokenizer with a token for each byte. Like real ones, it refuses what is no text."""
 
     model_max_length = 100_000
     bos_token_id = 1
@@ -73,7 +74,7 @@ def word(chance: random.Random) -> str:
 
 
 def thing(chance: random.Random, depth: int = 0):
-    """Any JSON value."""
+    """Returns any JSON value."""
     kind = chance.randrange(8 if depth < 3 else 6)
     if kind == 6:
         return [thing(chance, depth + 1) for _ in range(chance.randint(0, 3))]
@@ -167,7 +168,7 @@ def case(chance: random.Random, directory: Path) -> str:
                 for question in found.questions:
                     if not isinstance(question.prompt, str):
                         raise Failure(f"no prompt: {question.prompt!r}")
-                    if found.stop[0] != "\ndef ":  # not a program to run
+                    if found.stop[0] != "\ndef ":  # the question has an answer to compare, not a program to run
                         question.check(word(chance))
             if not 1 <= len(samples) <= limits["max_samples"] or any(
                 len(sample.tokens) > limits["max_tokens"] for sample in samples

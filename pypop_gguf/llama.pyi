@@ -1,5 +1,6 @@
-# PopLlama as type checkers and editors see it. They cannot follow the carried llama_cpp, which is found at run time, nor the
-# arguments that calls pass on to the parent. tests/python/test_typing.py checks this file against the parent and llama.py.
+# PopLlama as type checkers and editors see it. They cannot follow the carried llama_cpp, which is found at run time, nor
+# the arguments that calls pass on to the parent. tests/python/test_typing.py checks this file against the parent and
+# llama.py.
 
 import os
 import threading
@@ -174,8 +175,8 @@ class PopLlama(Llama):
     @property
     def pop(self) -> PopStatus: ...
 
-    # Each of the two has three overloads: one gives a whole result, one a stream, and the last takes all arguments of the
-    # parent by position and gives whichever of both `stream` says.
+    # Each of the two has three overloads: one gives a whole result, one a stream, and the last takes all arguments of
+    # the parent by position and gives whichever of both `stream` says.
     @overload
     def create_completion(
         self,

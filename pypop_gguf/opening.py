@@ -105,13 +105,13 @@ def open_context(
             f"{n_layer} layers read it; set it to False",
             file=sys.stderr,
         )
-    if pop and pop_boundary is None and choice.source == "off" and "pop.boundary" not in llm.metadata:
-        if native.refusal(llm.model) is None:
-            print(
-                f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
-                f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
-                file=sys.stderr,
-            )
+    unset = pop and pop_boundary is None and choice.source == "off" and "pop.boundary" not in llm.metadata
+    if unset and native.refusal(llm.model) is None:
+        print(
+            f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
+            f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
+            file=sys.stderr,
+        )
     if choice.has_adapter:
         adapters = {choice.boundary: str(native.adapter_path(llm.model_path, choice.boundary))}
     else:

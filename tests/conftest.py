@@ -1,6 +1,7 @@
-"""Models and helpers shared by the tests: tiny random ones of several architectures, and the bundled trained one.
+"""Models that the tests share, and two helpers.
 
-``POP_TEST_MODELS`` names a directory where sanitized.py has written them, for processes that cannot load torch.
+The environment variable ``POP_TEST_MODELS`` names a directory where tools/sanitized.py has written the models, for
+processes that cannot load torch.
 """
 
 import json
@@ -20,7 +21,7 @@ WRITTEN = os.environ.get("POP_TEST_MODELS")
 
 @pytest.fixture(scope="session")
 def reference_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
-    """Tiny random models of several architectures, and the bundled model, by name."""
+    """Tiny random models of several architectures, and the bundled trained model, by name."""
     if WRITTEN:
         return {
             path.parent.name: tiny_models.ReferenceModel(path.parent.name, None, path)
@@ -41,7 +42,7 @@ def reference_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
 
 @pytest.fixture(scope="session")
 def shared_cache_models(tmp_path_factory) -> dict[str, tiny_models.ReferenceModel]:
-    """Gemma 3n and Gemma 4, whose upper layers read the cache of lower ones."""
+    """Tiny Gemma 3n and Gemma 4 by name. Their upper layers read the caches of lower layers."""
     return tiny_models.write(tmp_path_factory.mktemp("shared"), tiny_models.shared_cache_configs())
 
 
@@ -70,7 +71,10 @@ def continuation(request, monkeypatch) -> bool:
 
 @pytest.fixture(scope="session")
 def stock():
-    """Runs a piece of Python with the unpatched llama-cpp-python in a process of its own; returns what it prints as JSON."""
+    """Runs Python code with the unpatched llama-cpp-python, in a process of its own.
+
+    The fixture is a function of the code and its arguments. It returns the JSON value that the code has printed.
+    """
     if not (STOCK / "llama_cpp" / "lib").is_dir():
         pytest.skip("the unpatched llama-cpp-python is not built: run `make test`")
 
@@ -89,7 +93,7 @@ def stock():
 
 @pytest.fixture(scope="session")
 def bundled_gguf(tmp_path_factory) -> Path:
-    """The bundled model with its tokenizer as F16, by llama.cpp's own converter: no ``pop.*`` keys."""
+    """The bundled model as F16 without ``pop.*`` keys, from llama.cpp's own converter."""
     from pypop_gguf import library
 
     path = tmp_path_factory.mktemp("bundled") / "lab-llama-12l-f16.gguf"
@@ -105,7 +109,7 @@ def bundled_gguf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def served_gguf(tmp_path_factory) -> Path:
-    """See tiny_models.write_served."""
+    """The bundled model as F32 that skips the upper 4 of its 12 layers, for tests of the server."""
     if WRITTEN:
         return Path(WRITTEN, "served.gguf")
     path = tmp_path_factory.mktemp("served") / "lab.gguf"

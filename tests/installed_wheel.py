@@ -1,16 +1,20 @@
-"""What an installed wheel does on its own: prunes a prompt of a model written on the spot, and serves it over HTTP.
+"""Checks what an installed wheel does on its own: it prunes a prompt of a model written on the spot, and serves it.
 
-cibuildwheel runs this after each build, tests/test_wheel.py in an empty environment; nothing but the wheel and its
-dependencies is needed. The working directory must not be the source tree. Prints which processor features, and on Linux
-which library of the CPU, took the prompt.
+cibuildwheel runs this after each build, tests/packaging/test_wheel.py in an empty environment. Nothing but the wheel
+and its dependencies is needed. The working directory must not be the source tree. The script prints which processor
+features llama.cpp uses, and on Linux which of the CPU libraries it has loaded.
 """
 
+import contextlib
+import json
 import os
+import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 import llama_cpp
-from support.server import serve
+from support.process import free_port, running_process
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
@@ -25,7 +29,7 @@ def cpu_libraries() -> list[str]:
     return sorted({Path(line.split()[-1]).name for line in lines if "ggml-cpu" in line})
 
 
-def answers(model: Path) -> None:
+def check_answer(model: Path) -> None:
     llm = PopLlama(str(model), pop_boundary=BOUNDARY, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     result = llm.create_completion(PROMPT, max_tokens=4, temperature=0)
     assert result["usage"]["completion_tokens"] == 4, result
@@ -33,10 +37,24 @@ def answers(model: Path) -> None:
     print(f"pruned {llm.timings.pruned_tokens} tokens;", *cpu_libraries(), llama_cpp.llama_print_system_info().decode())
 
 
-def serves(model: Path, log: Path) -> None:
-    with serve(model, log, "--boundary", BOUNDARY, "--threads", 1, "--context", 256, "--parallel", 1) as server:
-        assert server.get("/health") == {"status": "ok"}
-        timings = server.complete(PROMPT, n_predict=4)["timings"]
+def ask(url: str, body: dict | None = None) -> dict:
+    content = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, content), timeout=60) as response:
+        return json.loads(response.read())
+
+
+def check_server(model: Path, log: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "pypop_gguf", "serve", model, "--port", port, "--boundary", BOUNDARY]
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError):
+            return ask(f"{url}/health") == {"status": "ok"}
+        return False
+
+    with running_process([*command, "--threads", 1, "--context", 256, "--parallel", 1], log, is_ready):
+        timings = ask(f"{url}/completion", {"prompt": PROMPT, "n_predict": 4, "temperature": 0})["timings"]
     assert timings["predicted_n"] == 4 and timings["pruned_n"] > 50, timings
     print(f"served {timings['pruned_n']} pruned tokens")
 
@@ -45,8 +63,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as base:
         path = Path(base) / "tiny.gguf"
         assert main(["random-model", "tiny", str(path)]) == 0
-        answers(path)
+        check_answer(path)
         if os.name == "nt":
             print("not served: on Windows the command does not become the server's process")
         else:
-            serves(path, Path(base) / "server.log")
+            check_server(path, Path(base) / "server.log")

@@ -173,7 +173,7 @@ def main() -> int:
         sys.exit(f"move_pin: {arguments.source} does not exist")
     if arguments.source and arguments.source.is_dir() and (arguments.build or arguments.write):
         sys.exit(
-            "move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or a .tar.gz as --source"
+            "move_pin: --build and --write need an sdist, whose hash is pinned: give a version, or a .tar.gz --source"
         )
     base = ROOT / "build" / "pin"
     source = arguments.source or fetch(arguments.version, base / "sdist")

@@ -1,6 +1,7 @@
-"""POP beside its ablations and rivals, in PyTorch: which layers are skipped, when, and what is left in their caches.
+"""Measures POP beside its ablations and rivals in PyTorch, for docs/quality.md.
 
-A measurement for docs/quality.md, written apart from the engine: whole passes of transformers with hooks.
+They differ in which layers are skipped, when, and in what is left in the caches of these layers. The code is written
+apart from the engine: it runs models of transformers and skips layers with hooks.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from pypop_gguf.importance.calibration import Sample
 
 @dataclass(frozen=True)
 class Variant:
-    """What happens to some layers.
+    """One way to make a model cheaper.
 
     Attributes:
-        name: For the table.
-        skipped: Layers that prefill skips: each is the identity there, and fills its cache from what it sees.
-        head: First prompt tokens that run every layer; ``tail``: last ones.
-        empty_caches: The skipped layers' caches hold zeros for the prompt instead.
-        both_stages: The layers are skipped for every token: removed from the model.
-        sparsity: Share of each weight matrix set to zero, in both stages (:func:`wanda`).
+        name: Name in the table.
+        skipped: Layers that prefill skips. Each passes its input on and fills its cache from it.
+        head: Number of first prompt tokens that run every layer.
+        tail: Number of last prompt tokens that run every layer.
+        empty_caches: Whether the caches of the skipped layers hold zeros for the prompt instead.
+        both_stages: Whether the layers are skipped for every token, as if they were removed from the model.
+        sparsity: Share of each weight matrix that is set to zero for every token (:func:`wanda`).
     """
 
     name: str
@@ -40,10 +42,12 @@ class Variant:
 
 
 def variants(n_layer: int, n_skipped: int, influence: np.ndarray) -> list[Variant]:
-    """The table's rows at one number of skipped layers.
+    """Returns the rows of the table for one number of skipped layers.
 
     Args:
-        influence: Of each layer, from :func:`block_influence`, [L].
+        n_layer: Number of layers, L.
+        n_skipped: How many of them are skipped.
+        influence: Influence of each layer from :func:`block_influence`, [L].
     """
     deep = tuple(range(n_layer - n_skipped, n_layer))
     step = n_layer / n_skipped
@@ -58,7 +62,7 @@ def variants(n_layer: int, n_skipped: int, influence: np.ndarray) -> list[Varian
         Variant("as many shallow layers, from 0 on", tuple(range(n_skipped))),
         Variant("every 2nd layer" if n_skipped * 2 == n_layer else "every 3rd layer", spread),
     ]
-    # one deep layer kept, and one more skipped below the boundary in its place
+    # One deep layer runs, and one more layer below the boundary is skipped in its place.
     below = n_layer - n_skipped - 1
     rows += [
         Variant(f"layer {kept} kept, {below} skipped instead", tuple(sorted({below, *deep} - {kept})))
@@ -92,7 +96,7 @@ def _skipping(layers: Sequence[nn.Module], skipped: Sequence[int]):
 def continuation_log_probs(
     model: nn.Module, layers: Sequence[nn.Module], sample: Sample, variant: Variant
 ) -> np.ndarray:
-    """Log-probabilities of every token for each position of a continuation, F64 [n_continuation, n_vocab]."""
+    """Returns log-probabilities of every token at each position of a continuation, F64 [n_continuation, n_vocab]."""
     n = sample.prompt_len
     ids = torch.tensor([sample.tokens])
     if variant.both_stages or variant.sparsity:
@@ -123,7 +127,7 @@ def _log_softmax(logits: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def block_influence(model: nn.Module, layers: Sequence[nn.Module], samples: Sequence[Sample]) -> np.ndarray:
-    """1 - cosine between a layer's input and output, mean over tokens (ShortGPT, arXiv 2403.03853), [L]."""
+    """Returns 1 - cosine of input and output of each layer, mean over tokens (ShortGPT, arXiv 2403.03853), [L]."""
     sums, count = np.zeros(len(layers)), 0
     inputs: dict[int, torch.Tensor] = {}
 
@@ -147,7 +151,10 @@ def block_influence(model: nn.Module, layers: Sequence[nn.Module], samples: Sequ
 
 @torch.no_grad()
 def wanda(model: nn.Module, layers: Sequence[nn.Module], samples: Sequence[Sample], sparsity: float) -> nn.Module:
-    """A copy whose layers' matrices lack, in each row, the weights of least |weight| x norm of its input (arXiv 2306.11695)."""
+    """Returns a copy in which a share of the weights in each row of each matrix is zero (Wanda, arXiv 2306.11695).
+
+    Those weights are chosen whose size times the norm of their input is smallest.
+    """
     pruned = copy.deepcopy(model)
     own = dict(zip([id(module) for module in model.modules()], pruned.modules(), strict=True))
     matrices = [

@@ -1,8 +1,9 @@
-"""What fitted projections cost: time to first token with an adapter over without, on one model, two contexts, taking turns.
+"""Measures what fitted projections cost: the time to read a prompt with an adapter and without, in turns.
 
     python -m tools.bench_adapter MODEL.gguf --boundary 11 --rank 32 --prompt 512,2048 --runs 5
 
-The adapter is random: its time does not depend on what is in it. Run from the source tree with nothing else on the machine.
+The adapter is random, because its time does not depend on its values. Run it from the source tree with nothing else on
+the machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> int:
         adapter = Path(directory) / "random.gguf"
         _write_random(adapter, arguments.model, arguments.boundary, arguments.rank)
         print(
-            f"{arguments.model.stem}, boundary {arguments.boundary}, rank {arguments.rank}, {adapter.stat().st_size / 1e6:.1f} MB, {arguments.threads} threads"
+            f"{arguments.model.stem}, boundary {arguments.boundary}, rank {arguments.rank}, "
+            f"{adapter.stat().st_size / 1e6:.1f} MB, {arguments.threads} threads"
         )
         for n_prompt in prompts:
             _measure(arguments, adapter, n_prompt)
@@ -44,10 +46,13 @@ def main() -> int:
 
 
 def _write_random(target: Path, model: Path, boundary: int, rank: int) -> None:
-    """Differences of every value projection above the boundary."""
+    """Writes an adapter that changes every value projection above the boundary."""
     header = read_header(model)
     architecture = header.get_field("general.architecture").contents()
-    field = lambda name: int(header.get_field(f"{architecture}.{name}").contents())
+
+    def field(name: str) -> int:
+        return int(header.get_field(f"{architecture}.{name}").contents())
+
     n_in, n_head = field("embedding_length"), field("attention.head_count")
     n_out = field("attention.head_count_kv") * (n_in // n_head)
     chance = np.random.default_rng(0)
@@ -84,11 +89,10 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
 
     times = {"without": [], "with": []}
     for run in range(arguments.runs + 1):
-        for name, context in (
-            (("without", llm.ctx), ("with", second)) if run % 2 else (("with", second), ("without", llm.ctx))
-        ):
+        pair = [("without", llm.ctx), ("with", second)]
+        for name, context in pair if run % 2 else reversed(pair):
             took = seconds(context)
-            if run:  # the first warms up
+            if run:  # the first run warms up
                 times[name].append(took)
     ratios = np.array(times["without"]) / np.array(times["with"])
     flops = [
@@ -96,8 +100,9 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
         for context in (llm.ctx, second)
     ]
     print(
-        f"{n_prompt:5} tokens: without {1e3 * np.median(times['without']):.0f} ms, with {1e3 * np.median(times['with']):.0f} ms, speed "
-        f"{np.median(ratios):.3f} [{ratios.min():.3f}, {ratios.max():.3f}] of without in {arguments.runs} pairs; "
+        f"{n_prompt:5} tokens: without {1e3 * np.median(times['without']):.0f} ms, "
+        f"with {1e3 * np.median(times['with']):.0f} ms, speed {np.median(ratios):.3f} "
+        f"[{ratios.min():.3f}, {ratios.max():.3f}] of without in {arguments.runs} pairs; "
         f"operations of the pruned graph +{flops[1] / flops[0] - 1:.2%}",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""``python tools/convert.py`` is ``pop-gguf convert``: writes a GGUF with layer importance and ``pop.*`` metadata."""
+"""Converts a model as ``pop-gguf convert`` does: ``python tools/convert.py MODEL --outfile FILE``."""
 
 import sys
 

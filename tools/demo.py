@@ -1,23 +1,22 @@
-"""The whole path on the bundled model: convert it, answer a prompt, and time the prompt with and without POP.
+"""Shows POP on the bundled model: converts it, answers a prompt, and times the prompt with and without POP.
 
-``make demo`` runs this.
+``make demo`` runs this script.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "models" / "lab-llama-12l"
+from tests.support.paths import BUNDLED, ROOT
+
 TARGET = ROOT / "demo" / "lab-llama-12l-q8_0.gguf"
 RUNS = 15
 
 PROMPT = (
-    "Once upon a time, there was a little girl named Lily. She lived in a small house near the woods with her mom, her "
-    "dad and her dog, Max. Every morning Lily and Max went out to play. They ran in the grass, they looked for bugs and "
-    "they counted the birds in the big tree. "
+    "Once upon a time, there was a little girl named Lily. She lived in a small house near the woods with her mom, "
+    "her dad and her dog, Max. Every morning Lily and Max went out to play. They ran in the grass, they looked for "
+    "bugs and they counted the birds in the big tree. "
 ) * 6 + "One day, Lily found a shiny key under the big tree."
 
 
@@ -32,8 +31,8 @@ def main() -> int:
     from pypop_gguf.cli import main as pop_gguf
 
     TARGET.parent.mkdir(exist_ok=True)
-    print(f"$ pop-gguf convert {MODEL.relative_to(ROOT)} --outtype q8_0 --outfile {TARGET.relative_to(ROOT)}\n")
-    status = pop_gguf(["convert", str(MODEL), "--outtype", "q8_0", "--outfile", str(TARGET)])
+    print(f"$ pop-gguf convert {BUNDLED.relative_to(ROOT)} --outtype q8_0 --outfile {TARGET.relative_to(ROOT)}\n")
+    status = pop_gguf(["convert", str(BUNDLED), "--outtype", "q8_0", "--outfile", str(TARGET)])
     if status:
         return status
 
@@ -42,23 +41,21 @@ def main() -> int:
     full = llm.create_completion(PROMPT, max_tokens=60, temperature=0, pop=False)["choices"][0]["text"]
     n_prompt = llm.timings.prompt_tokens
 
-    # interleaved, so that a slow moment of the machine falls on both
+    # The two take turns, so that a slow moment of the machine falls on both.
     pruned_ms, full_ms = [], []
     for _ in range(RUNS):
         pruned_ms.append(time_to_first_token_ms(llm, PROMPT))
         full_ms.append(time_to_first_token_ms(llm, PROMPT, pop=False))
     with_pop, without = statistics.median(pruned_ms), statistics.median(full_ms)
+    boundary, n_layer = llm.pop.boundary, llm.pop.n_layer
+    ratio = f"{without / with_pop:.2f}x"
 
     print(f"\nPrompt    ...{PROMPT[-51:]}")
     print(f"With POP  {text.strip()}")
     print(f"Without   {full.strip()}")
-    print(
-        f"\nBoundary             layer {llm.pop.boundary} of {llm.pop.n_layer} (prefill skips {llm.pop.n_layer - llm.pop.boundary})"
-    )
+    print(f"\nBoundary             layer {boundary} of {n_layer} (prefill skips {n_layer - boundary})")
     print(f"Prompt               {n_prompt} tokens")
-    print(
-        f"Time to first token  {with_pop:.1f} ms with POP, {without:.1f} ms without ({without / with_pop:.2f}x), median of {RUNS}"
-    )
+    print(f"Time to first token  {with_pop:.1f} ms with POP, {without:.1f} ms without ({ratio}), median of {RUNS}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Hook of mkdocs.yml: files of the repository outside docs/ that the site has too, under the path they have here.
+"""Adds files outside docs/ to the documentation site, under the same paths. mkdocs.yml names this file as a hook.
 
-So a link such as ``../bench/runs.csv`` in a page of docs/ works in a checkout and, rewritten, on the site.
+A link such as ``../bench/runs.csv`` in a page of docs/ works in a checkout, and this hook rewrites it for the site.
 """
 
 from __future__ import annotations
@@ -22,6 +22,6 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    if page.file.generated_by:  # seen from the repository's root
+    if page.file.generated_by:  # this page lies at the root of the repository
         return re.sub(r"\]\((\.\./)?docs/", r"](\1", markdown)
     return markdown.replace("](../", "](")

@@ -1,8 +1,10 @@
-"""Builds our C++ and llama.cpp with sanitizers and runs the POP path in them: `python -m tools.sanitized asan` or `tsan`.
+"""Builds our C++ and llama.cpp with sanitizers, and runs POP in them: `python -m tools.sanitized asan` or `tsan`.
 
-asan: addresses and undefined behaviour; the fuzzers of batches and of the native reading, those tests that need neither torch nor
-another build, mixed traffic on the server. tsan: two contexts of one model in two threads, and the tests of several clients on the
-server. What is upstream's own stands in sanitizers/ with its reason; anything else ends the run. The build takes about half an hour on 2 cores. Linux and GCC.
+asan looks for wrong addresses and undefined behaviour. It runs the fuzzers of batches and of the native reader, the
+tests that need neither torch nor another build, and mixed traffic on the server. tsan looks for data races. It runs two
+contexts of one model in two threads, and the tests that have several clients on the server. Each finding that is
+llama.cpp's own has an exception with its reason in tests/sanitizers/; any other finding ends the program in which it is
+found. The build takes about half an hour on 2 cores. Linux and GCC only.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import BUNDLED, ROOT
+
 SUPPRESSIONS = ROOT / "tests" / "sanitizers"
 LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
-MODELS = "POP_TEST_MODELS"  # conftest.py takes written models from there
+MODELS = "POP_TEST_MODELS"  # tests/conftest.py reads the directory of written models from this variable
 TESTS = [
     "test_boundary",
     "test_c_api",
@@ -33,17 +36,15 @@ SEVERAL_CLIENTS = "clients or share_batches or share_its or hangs_up or metrics 
 
 
 def build(preset: str) -> Path:
-    """Returns the Python of an environment that has the sanitized package, and all else from the one that runs."""
+    """Builds the sanitized library and returns the Python of an environment that loads it.
+
+    The environment has all other packages from the one that runs this script.
+    """
     base = ROOT / "build" / preset
-    os.environ["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # its cmake and ninja come first
-    )
-    subprocess.run(
-        ["cmake", "--preset", preset, f"-DPython_EXECUTABLE={sys.executable}"],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    # The programs cmake and ninja of this environment come first.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    configure = ["cmake", "--preset", preset, f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(configure, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", base], check=True)
     environment = base / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", environment], check=True)
@@ -60,28 +61,30 @@ def build(preset: str) -> Path:
 
 
 def test_files(names: list[str]) -> list[Path]:
-    return [path for name in names for path in (ROOT / "tests").glob(f"*/{name}.py")]
+    found = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
+    return [found[name] for name in names]
 
 
 def write_models(directory: Path) -> None:
-    """By torch, and so in a process without sanitizers."""
+    """Writes the models of the tests with torch, which a process with sanitizers cannot load."""
     from pypop_gguf import library
     from tests.support import tiny_models
 
     if (directory / "bundled.gguf").exists():
         return
     tiny_models.write(directory, tiny_models.configs())
-    bundled = ROOT / "models" / "lab-llama-12l"
-    shutil.copytree(bundled, directory / "bundled", dirs_exist_ok=True)
+    shutil.copytree(BUNDLED, directory / "bundled", dirs_exist_ok=True)
     tiny_models.to_gguf([directory / "bundled"])
     tiny_models.write_served(directory / "served.gguf")
     script = library.vendor_dir() / "llama.cpp" / "convert_hf_to_gguf.py"
-    convert = [sys.executable, script, bundled, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
+    convert = [sys.executable, script, BUNDLED, "--outtype", "f16", "--outfile", directory / "bundled.gguf"]
     subprocess.run(convert, check=True, capture_output=True)
 
 
-def environment_of(preset: str, models: Path) -> dict[str, str]:
-    # the C++ library too: the sanitizer has to find how exceptions are thrown before Python loads what throws them
+def sanitizer_variables(preset: str, models: Path) -> dict[str, str]:
+    """Returns the environment variables of a process that loads the sanitized library."""
+    # The C++ library is loaded early too, because the sanitizer has to find the function that throws exceptions before
+    # Python loads a library that calls it.
     preload = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in (LIBRARY[preset], "libstdc++.so.6")
@@ -91,7 +94,7 @@ def environment_of(preset: str, models: Path) -> dict[str, str]:
         **os.environ,
         MODELS: str(models),
         "LD_PRELOAD": " ".join(preload),
-        # Python leaves much behind at its end, and ends some processes without one: leaks are not looked for
+        # Leaks are not looked for, because Python frees little at its end.
         "ASAN_OPTIONS": f"detect_leaks=0:{stop}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:{stop}:suppressions={SUPPRESSIONS / 'ubsan.supp'}",
         "TSAN_OPTIONS": f"{stop}:suppressions={SUPPRESSIONS / 'tsan.supp'}",
@@ -104,41 +107,29 @@ def main() -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("preset", choices=LIBRARY)
-    parser.add_argument("--mixtures", type=int, default=200, help="for fuzz/batches.py")
-    parser.add_argument("--files", type=int, default=2000, help="for fuzz/native.py")
-    parser.add_argument("--minutes", type=float, default=3, help="for tools/soak.py")
+    parser.add_argument("--mixtures", type=int, default=200, help="cases of fuzz/batches.py")
+    parser.add_argument("--files", type=int, default=2000, help="cases of fuzz/native.py")
+    parser.add_argument("--minutes", type=float, default=3, help="time of tools/soak.py")
     arguments = parser.parse_args()
     models = ROOT / "build" / "sanitized-models"
     models.mkdir(parents=True, exist_ok=True)
     write_models(models)
     python = build(arguments.preset)
-    environment = environment_of(arguments.preset, models)
+    environment = sanitizer_variables(arguments.preset, models)
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     server_tests = test_files(SERVER_TESTS)
+    soak = ["-m", "tools.soak", "--model", models / "served.gguf"]
     commands = {
         "asan": [
             ["-m", "fuzz.batches", "--models", models, "--cases", arguments.mixtures],
             ["-m", "fuzz.native", "--cases", arguments.files],
             [*tests, *test_files(TESTS)],
             [*tests, "-k", f"not ({NEED_TORCH})", *server_tests],
-            # what was freed is kept for a while: growth counts for nothing
-            [
-                "-m",
-                "tools.soak",
-                "--model",
-                models / "served.gguf",
-                "--minutes",
-                arguments.minutes,
-                "--max-growth",
-                99,
-            ],
+            # The sanitizer keeps freed memory for a while, so any growth is allowed.
+            [*soak, "--minutes", arguments.minutes, "--max-growth", 99],
         ],
         "tsan": [
-            [
-                ROOT / "tests" / "support" / "two_threads.py",
-                models / "llama" / "model.gguf",
-                models / "gemma3" / "model.gguf",
-            ],
+            ["-m", "tests.support.two_threads", *(models / name / "model.gguf" for name in ("llama", "gemma3"))],
             [*tests, "-k", SEVERAL_CLIENTS, *server_tests],
         ],
     }

@@ -1,6 +1,7 @@
-"""Writes the golden files with today's code: ``python -m tools.write_golden``. Those committed stay as they are: that is their use.
+"""Writes golden files with the code of today: ``python -m tools.write_golden [DIRECTORY]``.
 
-For a later version of the keys, write files beside them under its number.
+The committed files stay as they are, because they show that files of old versions can still be read. A new version of
+the keys gets files of its own beside them.
 """
 
 import json
@@ -17,7 +18,7 @@ from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
 from tests.support.paths import ROOT
 
 N_LAYER, N_EMBD, N_VOCAB, BOUNDARY = 3, 8, 16, 1
-# numbers that float32 holds exactly, so that JSON has the same
+# float32 holds these numbers exactly, so the JSON file has the same ones
 METADATA = PopMetadata(
     boundary=BOUNDARY,
     head=1,

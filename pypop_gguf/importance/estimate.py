@@ -12,7 +12,7 @@ from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.terminal import progress
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from pypop_gguf.fitting.fit import Difference
     from pypop_gguf.importance.calibration import CalibrationInfo, Sample
@@ -48,9 +48,9 @@ class Calibration:
 
     def __init__(self, options: CalibrationOptions) -> None:
         self._options = options
-        self._loaded: tuple[nn.Module, list[Sample], CalibrationInfo] | None = None
+        self._loaded: tuple[PreTrainedModel, list[Sample], CalibrationInfo] | None = None
 
-    def _load(self) -> tuple[nn.Module, list[Sample], CalibrationInfo]:
+    def _load(self) -> tuple[PreTrainedModel, list[Sample], CalibrationInfo]:
         if self._loaded is None:
             from pypop_gguf.importance.calibration import load_samples
             from pypop_gguf.importance.load_model import load_for_importance

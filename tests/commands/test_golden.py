@@ -26,7 +26,7 @@ OPTIONS = dict(n_ctx=64, verbose=False, n_threads=1, n_threads_batch=1)
 
 def test_every_key_reads_as_it_was_meant():
     found = {key: value for key, value, _kind in read_metadata(MODEL).key_values()}
-    assert {**found, "pop.version": 1} == KEYS and len(KEYS) == 18
+    assert {**found, "pop.version": 1} == KEYS
     assert found["pop.importance.prefill"] == [3.5, 0.25, 0.0]
 
 

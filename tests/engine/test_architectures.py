@@ -1,4 +1,4 @@
-"""Every architecture that llama.cpp can load: lossless and deep boundaries, or a refusal with its reason."""
+"""POP serves every architecture that llama.cpp can load, or refuses it with a reason."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_every_architecture_equals_its_reference_or_is_refused():
     rows = architectures.check_all()
     assert len(rows) > 100
     assert {row.name: row.failures for row in rows if row.failures} == {}
-    # the diffusion models, and the one that runs its layers in cycles
+    # These are the diffusion models, and the one that runs its layers in cycles.
     assert {row.name for row in rows if row.refusal} == {
         "dream-dense",
         "llada-dense",

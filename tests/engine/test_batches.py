@@ -1,4 +1,4 @@
-"""Batches of every shape and memories of every kind: each sequence gets what it gets alone, pruned where it may be."""
+"""In batches of every shape and memories of every kind, each sequence gets the logits that it gets alone."""
 
 import ctypes
 
@@ -14,11 +14,13 @@ pytestmark = pytest.mark.usefixtures("continuation")
 
 BOUNDARY = 3
 TOLERANCE = 1e-9
-OTHER_SHAPE = 1e-7  # the same sums, grouped by other batch shapes: random Gemma amplifies the rounding to 2e-9
+# Batches of other shapes group the same sums differently; random Gemma amplifies this rounding to 2e-9.
+OTHER_SHAPE = 1e-7
 FLASH_ON = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
 
-# model and memory: one cache, sliding-window caches, convolution states beside a cache; unified or one stream a sequence.
-# Recurrent states and streams make llama.cpp split batches into equal parts of each sequence; the rest are split in order.
+# Each case is a model and its memory: one cache, sliding-window caches, or convolution states beside a cache; unified,
+# or one stream for each sequence. llama.cpp splits batches into equal parts of each sequence where the memory has
+# recurrent states or streams, and in order otherwise.
 MEMORIES = [
     pytest.param("llama", dict(kv_unified=True), id="cache-unified"),
     pytest.param("llama", dict(kv_unified=False), id="cache-per-sequence"),
@@ -31,13 +33,13 @@ MEMORIES = [
 
 
 def prompt(model, tokens, sequence, asks=None, first=0):
-    """Entries of a prompt; by default only its last token asks for logits."""
+    """Returns the entries of a prompt. By default only its last token asks for logits."""
     last = len(tokens) - 1
     return [(token, first + i, sequence, i in asks if asks else i == last) for i, token in enumerate(tokens)]
 
 
 def interleaved(*sequences):
-    """Round robin, as a server fills its batches; ragged lengths leave the longest at the end."""
+    """Takes an entry of each sequence in turn, as a server fills its batches. The rest of the longest comes last."""
     result = []
     for i in range(max(map(len, sequences))):
         result += [entries[i] for entries in sequences if i < len(entries)]
@@ -85,7 +87,7 @@ def test_tokens_that_ask_inside_a_prompt_run_the_whole_model_and_keep_their_inde
     with Engine(model.gguf, BOUNDARY, **memory) as engine:
         logits = engine.decode(prompt(model, tokens, 0, asks))
         assert engine.n_pruned == len(tokens) - len(asks)
-    with Engine(model.gguf, BOUNDARY) as apart:  # the same tokens as batches that are all of one kind
+    with Engine(model.gguf, BOUNDARY) as apart:  # each batch either asks for all logits or for none
         for first, last in ((0, 4), (4, 6), (6, 17), (17, 18), (18, 39), (39, 40)):
             part = [(tokens[i], i, 0, i in asks) for i in range(first, last)]
             for i, row in apart.decode(part).items():
@@ -113,7 +115,7 @@ def test_coupled_sequences_share_their_prompt(reference_models):
 @pytest.mark.parametrize("offload_kqv", [True, False])
 @pytest.mark.parametrize(("name", "cache"), [("llama", F16), ("gemma3", F16), ("bundled", Q8_0)])
 def test_flash_attention_and_quantized_caches(reference_models, identity_models, name, cache, offload_kqv):
-    """The reference has the same caches: prefill by the identity copy, whole model, its state taken over."""
+    """The reference reads the prompt by the identity copy in the same caches. The whole model takes over its state."""
     model = reference_models[name]
     tokens = model.tokens(60)
     options = dict(type_k=cache, type_v=cache, flash_attn_type=FLASH_ON, offload_kqv=offload_kqv)
@@ -121,17 +123,22 @@ def test_flash_attention_and_quantized_caches(reference_models, identity_models,
         logits = engine.prefill(tokens)
     assert squared_error(logits, reference_logits(model, identity_models[name], tokens, **options)) <= 1e-6
     with Engine(model.gguf, **options) as whole:
-        assert squared_error(logits, whole.prefill(tokens)) > 1e-4  # what is compared is not the whole model
+        assert squared_error(logits, whole.prefill(tokens)) > 1e-4  # pruning changes the logits
 
 
 def reference_logits(
     model, copy, tokens, prepare=lambda engine: None, change=lambda engine: None, last_position=None, **options
 ):
-    """The last token's logits on a cache that the identity copy has filled, POP off in both.
+    """Logits of the last token on a cache that the identity copy has filled. POP is off in both engines.
 
     Args:
+        model: The model that reads the last token.
+        copy: Its identity copy.
+        tokens: The prompt.
         prepare: Called with each of the two engines before anything is decoded.
         change: Called with the copy's engine after the prompt.
+        last_position: Position of the last token; default: after all others.
+        options: Options of both engines.
     """
     with Engine(copy, **options) as engine:
         prepare(engine)
@@ -166,10 +173,10 @@ def test_context_shift_on_a_pruned_cache(reference_models, identity_models):
         engine.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-1])])
         shift(engine)
         shifted = engine.step(tokens[-1], 39)
-        # shifting happens with the next decode, and goes on working in pruned batches
+        # The shift has happened with this decode. Pruned batches still work after it.
         more = engine.prefill(tokens[:12], first=40)
 
-    # the state carries positions, but a pending shift of the keys only once a decode has applied it
+    # A saved state has the new positions, but the keys are shifted only when the next decode has run.
     def shift_and_apply(engine):
         shift(engine)
         llama_cpp.llama_memory_seq_rm(engine.memory, 0, 39, -1)
@@ -230,7 +237,7 @@ def test_control_vector_below_the_boundary_acts_in_pruned_prefill(reference_mode
 
 
 def write_lora(path, model, rank=4, scale=0.5):
-    """A random adapter on what prefill still runs: K and V of every layer, and the FFN's input."""
+    """Writes a random adapter for what prefill still runs: K and V of every layer, and the FFN."""
     import gguf
 
     random, config = np.random.default_rng(5), model.torch_model.config
@@ -276,12 +283,12 @@ def test_recurrent_snapshots_keep_a_sequences_tail_together_and_whole(reference_
     tokens = model.tokens(40)
     with Engine(model.gguf, BOUNDARY, n_rs_seq=3) as engine:
         logits = engine.prefill(tokens)
-        assert engine.n_pruned == len(tokens) - 4  # the snapshots need the last 3 + 1 tokens in one micro-batch
-        # rolling back two tokens and reading them again gives the same
+        assert engine.n_pruned == len(tokens) - 4  # the snapshots need the last 3 + 1 tokens together
+        # Two tokens are rolled back and read again, with the same result.
         assert llama_cpp.llama_memory_seq_rm(engine.memory, 0, len(tokens) - 2, -1)
         again = engine.decode([(tokens[-2], len(tokens) - 2, 0, True), (tokens[-1], len(tokens) - 1, 0, True)])[1]
     assert squared_error(again, logits) <= 1e-6
-    with Engine(model.gguf, BOUNDARY) as engine:  # the same tokens whole, without snapshots
+    with Engine(model.gguf, BOUNDARY) as engine:  # the last four tokens run whole here too
         engine.decode([(token, i, 0, False) for i, token in enumerate(tokens[:-4])])
         expected = engine.decode([(tokens[i], i, 0, True) for i in range(36, 40)])[3]
     assert squared_error(logits, expected) <= TOLERANCE

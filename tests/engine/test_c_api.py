@@ -12,11 +12,12 @@ import pytest
 from pypop_gguf import PopError, native
 from tests.support.engine import Engine, llama_cpp
 from tests.support.gguf_files import STRING, UINT32, write_model
+from tests.support.paths import ROOT
 
 N_LAYER, N_BATCH = 6, 64  # of gguf_files.write_model() and of contexts here
 VERSION = ("pop.version", 1, UINT32)
-GOLDEN = Path(__file__).with_name("golden")
-HEADER = (Path(__file__).parents[1] / "csrc" / "llama-pop.h").read_text()
+GOLDEN = ROOT / "tests" / "golden"
+HEADER = (ROOT / "csrc" / "llama-pop.h").read_text()
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_freeing_an_adapter_that_a_context_uses_leaves_it_in_use(golden):
 def test_adapter_of_another_model_is_refused(golden, opened):
     path, engine = golden
     adapter = native.adapter_init(engine.model, native.adapter_path(path, 1))
-    with pytest.raises(PopError, match="no adapter that llama_pop_adapter_init.. made for this context's model"):
+    with pytest.raises(PopError, match=r"no adapter that llama_pop_adapter_init.. made for this context's model"):
         native.add_adapter(opened().context, adapter)
 
 

@@ -1,4 +1,4 @@
-"""Tokens that ask for logits go on from their own state at the boundary: the same results in one pass over the layers below."""
+"""Continuation: tokens that ask for logits go on from their own state at the boundary, with the same results."""
 
 import ctypes
 
@@ -11,7 +11,7 @@ from tests.support.pop_reference import squared_error
 
 BOUNDARY = 3
 TOLERANCE = 1e-9
-# random Gemma amplifies rounding: its whole model differs by 1e-7 between one batch and the same tokens one by one
+# Random Gemma amplifies rounding: the whole model differs by 1e-7 between one batch and the same tokens one by one.
 RANDOM_MIXTURES = {"llama": 1e-9, "gemma3": 1e-6, "deepseek2": 1e-9}
 
 CONTINUED = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "bundled"]
@@ -37,7 +37,7 @@ class PassCounter:
         name = self._get_name(tensor).decode()
         if name.startswith("kqv_out-"):
             self.passes[int(name.split("-")[1])] += 1
-        return False  # only asked, never given a tensor's data
+        return False  # llama.cpp asks whether this tensor's data is wanted
 
 
 @pytest.mark.parametrize("continues", [True, False])
@@ -61,7 +61,7 @@ def test_continued_equals_repeated(reference_models, name, flash_attention):
                 assert native.continues(each.context) == continues
                 rows.append([each.prefill(tokens), *(each.step(7, count + i) for i in range(3))])
                 assert each.n_pruned == count - 1
-        # flash attention rounds to F16, and not alike for one query and for many; so does the table of Gemma's GELU
+        # Flash attention rounds to F16, differently for one query and for many. So does the table of Gemma's GELU.
         rounded = flash_attention or name == "gemma3"
         assert squared_error(*map(np.array, rows)) <= (1e-6 if rounded else TOLERANCE)
 
@@ -69,7 +69,7 @@ def test_continued_equals_repeated(reference_models, name, flash_attention):
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("name", RANDOM_MIXTURES)
 def test_random_mixtures_of_sequences_continue_as_they_repeat(reference_models, name, unified):
-    """Batches of up to four sequences, some reading, some writing, some asking in the middle: ragged in every stream."""
+    """Batches of up to four sequences differ in length: some read, some write, some ask for logits in the middle."""
     model, random = reference_models[name], np.random.default_rng(11)
     n_past = np.zeros(4, int)
     with (

@@ -1,4 +1,4 @@
-"""Qwen3-VL's text side: image features are added to the stream after the first layers, which the boundary state includes."""
+"""Qwen3-VL adds image features to the residual stream after the first layers, and the boundary state includes them."""
 
 import ctypes
 import json
@@ -15,8 +15,8 @@ from tests.support.pop_reference import squared_error
 pytestmark = pytest.mark.usefixtures("continuation")
 
 N_EMBD, N_IMAGE, N_LAYER = 64, 24, 6
-DEEPSTACK = [0, 1]  # features of these vision layers are added after text layers 0 and 1
-TOKENS = [5, 9, 17, 3]  # the prompt's text after the image
+DEEPSTACK = [0, 1]  # the features of these vision layers are added after text layers 0 and 1
+TOKENS = [5, 9, 17, 3]  # the text of the prompt, after the image
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """What a projector would give: an embedding and the deepstack features of each position, F32 [n_image, 3 n_embd]."""
+    """Embeddings and deepstack features of each position as a projector gives them, F32 [n_image, 3 n_embd]."""
     return np.random.default_rng(0).normal(0, 0.5, (N_IMAGE, N_EMBD * (1 + len(DEEPSTACK)))).astype(np.float32)
 
 
 def torch_logits(torch_model, image, boundary) -> np.ndarray:
-    """Image and text but the last token with layers from the boundary on skipped, then the last token whole."""
+    """Logits of the last token, which runs whole after all others have skipped the layers from the boundary on."""
     decoder = torch_model.model.language_model
     main, *deep = (torch.tensor(part) for part in np.split(image, 1 + len(DEEPSTACK), axis=1))
 
@@ -89,7 +89,7 @@ def engine_logits(gguf, image, boundary) -> tuple[np.ndarray, int]:
     with Engine(gguf, boundary) as engine:
         batch = llama_cpp.llama_batch_init(N_IMAGE, image.shape[1], 1)
         kind, allocated = type(batch.pos), ctypes.cast(batch.pos, ctypes.c_void_p)
-        # four positions a row, section by section: time, height, width and an unused one
+        # Each row has four positions: time, height, width and an unused one. They are stored section by section.
         positions = (ctypes.c_int32 * (4 * N_IMAGE))(*(list(range(N_IMAGE)) * 3 + [0] * N_IMAGE))
         batch.pos = ctypes.cast(positions, kind)
         batch.n_tokens = N_IMAGE
@@ -110,6 +110,6 @@ def test_boundary_above_the_deepstack_layers_equals_pytorch(model, image, bounda
     assert squared_error(logits, expected) <= 1e-6
     if boundary < N_LAYER:
         assert n_pruned == N_IMAGE + len(TOKENS) - 1
-    # the features matter, so a boundary state without them would be told apart
+    # The features matter, so the test would notice a boundary state without them.
     without = np.concatenate([image[:, :N_EMBD], np.zeros_like(image[:, N_EMBD:])], axis=1)
     assert squared_error(engine_logits(gguf, without, boundary)[0], expected) > 1e-3

@@ -1,17 +1,18 @@
-"""Layers split over devices: the boundary state crosses from one to the other. The devices are RPC servers on loopback."""
+"""Layers can lie on several devices: the boundary state crosses between them. The devices are local RPC servers."""
 
+import contextlib
+import functools
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from tests.support.paths import ROOT
 from tests.support.pop_reference import squared_error
+from tests.support.process import accepts_connections, free_port, running_process
 
 WORKER = ROOT / "tests" / "support" / "device_worker.py"
 BUILD = ROOT / "build" / "rpc" / "package" / "pypop_gguf" / "_vendor"
@@ -22,27 +23,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def ports():
-    """Two devices, each a process with a port."""
+def ports(tmp_path):
+    """Ports of two devices, each of which is a process."""
     if not BUILD.is_dir():
         pytest.skip("the build with the RPC backend is missing: run `make test-slow`")
-    found, servers = [], []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            found.append(free.getsockname()[1])
-        command = [sys.executable, WORKER, "serve", str(found[-1])]
-        servers.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for port in found:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-    yield found
-    for server in servers:
-        server.kill()
-        server.communicate()
+    with contextlib.ExitStack() as devices:
+        found = []
+        for i in range(2):
+            port = free_port()
+            is_ready = functools.partial(accepts_connections, port)
+            command = [sys.executable, WORKER, "serve", port]
+            devices.enter_context(running_process(command, tmp_path / f"device{i}.txt", is_ready, ENVIRONMENT))
+            found.append(port)
+        yield found
 
 
 def logits(model, boundary, continues, out, *ports) -> tuple[np.ndarray, int, str]:
@@ -59,6 +52,6 @@ def test_layers_on_two_devices_equal_one(reference_models, ports, tmp_path, name
     model = reference_models[name]
     one, _, _ = logits(model, boundary, continues, tmp_path / "one.npy")
     two, n_pruned, log = logits(model, boundary, continues, tmp_path / "two.npy", *ports)
-    assert "RPC0" in log and "RPC1" in log  # both devices hold layers
+    assert "RPC0" in log and "RPC1" in log  # both devices have layers
     assert n_pruned == 40
     assert squared_error(two, one) <= 1e-9

@@ -1,4 +1,4 @@
-"""Head and tail of a prompt run every layer: against PyTorch, in chunks of any size, alone and beside others."""
+"""Head and tail of a prompt run every layer, in batches of any size, alone and beside other prompts."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_head_and_tail_equal_pytorch(reference_models, name, head, tail, n_batch
     assert native.n_pruned(llm._ctx.ctx) - before == N_PROMPT - head - tail
     error = squared_error(actual, expected)
     assert error <= 1e-6
-    assert squared_error(plain, expected) > 100 * error  # the ends do something
+    assert squared_error(plain, expected) > 100 * error  # head and tail change the result
     llm.close()
 
 
@@ -67,7 +67,7 @@ def test_prompts_with_few_new_tokens_are_not_pruned(reference_models):
         return llm.timings.pruned_tokens
 
     assert pruned(tokens[:19]) == 0
-    assert pruned(tokens[:30]) == 0  # 19 are reused, 11 are new
+    assert pruned(tokens[:30]) == 0  # 19 tokens are reused and 11 are new
     assert pruned(tokens[:60]) == 29
     llm.close()
 

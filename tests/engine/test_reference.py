@@ -1,4 +1,4 @@
-"""The engine against POP in PyTorch: every boundary, prompts in one chunk and in many, exact and default caches."""
+"""The engine gives what POP in PyTorch gives: at every boundary, in one batch and in many, in all kinds of caches."""
 
 import llama_cpp
 import numpy as np
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.usefixtures("continuation")
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
 N_PROMPT, N_TOKENS = 70, 74
 F32 = 0  # ggml type
-ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)  # tiny models lose time on a second one
+ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)  # tiny models lose time with a second thread
 
 
 def engine_logits(path, tokens, n_prompt, boundary, last_alone=False, **options) -> np.ndarray:
     """Logits of the last prompt token and of every token after it, F32 [T - N + 1, n_vocab].
 
-    ``last_alone`` gives the whole model the batches of a pruned prompt that is repeated: its last token in one of its own.
+    ``last_alone`` puts the last prompt token in a batch of its own, as POP does without continuation.
     """
     llm = PopLlama(str(path), pop_boundary=boundary, n_ctx=256, **ONE_THREAD, **options)
     parts = [tokens[: n_prompt - 1], tokens[n_prompt - 1 : n_prompt]] if last_alone else [tokens[:n_prompt]]
@@ -31,8 +31,10 @@ def engine_logits(path, tokens, n_prompt, boundary, last_alone=False, **options)
 
 
 def error_against_whole_model(pruned, path, tokens, n_layer, **options) -> float:
-    """Against the prompt in one piece, as it is continued, or with its last token alone, as it is repeated, whichever is
-    nearer: random models amplify even the rounding of another batch size, up to 1e-7."""
+    """Compares with the whole model, once with the prompt in one batch and once with its last token in another.
+
+    The smaller error counts, because random models amplify even the rounding of another batch size, up to 1e-7.
+    """
     whole = (engine_logits(path, tokens, N_PROMPT, n_layer, last_alone=alone, **options) for alone in (False, True))
     return min(pop_reference.squared_error(pruned, logits) for logits in whole)
 
@@ -59,7 +61,7 @@ def test_every_boundary_equals_pytorch(reference_models, name, n_batch):
         )
         error = pop_reference.squared_error(actual, expected)
         assert error <= 1e-6, f"boundary {boundary}"
-        if boundary < len(model.layers) - 1:  # the test can tell POP from the whole model
+        if boundary < len(model.layers) - 1:  # the test can distinguish POP from the whole model
             assert pop_reference.squared_error(full, expected) > 100 * error, f"boundary {boundary}"
 
 

@@ -1,3 +1,5 @@
+"""Two contexts of one model work in two threads at once."""
+
 import pytest
 
 from tests.support import two_threads

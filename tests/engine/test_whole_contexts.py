@@ -1,11 +1,15 @@
-"""Contexts that read something of every layer, or that run other layers than the trunk: they run whole, POP on or off."""
+"""A context that reads something of every layer, or runs other layers than the trunk, runs whole at any boundary."""
 
 import ctypes
 import json
+import sys
 
 import gguf
 import numpy as np
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_models
 from tests.support.engine import Engine, llama_cpp
@@ -16,11 +20,12 @@ BOUNDARY = 3
 MTP = 1  # enum llama_context_type
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Visual C++ gives the functions other names")
 @pytest.mark.parametrize("what", ["layer-inputs", "nextn-embeddings"])
 def test_contexts_that_read_every_layer_run_whole(reference_models, what):
     model = reference_models["llama"]
     tokens = model.tokens(40)
-    # llama.cpp exports these as C++ only
+    # llama.cpp exports these functions with C++ names only.
     symbol, arguments = {
         "layer-inputs": (
             "_Z30llama_set_embeddings_layer_inpP13llama_contextjb",
@@ -31,8 +36,7 @@ def test_contexts_that_read_every_layer_run_whole(reference_models, what):
             (ctypes.c_bool(True), ctypes.c_bool(False)),
         ),
     }[what]
-    if not hasattr(llama_cpp.llama_cpp._lib, symbol):
-        pytest.skip(f"this compiler gives {symbol} another name")
+    assert hasattr(llama_cpp.llama_cpp._lib, symbol), f"llama.cpp has no {symbol}: look up the function's new signature"
     with Engine(model.gguf, BOUNDARY) as engine:
         getattr(llama_cpp.llama_cpp._lib, symbol)(ctypes.c_void_p(engine.context), *arguments)
         logits = engine.prefill(tokens)
@@ -41,7 +45,8 @@ def test_contexts_that_read_every_layer_run_whole(reference_models, what):
         assert squared_error(logits, whole.prefill(tokens)) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["llama", "lfm2"])  # recurrent states: llama.cpp splits these batches by sequence
+# lfm2 has recurrent states, so llama.cpp splits its batches by sequence.
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
 def test_embedding_contexts_run_whole(reference_models, name):
     model = reference_models[name]
     tokens = [model.tokens(count, seed=count) for count in (40, 23)]
@@ -57,8 +62,6 @@ def test_embedding_contexts_run_whole(reference_models, name):
 
 
 def test_rerank_models_run_whole(reference_models, tmp_path):
-    import torch
-
     model = reference_models["qwen3"]
     tokens = model.tokens(40)
     head = np.random.default_rng(3).normal(0, 0.1, (2, 64)).astype(np.float32)  # the rows of "yes" and "no"
@@ -82,10 +85,7 @@ def test_rerank_models_run_whole(reference_models, tmp_path):
 
 @pytest.fixture(scope="module")
 def mtp_model(tmp_path_factory):
-    """A trunk of six layers and a seventh that predicts the token after the next."""
-    import transformers
-    from safetensors.torch import load_file, save_file
-
+    """A model with a trunk of six layers and a seventh layer that predicts the token after the next."""
     config = transformers.Glm4MoeConfig(
         vocab_size=128,
         hidden_size=64,
@@ -107,8 +107,6 @@ def mtp_model(tmp_path_factory):
     )
 
     def add_predictor(directory):
-        import torch
-
         tensors = load_file(directory / "model.safetensors")
         layer = "model.layers.6."
         tensors |= {
@@ -127,7 +125,13 @@ def mtp_model(tmp_path_factory):
 
 
 def decode_mtp(engine, tokens, states):
-    """An MTP context reads tokens together with the trunk's states of them, F32 [n_tokens, n_embd]. Returns the last logits."""
+    """Decodes tokens in an MTP context and returns the last logits.
+
+    Args:
+        engine: Has the context.
+        tokens: Tokens to read.
+        states: The trunk's states of the tokens, F32 [n_tokens, n_embd].
+    """
     batch = llama_cpp.llama_batch_init(len(tokens), states.shape[1], 1)
     ctypes.memmove(batch.embd, states.ctypes.data, states.nbytes)
     token_ids = (llama_cpp.llama_token * len(tokens))(*tokens)

@@ -1,6 +1,6 @@
-"""Other tools rewrite a file and its ``pop.*`` keys survive: llama-quantize, its COPY and --keep-split, llama-gguf-split there and back.
+"""The ``pop.*`` keys of a file survive other tools: llama-quantize, its COPY and --keep-split, and llama-gguf-split.
 
-The quantizer of the carried library is the same code without the command line; the real tools are upstream's, unpatched.
+The tools are llama.cpp's own, unpatched. The quantizer of the library in the wheel is tried too.
 """
 
 import ctypes
@@ -64,13 +64,13 @@ def by_library(source: Path, target: Path, **parameters) -> None:
         assert llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(wanted)) == 0
 
 
-def key_values(path: Path) -> list:
-    return [(key, np.asarray(value).tolist(), kind) for key, value, kind in read_metadata(path).key_values()]
+def key_values(metadata: PopMetadata) -> list:
+    return [(key, np.asarray(value).tolist(), kind) for key, value, kind in metadata.key_values()]
 
 
-def assert_kept(model: Path, path: Path) -> None:
-    """Its keys say the same, and PopLlama prunes by them."""
-    assert key_values(path) == key_values(model) and len(key_values(path)) == 12
+def assert_kept(path: Path) -> None:
+    """Checks that a file has the keys of METADATA, and that PopLlama prunes by them."""
+    assert key_values(read_metadata(path)) == key_values(METADATA)
     llm = PopLlama(str(path), n_ctx=64, n_threads=1, verbose=False)
     status = llm.pop
     assert (status.boundary, status.source, status.head, status.tail, status.min_tokens) == (8, "file", 1, 2, 3)
@@ -84,32 +84,32 @@ def assert_kept(model: Path, path: Path) -> None:
 def shards(model, tmp_path, tool) -> list[Path]:
     tool("gguf-split", "--split", "--split-max-tensors", 40, model, tmp_path / "part")
     found = sorted(tmp_path.glob("part-*.gguf"))
-    assert len(found) == 3
+    assert len(found) > 1
     return found
 
 
 @pytest.mark.parametrize("ftype", ["MOSTLY_Q8_0", "MOSTLY_Q4_K_M", "ALL_F32"])
 def test_quantizer_of_the_library_keeps_them(model, tmp_path, ftype):
     by_library(model, tmp_path / "a.gguf", ftype=getattr(library.load(), f"LLAMA_FTYPE_{ftype}"))
-    assert_kept(model, tmp_path / "a.gguf")
+    assert_kept(tmp_path / "a.gguf")
 
 
 def test_copy_by_the_library_keeps_them_and_the_tensors(model, tmp_path):
     by_library(model, tmp_path / "a.gguf", only_copy=True)
-    assert_kept(model, tmp_path / "a.gguf")
+    assert_kept(tmp_path / "a.gguf")
     assert raw_tensors(tmp_path / "a.gguf") == raw_tensors(model)
 
 
 @pytest.mark.parametrize("ftype", ["COPY", "Q8_0", "Q4_K_M"])
 def test_llama_quantize_keeps_them(model, tmp_path, tool, ftype):
     tool("quantize", model, tmp_path / "a.gguf", ftype, 1)
-    assert_kept(model, tmp_path / "a.gguf")
+    assert_kept(tmp_path / "a.gguf")
 
 
 def test_split_keeps_them_in_the_first_file_and_merged_files_are_the_old_one(model, shards, tmp_path, tool):
-    assert_kept(model, shards[0])
+    assert_kept(shards[0])
     tool("gguf-split", "--merge", shards[0], tmp_path / "merged.gguf")
-    assert_kept(model, tmp_path / "merged.gguf")
+    assert_kept(tmp_path / "merged.gguf")
     assert raw_tensors(tmp_path / "merged.gguf") == raw_tensors(model)
 
 
@@ -119,13 +119,13 @@ def test_llama_quantize_of_a_split_file_keeps_them(model, shards, tmp_path, tool
     tool("quantize", "--keep-split", shards[0], tmp_path / "out" / "a.gguf", ftype, 1)
     written = sorted((tmp_path / "out").iterdir())
     assert len(written) == len(shards)
-    assert_kept(model, written[0])
+    assert_kept(written[0])
     tool("quantize", shards[0], tmp_path / "whole.gguf", ftype, 1)
-    assert_kept(model, tmp_path / "whole.gguf")
+    assert_kept(tmp_path / "whole.gguf")
 
 
 def test_tool_that_drops_them_is_mended_by_convert(bundled_gguf, tmp_path):
-    """Such as a conversion anew: the file has none, and convert writes them again."""
+    """llama.cpp's converter, for example, writes a file without the keys, and convert adds them."""
     assert read_metadata(bundled_gguf) is None
     assert cli.main(["convert", str(bundled_gguf), "--boundary", "8", "--outfile", str(tmp_path / "a.gguf")]) == 0
     assert read_metadata(tmp_path / "a.gguf").boundary == 8

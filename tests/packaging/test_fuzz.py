@@ -1,4 +1,4 @@
-"""A short seeded run of each fuzzer (fuzz/), and what the long ones have found."""
+"""Runs each fuzzer of fuzz/ for a short time with a fixed seed, and tests what long runs have found."""
 
 import json
 import os
@@ -19,12 +19,11 @@ from tests.support.engine import Engine
 from tests.support.gguf_files import ARRAY, FLOAT32, STRING, UINT32, insert_raw_key, write_keys, write_model
 from tests.support.paths import ROOT
 
-FUZZ = ROOT / "fuzz"
 VERSION_1 = ("pop.version", 1, UINT32)
 
 
 def fuzz(name: str, cases: int, *arguments: object, seed: int = 0) -> dict[str, int]:
-    """Runs a fuzzer; the number of cases by outcome."""
+    """Runs a fuzzer and returns the number of cases by outcome."""
     command = [sys.executable, "-m", f"fuzz.{name}", "--cases", str(cases), "--seed", str(seed), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -67,7 +66,7 @@ def test_requests_end_in_time_and_the_server_goes_on(served_gguf):
     }
 
 
-# Found by fuzz/metadata.py
+# What fuzz/metadata.py has found
 
 
 @pytest.mark.parametrize("key", ["pop.head", "pop.tail", "pop.min_tokens"])
@@ -104,11 +103,11 @@ def test_file_type_that_is_a_list_of_texts_is_shown_as_unknown(tmp_path, capsys)
     assert "unknown type" in capsys.readouterr().out
 
 
-# Found by fuzz/texts.py
+# What fuzz/texts.py has found
 
 
 class Words:
-    """A tokenizer with a token for each character."""
+    """A tokenizer with a token for each byte."""
 
     model_max_length = 512
 
@@ -148,18 +147,14 @@ def test_question_beside_what_is_no_pair_is_not_asked(tmp_path, item):
     assert len(task.samples) == 1 and task.questions == []
 
 
-# Found by fuzz/batches.py, fuzz/native.py and fuzz/arguments.py
+# What fuzz/batches.py, fuzz/native.py and fuzz/arguments.py have found
 
 
 def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Python of a process that may be aborted; engine.py is at hand."""
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}",
-        *map(str, arguments),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
+    """Runs Python code in a process of its own, because it may abort. The code can import from the source tree."""
+    command = [sys.executable, "-c", f"import sys\n{code}", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GGML_NO_BACKTRACE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_boundary_can_be_set_where_a_micro_batch_is_smaller_than_the_number_of_sequences(tmp_path):
@@ -170,7 +165,10 @@ def test_boundary_can_be_set_where_a_micro_batch_is_smaller_than_the_number_of_s
 
 @pytest.mark.parametrize("name", ["lfm2", "llama"])
 def test_sequence_left_out_of_a_micro_batch_is_not_brought_in_by_a_later_token(reference_models, name):
-    """Separate caches take sequences in the order of their ids; 2's first token comes before 1's, and its second is of another kind."""
+    """Separate caches take sequences in the order of their ids.
+
+    Here the first token of sequence 2 comes before that of sequence 1, and asks for logits as its second does not.
+    """
     with Engine(reference_models[name].gguf, 3, n_seq_max=3, kv_unified=False) as engine:
         native.set_continuation(engine.context, False)  # as recurrent memories are read always
         engine.decode([(5, 0, 0, False), (6, 0, 1, False)])
@@ -188,7 +186,7 @@ def test_sequence_left_out_of_a_micro_batch_is_not_brought_in_by_a_later_token(r
 
 @pytest.mark.parametrize("number", [61, 285])
 def test_window_of_an_early_micro_batch_survives_the_preparation_of_later_ones(reference_models, number):
-    """Upstream's fault: it prepares all micro-batches of a batch before the first, and did not restore what that had purged."""
+    """llama.cpp prepares all micro-batches before it runs the first, and did not restore what this had removed."""
     models = reference_models["gemma3"].gguf.parents[1]
     assert fuzz("batches", 1, "--first", number, "--models", models, seed=1) == {"gemma3": 1}
 
@@ -247,16 +245,18 @@ def test_argument_past_int32_is_refused(tmp_path, argument):
         ["convert", "a.gguf", "--outfile", "b.gguf", "--boundary", "two\nlines"],
         ["inspect", "a\x1b[2J\u2028.gguf"],
     ],
-    ids=["no name", "endless layers", "CSV that is none", "lines in an argument", "terminal's language in a name"],
+    ids=["no name", "endless layers", "CSV that is none", "two lines in an argument", "control characters in a name"],
 )
 def test_command_ends_in_one_line(tmp_path, argv, monkeypatch, capfd):
     write_model(tmp_path / "a.gguf")
     monkeypatch.chdir(tmp_path)
-    if "--layers" in argv:  # it fills the memory first
-        done = in_a_process(
-            "from fuzz import harness\nharness.limit_memory(2048)\nfrom pypop_gguf import cli\nsys.exit(cli.main(sys.argv[1:]))",
-            *argv,
-        )
+    if "--layers" in argv:  # the command fills all memory that it can get
+        code = """if True:
+            from fuzz import harness
+            harness.limit_memory(2048)
+            from pypop_gguf import cli
+            sys.exit(cli.main(sys.argv[1:]))"""
+        done = in_a_process(code, *argv)
         assert done.returncode == 1 and "Traceback" not in done.stderr and "error: " in done.stderr
         return
     assert cli.main(argv) == 1
@@ -266,6 +266,6 @@ def test_command_ends_in_one_line(tmp_path, argv, monkeypatch, capfd):
 
 
 def test_text_that_the_terminal_cannot_show_is_printed_all_the_same():
-    command = [sys.executable, "-m", "pypop_gguf", "inspect", (ROOT / "tests" / "golden") / "pop-v1.gguf"]
+    command = [sys.executable, "-m", "pypop_gguf", "inspect", ROOT / "tests" / "golden" / "pop-v1.gguf"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.returncode == 0 and "m?rchen.txt" in done.stdout, done.stderr

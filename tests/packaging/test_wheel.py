@@ -1,6 +1,6 @@
-"""The built wheel in an empty environment, alone and beside a stock llama-cpp-python, in both import orders.
+"""The wheel works in an empty environment, alone and beside a stock llama-cpp-python, in both import orders.
 
-``POP_WHEEL=path/to.whl`` tests a wheel that is there already: another build, a repaired one.
+``POP_WHEEL=path/to.whl`` names a wheel to test, such as a repaired one. Without it, the tests build one.
 """
 
 import os
@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
-
-STOCK = ROOT / "build" / "stock" / "package" / "llama_cpp"
+from tests.support.paths import ROOT, STOCK
 
 
 def run(command, **options) -> subprocess.CompletedProcess:
@@ -25,7 +23,7 @@ def run(command, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built without isolation, so that it takes what the set-up compiled instead of compiling again."""
+    """The wheel. It is built without isolation, so that it takes what is compiled already."""
     if "POP_WHEEL" in os.environ:
         return Path(os.environ["POP_WHEEL"]).resolve()
     target = tmp_path_factory.mktemp("wheel")
@@ -38,7 +36,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Runs a piece of Python, or a file, in a virtual environment that holds the wheel and its dependencies only."""
+    """Runs Python code, or a file, in a virtual environment that holds only the wheel and its dependencies."""
     base = tmp_path_factory.mktemp("environment")
     venv.create(base / "venv", with_pip=True)
     python = base / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -60,11 +58,11 @@ def environment(wheel, tmp_path_factory):
 
 @pytest.fixture
 def stock_installed(environment):
-    """A real llama-cpp-python that somebody already has in that environment."""
+    """A stock llama-cpp-python in the same environment."""
     if not STOCK.is_dir():
         pytest.skip("the unpatched llama-cpp-python is not built: run `make test`")
     target = environment.site_packages / "llama_cpp"
-    shutil.copytree(STOCK, target)
+    shutil.copytree(STOCK / "llama_cpp", target)
     yield target
     shutil.rmtree(target)
 
@@ -106,17 +104,16 @@ def test_notices_are_those_of_their_owners(wheel):
     }
     for part, owner in owners.items():
         text = archive.read(f"pypop_gguf/_vendor/llama.cpp/licenses/LICENSE-{part}").decode()
-        assert owner in text and re.search(r"(SOFTWARE|DAMAGE)\.\s*$", text), part  # from the first line to the last
+        assert owner in text and re.search(r"(SOFTWARE|DAMAGE)\.\s*$", text), part  # the text is whole
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no bit for programs")
+@pytest.mark.skipif(os.name == "nt", reason="Windows marks no file as a program")
 def test_server_may_be_run(wheel):
     entry = zipfile.ZipFile(wheel).getinfo("pypop_gguf/_vendor/llama_cpp/lib/llama-server")
     assert entry.external_attr >> 16 & 0o111 == 0o111
 
 
 def test_metadata_passes_twine(wheel):
-    pytest.importorskip("twine", reason="twine is not installed: pip install twine")
     done = run([sys.executable, "-m", "twine", "check", "--strict", wheel])
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 
@@ -128,8 +125,8 @@ def test_wheel_prunes_and_serves_in_an_empty_environment(environment):
 
 
 def test_carried_llama_cpp_works_without_pypop_gguf(environment, bundled_gguf):
-    code = "import sys, llama_cpp; llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False); print(llm('Once upon', max_tokens=2)['object'])"
-    done = environment(code, bundled_gguf)
+    code = "import sys, llama_cpp; llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False)"
+    done = environment(f"{code}; print(llm('Once upon', max_tokens=2)['object'])", bundled_gguf)
     assert done.stdout == "text_completion\n", done.stderr
 
 
@@ -166,7 +163,7 @@ def test_stock_installation_is_left_alone_when_ours_loads_first(environment, sto
     pruned, libraries = done.stdout.splitlines()
     assert pruned == "True"
     if sys.platform == "linux":
-        assert ".so.0" not in libraries  # stock's SONAMEs carry a version, ours do not
+        assert ".so.0" not in libraries  # the names of stock's libraries have a version, ours do not
     assert before == sorted((path, path.stat().st_mtime_ns) for path in stock_installed.rglob("*.py"))
 
 

@@ -142,6 +142,6 @@ def test_two_threads_that_load_at_once_do_not_mix_their_lines(listen, tmp_path):
 def test_model_that_cannot_be_described_is_refused_with_llama_cpps_reason(listen, tmp_path):
     heard = listen()
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
-    with pytest.raises(PopError, match="llama.cpp cannot load this model: "):
+    with pytest.raises(PopError, match=r"llama\.cpp cannot load this model: "):
         library.describe_model(tmp_path / "bad.gguf")
     assert heard == []

@@ -1,6 +1,6 @@
-"""What strangers send: requests to the server, templates in GGUF files, code in Hugging Face directories.
+"""Input from strangers does no harm: requests to the server, templates in GGUF files, code in Hugging Face directories.
 
-SECURITY.md says what is promised; what upstream does not bound is there by name.
+SECURITY.md says what is promised, and names what llama.cpp does not limit.
 """
 
 import concurrent.futures
@@ -22,12 +22,11 @@ import pytest
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
-from tests.support.gguf_files import insert_raw_key
+from tests.support.gguf_files import STRING, insert_raw_key
 from tests.support.paths import BUNDLED
 from tests.support.server import OPTIONS, ask, serve
 
 TIMEOUT_S = 2
-STRING = 8  # as a GGUF type
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def server(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def still_serves(request):
-    """After each test that used the server."""
+    """Checks after each test with the shared server that it still answers."""
     yield
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")
@@ -53,16 +52,8 @@ def still_serves(request):
         assert running.complete("The cat", n_predict=2)["tokens_predicted"] == 2
 
 
-def port(server) -> int:
-    return int(server.url.rsplit(":", 1)[1])
-
-
 def connect(server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port(server)), timeout=30)
-
-
-def resident_bytes(server) -> int:
-    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
 
 # Who may ask
@@ -73,8 +64,8 @@ def test_server_listens_on_this_machine_alone(server):
     rows = [
         line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
     ]
-    listening = [row[1] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port(server)]
-    assert listening == [f"0100007F:{port(server):04X}"]
+    listening = [row[1] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == server.port]
+    assert listening == [f"0100007F:{server.port:04X}"]  # 127.0.0.1 and the port, as Linux writes them
 
 
 @pytest.mark.parametrize(
@@ -104,8 +95,6 @@ POSTED = [
     "/v1/messages",
     "/infill",
     "/v1/embeddings",
-]
-POSTED += [
     "/rerank",
     "/tokenize",
     "/detokenize",
@@ -123,7 +112,7 @@ def test_key_is_asked_for_everywhere_but_health(model, tmp_path):
         for headers in (
             {},
             {"Authorization": "Bearer open"},
-            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer"},
             {"X-Api-Key": "open sesame, open"},
             {"Cookie": "open sesame"},
         ):
@@ -156,19 +145,19 @@ def test_pages_of_other_origins_cannot_read_answers(server, origin, allowed):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from Linux")
 @pytest.mark.parametrize("length", [100 * 2**20 + 1, 10**15])
 def test_body_over_100_mb_is_refused(server, length):
-    before = resident_bytes(server)
+    before = server.resident_bytes()
+    head = f"POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     with connect(server) as client:
-        client.sendall(
-            f"POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
-        )
-        for _ in range(101):  # the rest of the longer one never comes
+        client.sendall(head.encode())
+        for _ in range(101):  # the rest of the longer body is never sent
             client.sendall(b"[" * min(2**20, length))
             length -= 2**20
             if length <= 0:
                 break
         answer = client.recv(100)
     assert answer.startswith(b"HTTP/1.1 413 " if length <= 0 else b"HTTP/1.1 4")
-    assert resident_bytes(server) - before < 400e6  # it reads that far, into a string that doubles
+    # The server reads up to its limit of 100 MB into a string, which doubles as it grows.
+    assert server.resident_bytes() - before < 400e6
 
 
 def test_prompt_that_is_too_long_is_refused_while_others_are_served(server):
@@ -181,17 +170,18 @@ def test_prompt_that_is_too_long_is_refused_while_others_are_served(server):
 
 def test_more_requests_than_slots_wait_and_are_all_answered(server):
     bodies = [json.dumps({"prompt": f"Number {i}", "n_predict": 20}).encode() for i in range(60)]
-    busy = 0
+    most = 0
     with concurrent.futures.ThreadPoolExecutor(60) as pool:
         answers = [pool.submit(ask, server, "/completion", body) for body in bodies]
         while not all(answer.done() for answer in answers):
-            busy = max(busy, server.metric("requests_processing"))
+            most = max(most, server.metric("requests_processing"))
     assert {answer.result()[0] for answer in answers} == {200}
-    assert 1 <= busy <= 4
+    # The server counts the busy slots of each batch itself, so a moment that this test has not seen is counted too.
+    assert most <= 4 and 1 < server.metric("n_busy_slots_per_decode") <= 4
 
 
 def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
-    """The cache of prompts is for a slot's next request, not for the one that is being answered."""
+    """A slot loads from the prompt cache for its next request, and never while it answers one."""
 
     def body(prompt: str, n: int) -> bytes:
         return json.dumps(
@@ -202,7 +192,7 @@ def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
         body(f"{name} sat on the tree and said a long word to all of the birds", 1) for name in ("Dogs", "Cats", "Cows")
     ]
     victim = body("Once upon a time there was a", 200)
-    for other in others:  # the next one puts it into the cache
+    for other in others:  # each moves the one before it to the prompt cache
         ask(server, "/completion", other)
     alone = json.loads(ask(server, "/completion", victim)[1])["content"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -214,7 +204,7 @@ def test_request_for_a_busy_slot_leaves_its_answer_alone(server):
 
 
 def test_slow_clients_are_timed_out_and_others_served_meanwhile(server):
-    """Each stops in the middle: of its headers, of its body, of a chunk."""
+    """Each client stops in the middle of its headers, of its body or of a chunk."""
     head = "POST /completion HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     pieces = [
         "POST /compl",
@@ -228,9 +218,9 @@ def test_slow_clients_are_timed_out_and_others_served_meanwhile(server):
         for client, i in zip(clients, range(100)):
             client.sendall(pieces[i % 4].encode())
         assert server.complete("The cow", n_predict=2)["tokens_predicted"] == 2
-        assert time.monotonic() - began < 10  # not one after another
+        assert time.monotonic() - began < 10  # the server does not wait for one client after another
         for client in clients:
-            while client.recv(1000):  # an answer that names the fault, perhaps; then the end
+            while client.recv(1000):  # an error message may come before the connection ends
                 pass
         assert time.monotonic() - began < 30
 
@@ -365,7 +355,7 @@ def with_template(model: Path, path: Path, template: str) -> Path:
 def test_template_of_a_file_stays_in_its_sandbox(model, tmp_path, kind):
     template = ATTACKS[kind].replace("{marker}", str(tmp_path / "marker"))
     llm = PopLlama(str(with_template(model, tmp_path / "evil.gguf", template)), n_ctx=128, n_threads=1, verbose=False)
-    with pytest.raises(Exception, match="unsafe|Range too big|undefined|^/etc/passwd$"):
+    with pytest.raises(Exception, match=r"unsafe|Range too big|undefined|^/etc/passwd$"):
         llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=1)
     llm.close()
     assert not (tmp_path / "marker").exists()
@@ -374,7 +364,7 @@ def test_template_of_a_file_stays_in_its_sandbox(model, tmp_path, kind):
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 @pytest.mark.parametrize("kind", ["classes", "globals", "import"])
 def test_server_refuses_templates_that_reach_for_python(model, tmp_path, kind):
-    """Its own interpreter of templates has no objects of Python."""
+    """llama-server's own template interpreter has no Python objects."""
     path = with_template(model, tmp_path / "evil.gguf", ATTACKS[kind].replace("{marker}", str(tmp_path / "marker")))
     command = [sys.executable, "-m", "pypop_gguf", "serve", str(path), "--threads", "1", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -383,21 +373,19 @@ def test_server_refuses_templates_that_reach_for_python(model, tmp_path, kind):
 
 
 def test_another_template_starts_a_server_whose_file_has_an_endless_one(model, tmp_path):
-    """llama-server tries the file's template when it loads the model, and bounds neither its loops nor its depth."""
+    """llama-server tries a file's template when it loads the model, and limits neither its loops nor its depth."""
     endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
     path = with_template(model, tmp_path / "evil.gguf", endless)
     with serve(path, tmp_path / "log.txt", *OPTIONS, "--chat-template", "chatml") as server:
-        assert (
-            ask(server, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}')[0]
-            == 200
-        )
+        body = b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}'
+        assert ask(server, "/v1/chat/completions", body)[0] == 200
 
 
 # Models from Hugging Face
 
 
 class Evil:
-    """Pickled, it writes a file where it is loaded."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -409,7 +397,7 @@ class Evil:
 def test_pickled_weights_are_not_loaded(tmp_path, capsys):
     model = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "marker")))
-    (model / "model.safetensors").rename(model / "others.safetensors")  # not what the converter looks for
+    (model / "model.safetensors").rename(model / "others.safetensors")  # the converter looks for another name
     assert main(["convert", str(model), "--outfile", str(tmp_path / "a.gguf")]) == 1
     assert "weights there" in capsys.readouterr().err
     assert not (tmp_path / "marker").exists() and not (tmp_path / "a.gguf").exists()
@@ -418,47 +406,34 @@ def test_pickled_weights_are_not_loaded(tmp_path, capsys):
 
 
 def with_code(directory: Path, marker: Path, config: dict, **tokenizer) -> Path:
-    """A directory whose files name a Python module of its own for everything."""
+    """Makes a model directory ask for a Python module of its own, for configuration, model and tokenizer."""
     (directory / "evil.py").write_text(
         f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
-        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+        "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
     )
     (directory / "config.json").write_text(
         json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}})
     )
-    own = (
-        json.loads((directory / "tokenizer_config.json").read_text())
-        if (directory / "tokenizer_config.json").exists()
-        else {}
-    )
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({**own, **tokenizer, "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}})
-    )
+    path = directory / "tokenizer_config.json"
+    own = json.loads(path.read_text()) if path.exists() else {}
+    evil = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    path.write_text(json.dumps({**own, **tokenizer, "auto_map": evil}))
     return directory
 
 
 def test_code_beside_a_model_is_not_run(tmp_path):
-    """Importance by Transformers, conversion by llama.cpp's converter: both have a class of their own for this model."""
+    """Transformers and llama.cpp's converter both have a class of their own for this model."""
     model = Path(shutil.copytree(BUNDLED, tmp_path / "model"))
     with_code(model, tmp_path / "marker", json.loads((model / "config.json").read_text()))
-    command = [
-        "convert",
-        str(model),
-        "--importance",
-        "--calibration-samples",
-        "2",
-        "--calibration-tokens",
-        "16",
-        "--outfile",
-        str(tmp_path / "a.gguf"),
-    ]
-    assert main(command) == 0
+    few = ["--calibration-samples", "2", "--calibration-tokens", "16"]
+    assert main(["convert", str(model), "--importance", *few, "--outfile", str(tmp_path / "a.gguf")]) == 0
     assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_of_a_tokenizer_runs_only_where_it_is_trusted(tmp_path, capsys, trusted, monkeypatch):
-    """llama.cpp's converter asks Transformers to trust the tokenizers of many kinds of models, this one among them."""
+    """llama.cpp's converter lets Transformers run the code of many kinds of tokenizers, this one among them."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     directory = Path(shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
     (directory / "tokenizer.json").write_text(
@@ -466,14 +441,8 @@ def test_code_of_a_tokenizer_runs_only_where_it_is_trusted(tmp_path, capsys, tru
     )
     config = {**json.loads((directory / "config.json").read_text()), "architectures": ["DreamModel"]}
     with_code(directory, tmp_path / "marker", config, tokenizer_class="EvilTokenizer")
-    command = [
-        "convert",
-        str(directory),
-        "--no-importance",
-        "--outfile",
-        str(tmp_path / "a.gguf"),
-        *["--trust-remote-code"] * trusted,
-    ]
-    assert main(command) == 1  # either way: nobody knows this tokenizer's kind
+    command = ["convert", str(directory), "--no-importance", "--outfile", str(tmp_path / "a.gguf")]
+    # The converter fails either way, because it does not know this kind of tokenizer.
+    assert main([*command, *["--trust-remote-code"] * trusted]) == 1
     assert (tmp_path / "marker").exists() is trusted
     assert ("which is not run: give --trust-remote-code where you trust it" in capsys.readouterr().err) is not trusted

@@ -1,42 +1,29 @@
-"""``pop-gguf serve``: slots, caches and requests of llama-server with prompts pruned, against PopLlama with the same tokens whole."""
+"""``pop-gguf serve`` prunes prompts in every slot and cache of llama-server. PopLlama gives the expected answers."""
 
 import concurrent.futures
-import http.client
 import itertools
-import json
 import subprocess
 import sys
 import time
-import urllib.error
 
+import httpx
 import pytest
 
 from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.metadata import PopMetadata
+from tests.support.server import OPTIONS as FOUR_SLOTS
 from tests.support.server import serve
 
 BOUNDARY, N_LAYER = 8, 12
-# One thread and F32 caches without flash attention: batches of other shapes then differ by rounding alone.
-OPTIONS = (
-    "--threads",
-    1,
-    "--context",
-    4096,
-    "--parallel",
-    4,
-    "--server-options",
-    "-ctk",
-    "f32",
-    "-ctv",
-    "f32",
-    "-fa",
-    "off",
-)
+# With one thread, F32 caches and no flash attention, batches of different shapes differ by rounding alone.
+OPTIONS = (*FOUR_SLOTS, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
 TEXTS = [
-    "Lily and her mom went to the garden. They planted a small seed in the ground. Every day, Lily gave the seed some water.",
+    "Lily and her mom went to the garden. They planted a small seed in the ground. "
+    "Every day, Lily gave the seed some water.",
     "Sara was sad because her kite was stuck in a tall tree. Her brother Tim said,",
-    "Once upon a time, there was a little dog named Max. Max loved to play in the park. One day, Max saw a big red ball. He",
+    "Once upon a time, there was a little dog named Max. Max loved to play in the park. "
+    "One day, Max saw a big red ball. He",
     "One day, a bird found a shiny stone near the river. The bird wanted to show it to her friend, the fish.",
     "Tom had a big box of toys. He liked the blue car the most. His sister Anna wanted to play with it too, so",
     "The old man lived in a house on the hill. Every morning he fed the hens and then he",
@@ -58,7 +45,7 @@ def server(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(model):
-    """Greedy answers of PopLlama, each from an empty cache."""
+    """Returns PopLlama's greedy answer to a text, each from an empty cache."""
     llm = PopLlama(
         str(model), n_ctx=1024, type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False
     )
@@ -90,7 +77,7 @@ def test_pop_false_is_the_whole_model(server, reference):
     done = server.complete(TEXTS[1], pop=False, cache_prompt=False)
     assert done["content"] == reference(TEXTS[1], pop=False)
     assert (done["timings"]["pruned_n"], done["timings"]["boundary"]) == (0, N_LAYER)
-    assert any(reference(text) != reference(text, pop=False) for text in TEXTS)  # the two can be told apart
+    assert any(reference(text) != reference(text, pop=False) for text in TEXTS)  # pruning changes an answer
 
 
 def test_whole_request_does_not_use_what_a_pruned_one_left(server, reference):
@@ -100,7 +87,7 @@ def test_whole_request_does_not_use_what_a_pruned_one_left(server, reference):
     whole = server.complete(text, id_slot=0, pop=False)
     assert (whole["timings"]["cache_n"], whole["timings"]["prompt_n"]) == (0, n)
     assert whole["content"] == reference(text, pop=False)
-    again = server.complete(text, id_slot=0)  # whole positions serve a pruned request
+    again = server.complete(text, id_slot=0)  # a pruned request may reuse whole positions
     assert (again["timings"]["cache_n"], again["timings"]["pruned_n"]) == (n - 1, 0)
     assert again["content"] == whole["content"]
 
@@ -118,7 +105,7 @@ def test_whole_request_uses_the_whole_part_of_a_mixed_cache(server):
 
 
 def test_prompt_cache_keeps_how_a_prompt_was_read(server, reference):
-    """More conversations than slots: the server parks them in memory and takes them back."""
+    """With more conversations than slots, the server moves them to its prompt cache and takes them back."""
     texts = [f"Number {i}. {text}" for i, text in enumerate(TEXTS[:6])]
     for text in texts:
         server.complete(text)
@@ -155,24 +142,16 @@ def test_metrics_count_what_was_pruned(server):
 
 
 def test_streamed_timings_name_what_was_pruned(server):
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), timeout=60)
-    body = {"prompt": TEXTS[5], "stream": True, "n_predict": 3, "temperature": 0, "cache_prompt": False}
-    connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-    lines = [line for line in connection.getresponse().read().decode().splitlines() if line.startswith("data: {")]
-    last = json.loads(lines[-1].removeprefix("data: "))
+    *_, last = server.stream("/completion", prompt=TEXTS[5], n_predict=3, temperature=0, cache_prompt=False)
     assert last["stop"] and last["timings"]["pruned_n"] == n_tokens(server, TEXTS[5]) - 1
 
 
 def test_work_stops_when_the_client_hangs_up(server):
-    """Long before its thousands of tokens are written."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rsplit(":", 1)[1]), timeout=60)
-    body = {"prompt": TEXTS[6], "stream": True, "n_predict": -1, "ignore_eos": True}
-    connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.read(10)
+    """The client is gone long before the thousands of tokens that it asked for are written."""
+    events = server.stream("/completion", prompt=TEXTS[6], n_predict=-1, ignore_eos=True)
+    next(events)
     assert server.metric("requests_processing") == 1
-    response.close()
-    connection.close()
+    events.close()
     written = server.metric("tokens_predicted_total")
     for _ in itertools.takewhile(lambda _: server.metric("requests_processing"), range(200)):
         time.sleep(0.05)
@@ -230,6 +209,8 @@ def test_boundary_that_the_model_has_not_is_named(model):
 
 def test_keys_are_asked_for(model, tmp_path):
     (tmp_path / "keys").write_text("open sesame\n")
-    with serve(model, tmp_path / "log.txt", "--api-key-file", tmp_path / "keys", *OPTIONS) as server:
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            server.complete(TEXTS[0])
+    with (
+        serve(model, tmp_path / "log.txt", "--api-key-file", tmp_path / "keys", *OPTIONS) as server,
+        pytest.raises(httpx.HTTPStatusError, match="401"),
+    ):
+        server.complete(TEXTS[0])

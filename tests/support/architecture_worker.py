@@ -1,7 +1,7 @@
-"""One process that runs a tiny random model, with our library or with stock: part of ``architectures.py``.
+"""Runs a tiny random model for tools/architectures.py, in a process with our library or with stock.
 
-``engine MODEL OUT.npz`` reads a prompt at several boundaries; ``stock MODEL OUT.npz BOUNDARY=IDENTITY_COPY...`` makes, for
-each boundary, what the pruned result has to equal. Both print what else they found as JSON on their last line.
+``engine MODEL OUT.npz`` reads a prompt at several boundaries. ``stock MODEL OUT.npz BOUNDARY=IDENTITY_COPY...``
+computes the logits that POP has to give at each boundary. Both print their other results as JSON on their last line.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ def tokens_for(model) -> list[int]:
 
 
 def decode(context, tokens, first_position, last_asks) -> None:
-    """Of the tokens only the last may ask for logits."""
+    """Decodes tokens in one batch. Only the last may ask for logits."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
@@ -70,7 +70,10 @@ def last_logits(model, context, tokens, last_alone=True) -> np.ndarray:
     """Logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab].
 
     Args:
-        last_alone: The rest of the prompt is in the cache; otherwise nothing is.
+        model: Gives the size of the vocabulary.
+        context: Has read all prompt tokens but the last, or nothing.
+        tokens: The prompt and the tokens after it.
+        last_alone: Whether the rest of the prompt is in the cache. If not, the whole prompt is decoded here.
     """
     rows = []
     for position in range(N_PROMPT - 1, N_PROMPT + N_DECODE):

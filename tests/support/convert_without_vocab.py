@@ -1,7 +1,7 @@
 """Writes F32 GGUFs of tiny Hugging Face models that have no tokenizer, with llama.cpp's own converter.
 
-Run as a script: ``convert_without_vocab.py CONVERTER_DIR MODEL_DIR...`` writes MODEL_DIR/model.gguf for each. A process
-of its own, because the converter brings its own copy of the gguf package.
+``convert_without_vocab.py CONVERTER_DIR MODEL_DIR...`` writes MODEL_DIR/model.gguf for each model. This is a process of
+its own, because the converter brings its own copy of the gguf package.
 """
 
 import sys
@@ -21,9 +21,8 @@ def main() -> None:
             hparams = ModelBase.load_hparams(directory, False)
             model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT), mmproj=False)
             model_class.set_vocab = model_class._set_vocab_none
-            model_class.no_mtp = not hparams.get(
-                "num_nextn_predict_layers"
-            )  # Qwen 3.5's would expect a layer all the same
+            # Without this, the converter for Qwen 3.5 would expect a layer that predicts further tokens.
+            model_class.no_mtp = not hparams.get("num_nextn_predict_layers")
             model = model_class(directory, gguf.LlamaFileType.ALL_F32, directory / "model.gguf", eager=True)
             model.gguf_writer.add_vocab_size(hparams.get("text_config", hparams)["vocab_size"])
             model.write()

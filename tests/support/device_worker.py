@@ -1,7 +1,8 @@
-"""One process of test_devices.py, on the build with the RPC backend; pypop_gguf's own build has none.
+"""One process of tests/engine/test_devices.py. It uses the build with the RPC backend, which the wheel does not have.
 
-``serve PORT`` is a device: this machine's CPU behind a loopback port. ``run MODEL BOUNDARY CONTINUES OUT.npy PORT...`` reads a prompt
-with the layers split over such devices and saves the logits; without ports it runs on the local CPU.
+``serve PORT`` makes the CPU of this machine a device behind a local port. ``run MODEL BOUNDARY CONTINUES OUT.npy
+PORT...`` reads a prompt with the layers split over such devices, or on the CPU if there are no ports, and saves the
+logits.
 """
 
 import ctypes

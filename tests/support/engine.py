@@ -1,4 +1,4 @@
-"""A thin layer over llama.cpp's own API for tests of batches: several sequences, chosen outputs, chosen memories."""
+"""A thin layer over llama.cpp's C API, for tests that choose sequences, outputs and memories themselves."""
 
 import ctypes
 
@@ -11,13 +11,13 @@ F32, F16, Q8_0 = 0, 1, 8  # ggml types
 
 
 class Engine:
-    """A model and a context.
+    """A model and a context. Use it in a ``with`` block, which frees both.
 
     Args:
         path: GGUF file.
-        boundary: 1..L, or None for off.
-        load_mtp: Also the layers that predict tokens further ahead.
-        model: Of another engine, which then has to live longer; default: one of its own from ``path``.
+        boundary: 1..L; None leaves POP off.
+        load_mtp: Whether to load the layers that predict further tokens, too.
+        model: The model of another engine, which has to live longer than this one. Default: a model of its own.
         parameters: Fields of ``llama_context_params``.
     """
 
@@ -62,10 +62,10 @@ class Engine:
         return native.n_pruned(self.context)
 
     def decode(self, entries) -> dict[int, np.ndarray]:
-        """Decodes a batch of (token, position, sequence, asks for logits).
+        """Decodes a batch of entries (token, position, sequence, whether it asks for logits).
 
         Returns:
-            Index in the batch -> logits F32 [n_vocab], for each entry that asks.
+            The logits F32 [n_vocab] of each entry that asks, by its index in the batch.
         """
         batch = llama_cpp.llama_batch_init(len(entries), 0, 1)
         batch.n_tokens = len(entries)
@@ -82,11 +82,12 @@ class Engine:
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
 
     def prefill(self, tokens, sequence=0, first=0) -> np.ndarray:
-        """Reads a prompt in one batch; logits of its last token, F32 [n_vocab]."""
+        """Reads a prompt in one batch and returns the logits of its last token, F32 [n_vocab]."""
         entries = [(token, first + i, sequence, i == len(tokens) - 1) for i, token in enumerate(tokens)]
         return self.decode(entries)[len(tokens) - 1]
 
     def step(self, token, position, sequence=0) -> np.ndarray:
+        """Decodes one token and returns its logits, F32 [n_vocab]."""
         return self.decode([(token, position, sequence, True)])[0]
 
     def state(self, sequence=0) -> bytes:

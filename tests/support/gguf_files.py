@@ -1,6 +1,6 @@
-"""GGUF files made by hand: tiny models of any architecture, files of keys alone, and what a copy has to keep.
+"""Writes GGUF files by hand: tiny models of any architecture, and files of keys alone. Reads raw keys and tensors.
 
-All keys are given as (key, value, type) or (key, value, type, type of the array's items).
+A key is a tuple (key, value, type), or (key, value, type, type of the items) for an array.
 """
 
 import struct
@@ -16,12 +16,12 @@ N_VOCAB, N_EMBD = 32, 64
 
 
 def write_keys(path: Path, *keys: tuple, architecture: str = "llama", n_layer: int = 12) -> Path:
-    """A file without tensors: enough for what only reads keys."""
+    """Writes a file without tensors, which is enough for a reader of keys."""
     return _write(path, architecture, [(f"{architecture}.block_count", n_layer, UINT32), *keys], {})
 
 
 def write_model(path: Path, *keys: tuple, architecture: str = "llama", n_layer: int = 6, **options) -> Path:
-    """A random model without a vocabulary that llama.cpp loads; ``options`` go to ``gguf.GGUFWriter``."""
+    """Writes a random model without a vocabulary that llama.cpp can load. ``options`` go to ``gguf.GGUFWriter``."""
     is_encoder = architecture == "bert"
     sizes = {"block_count": n_layer, "context_length": 64, "embedding_length": N_EMBD, "feed_forward_length": N_EMBD}
     sizes |= {"attention.head_count": 2, "rope.dimension_count": 32, "vocab_size": N_VOCAB}
@@ -69,7 +69,7 @@ def _write(path: Path, architecture: str, keys: list[tuple], tensors: dict[str, 
 
 
 def copy_model(path: Path, copy: Path, keys: list[tuple], tensors: dict[str, np.ndarray], labels: list[str]) -> Path:
-    """A copy of an F32 model with more keys and tensors, and with these classifier labels."""
+    """Writes a copy of an F32 model with more keys and tensors, and with these classifier labels."""
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     kept = [
@@ -96,7 +96,7 @@ def insert_raw_key(path: Path, key: str, kind: int, value: bytes) -> None:
 
 
 def raw_keys(path: Path) -> dict[str, bytes]:
-    """Each key with its type and value as the bytes in the file, in order, ``pop.*`` left out."""
+    """Reads the bytes of each key, type and value, in the order of the file. ``pop.*`` keys are left out."""
     raw, result = path.read_bytes(), {}
     for name, field in gguf.GGUFReader(path).fields.items():
         if not name.startswith(("GGUF.", "pop.")):
@@ -105,7 +105,7 @@ def raw_keys(path: Path) -> dict[str, bytes]:
 
 
 def raw_tensors(path: Path) -> dict[str, tuple]:
-    """Type, shape and bytes of each tensor, in order."""
+    """Reads type, shape and bytes of each tensor, in the order of the file."""
     raw = path.read_bytes()
     return {
         tensor.name: (

@@ -1,8 +1,9 @@
-"""What a pruned prompt with images has to give, by stock llama.cpp alone: ``test_vision.py`` runs this in a process of its own.
+"""Computes with stock llama.cpp alone what a pruned prompt with images has to give, for tests/python/test_vision.py.
 
-``MODEL PROMPT.npz OUT.npz BOUNDARY=IDENTITY_COPY...``: stock reads the pruned pieces of the prompt in a copy of the file whose layers from
-the boundary on are the identity, and the whole ones, its last token and those that follow, in the original file; the state goes from one to
-the other. PROMPT.npz has by number the pieces: tokens I32 [n], or embeddings F32 [n, n_embd_inp]; ``pos``, I32 [n_pos_per_embd, n]; ``whole``.
+The arguments are ``MODEL PROMPT.npz OUT.npz BOUNDARY=IDENTITY_COPY...``. Stock reads the pruned pieces of the prompt
+with a copy of the file whose layers from the boundary on are the identity. It reads all other pieces, and the tokens
+that follow, with the original file. The state goes from one to the other. For the piece number I, PROMPT.npz has
+``valuesI`` (tokens I32 [n] or embeddings F32 [n, n_embd_inp]), ``posI`` (I32 [n_pos_per_embd, n]) and ``wholeI``.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ def load(path: str):
 
 
 def read(context, values: np.ndarray, pos: np.ndarray, causal: bool, asks: bool = False) -> None:
-    """Decodes tokens I32 [n] or embeddings F32 [n, n_embd_inp] in one batch; the last may ask for logits."""
+    """Decodes tokens I32 [n] or embeddings F32 [n, n_embd_inp] in one batch. The last may ask for logits."""
     n, values = len(values), np.ascontiguousarray(values)
     batch = llama_cpp.llama_batch_init(n, values.shape[1] if values.ndim == 2 else 0, 1)
     allocated, kind = ctypes.cast(batch.pos, ctypes.c_void_p), type(batch.pos)
@@ -47,7 +48,7 @@ def read(context, values: np.ndarray, pos: np.ndarray, causal: bool, asks: bool 
 
 
 def move(source, target):
-    """The state of what was read; returns where it now is."""
+    """Copies the state of the source context to the target, and returns the target."""
     if source is target:
         return target
     size = llama_cpp.llama_state_seq_get_size(source, 0)

@@ -1,4 +1,4 @@
-"""Where things lie in the source tree."""
+"""Directories of the source tree: its root, the bundled model, and the unpatched llama-cpp-python once it is built."""
 
 from pathlib import Path
 

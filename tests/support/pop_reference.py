@@ -1,8 +1,8 @@
-"""POP written a second time, in PyTorch on transformers: what the engine is compared with.
+"""POP written a second time, in PyTorch on transformers. The tests compare the engine with it.
 
-Prefill runs every prompt token but those of head and tail with hooks that make each layer from the boundary on return its
-input; the layer still runs, so its keys and values of the boundary state reach the cache. Head and tail, and all tokens that
-follow, run through the whole model on that cache.
+Prefill runs all prompt tokens between head and tail with hooks that make each layer from the boundary on return its
+input. Such a layer still runs, so its keys and values of the boundary state reach the cache. Head and tail, and all
+tokens that follow, run through the whole model on that cache.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def logits(
         n_prompt: Tokens of the prompt, N.
         head: First tokens of the prompt that run through the whole model.
         tail: Last tokens of the prompt that do.
-        added: Module -> matrix [n_out, n_in] that the pruned pass adds to its weight.
+        added: For some modules, a matrix [n_out, n_in] that the pruned pass adds to the weight.
 
     Returns:
         F32 [T - N + 1, n_vocab].

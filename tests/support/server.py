@@ -1,21 +1,22 @@
-"""A running ``pop-gguf serve``, or another server, on a free port of the loopback address, for tests and as they ask it."""
+"""The one way to start an HTTP server and to ask it: for tests, for the fuzzers, and for the scripts in tools/.
+
+``serve`` starts ``pop-gguf serve``, ``running`` any other Python program that takes ``--port``.
+"""
 
 import contextlib
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# four slots of 1024 tokens; options of llama-server may follow
+import httpx
+
+from tests.support.process import free_port, resident_bytes, running_process
+
+# Options of `pop-gguf serve` for four slots of 1024 tokens. Options of llama-server may follow.
 OPTIONS = ("--threads", 1, "--context", 4096, "--parallel", 4, "--server-options")
-# A call is one JSON object, as Llama 3 writes them.
+# A chat template in which a tool call is one JSON object, as Llama 3 writes it.
 TOOL_TEMPLATE = """
 {%- for tool in tools or [] %}<|im_start|>system
 Tool: {{ tool | tojson }}<|im_end|>
@@ -29,80 +30,94 @@ Tool: {{ tool | tojson }}<|im_end|>
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
+_TIMEOUT_S = 120
+
 
 class Server:
-    """The address of a running server, and its process."""
+    """A running server: its address, its process, and a client that asks it.
 
-    def __init__(self, port: int, process: subprocess.Popen, log: Path) -> None:
-        self.url, self.process, self._log = f"http://127.0.0.1:{port}", process, log
+    Attributes:
+        client: Sends requests to paths of the server. Threads may share it.
+    """
+
+    def __init__(self, client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
+        self.client, self.process, self._log = client, process, log
+        self.url, self.port = str(client.base_url).rstrip("/"), client.base_url.port
 
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
     def get(self, path: str):
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            text = response.read().decode()
-        return json.loads(text) if text.startswith(("{", "[")) else text
+        """The answer to a GET: parsed if it is JSON, else its text. An error status raises httpx.HTTPStatusError."""
+        response = self.client.get(path).raise_for_status()
+        return response.json() if "json" in response.headers.get("Content-Type", "") else response.text
 
     def post(self, path: str, **body) -> dict:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return json.loads(response.read())
+        """The JSON that answers a JSON body. An error status raises httpx.HTTPStatusError."""
+        return self.client.post(path, json=body).raise_for_status().json()
 
     def complete(self, prompt: str, **options) -> dict:
-        """A greedy completion by llama-server's own endpoint, which names all that it did."""
+        """A greedy completion by llama-server's own endpoint, whose answer also reports timings and reused tokens."""
         return self.post("/completion", prompt=prompt, **{"temperature": 0, "n_predict": 12, **options})
+
+    def stream(self, path: str, **body) -> Iterator[dict]:
+        """The events of a streamed answer, each as soon as it arrives. Closing the iterator hangs up."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"llamacpp:{name} ")]
         return float(lines[0].split()[1])
 
+    def resident_bytes(self) -> int:
+        """Memory that the process holds now. Linux only."""
+        return resident_bytes(self.process.pid)
 
-def ask(server, path: str, body: bytes | None = None, headers: dict | None = None) -> tuple[int, str, dict]:
-    """Status, text and headers of an answer, errors too."""
-    request = urllib.request.Request(server.url + path, body, {"Content-Type": "application/json", **(headers or {})})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, response.read().decode(errors="replace"), dict(response.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace"), dict(error.headers)
+
+def ask(server: Server, path: str, body: bytes | None = None, headers: dict | None = None):
+    """Status, text and headers of an answer, also of an error. A body makes the request a POST."""
+    method, sent = "GET" if body is None else "POST", {"Content-Type": "application/json", **(headers or {})}
+    response = server.client.request(method, path, content=body, headers=sent)
+    return response.status_code, response.text, response.headers
 
 
 def serve(model: Path, log: Path, *options: object) -> contextlib.AbstractContextManager[Server]:
+    """Runs ``pop-gguf serve``; the options are those of that command."""
     return running(["-m", "pypop_gguf", "serve", model], options, log, "/health")
 
 
 @contextlib.contextmanager
 def running(program: Sequence[object], options: Sequence[object], log: Path, answers: str) -> Iterator[Server]:
-    """A program of Python's and its options, ``--port`` first, from when it answers a GET of ``answers``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, *map(str, program), "--port", str(port), *map(str, options)]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ}
-        )
-    server = Server(port, process, log)
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            assert process.poll() is None, server.log
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                server.get(answers)
-                break
-            time.sleep(0.05)
-        else:
-            raise AssertionError(f"no answer in 60 s: {server.log}")
-        yield server
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
+    """Runs a server from the moment it answers a GET of the path ``answers`` until the block ends.
+
+    Args:
+        program: What Python runs: ``-m`` and a module, or ``-c`` and code, with arguments.
+        options: The arguments after ``--port``.
+        log: File for all that the server prints.
+        answers: A path that has an answer once the server is ready.
+    """
+    port = free_port()
+    with new_client(port) as client:
+
+        def is_ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return client.get(answers, timeout=5).is_success
+            return False
+
+        with running_process([sys.executable, *program, "--port", port, *options], log, is_ready) as process:
+            yield Server(client, process, log)
+
+
+def new_client(port: int) -> httpx.Client:
+    """Each request has a connection of its own, because one that stays open would hold a thread of the server."""
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        headers={"Connection": "close"},
+        timeout=_TIMEOUT_S,
+        limits=httpx.Limits(max_connections=None),
+        trust_env=False,
+    )

@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures, each in transformers and as an F32 GGUF by llama.cpp's own converter."""
+"""Makes tiny random models of several architectures, in transformers and as F32 GGUFs by llama.cpp's own converter."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.paths import ROOT
+from tests.support.paths import BUNDLED
 
 _COMMON = dict(
     vocab_size=128,
@@ -25,7 +25,7 @@ _COMMON = dict(
 
 @dataclass
 class ReferenceModel:
-    """A model twice: in transformers, None where torch is not loaded, and as an F32 GGUF."""
+    """A model in transformers (None where torch is not loaded) and the same model as an F32 GGUF."""
 
     name: str
     torch_model: object | None
@@ -44,7 +44,7 @@ class ReferenceModel:
 
 
 def configs() -> dict:
-    """Configurations by name; 6 layers or as many as the architecture needs to show its peculiarity."""
+    """Configurations by name, with 6 layers or as many as the architecture needs to show what is special about it."""
     import transformers
 
     plain = {key: value for key, value in _COMMON.items() if key != "head_dim"}
@@ -52,7 +52,7 @@ def configs() -> dict:
     return {
         "llama": transformers.LlamaConfig(num_hidden_layers=6, **_COMMON),
         "qwen3": transformers.Qwen3Config(num_hidden_layers=6, **_COMMON),
-        # 7 layers: five with a sliding window shorter than the test prompts, one that sees everything, one more
+        # Five of the 7 layers have a sliding window that is shorter than the prompts. The sixth sees all tokens.
         "gemma3": transformers.Gemma3TextConfig(
             num_hidden_layers=7, sliding_window=16, query_pre_attn_scalar=16, **_COMMON
         ),
@@ -90,7 +90,7 @@ def configs() -> dict:
 
 
 def fused_configs() -> dict:
-    """Models that write queries, keys and values with one matrix."""
+    """Configurations of models that compute queries, keys and values with one matrix."""
     import transformers
 
     plain = {key: value for key, value in _COMMON.items() if key != "head_dim"}
@@ -100,7 +100,7 @@ def fused_configs() -> dict:
 
 
 def shared_cache_configs() -> dict:
-    """Models whose upper layers read the cache of lower ones: only 20 of 30 and 6 of 10 layers write."""
+    """Configurations of models whose upper layers read the caches of lower ones: 20 of 30 and 6 of 10 layers write."""
     import transformers
 
     small = {
@@ -134,7 +134,10 @@ def shared_cache_configs() -> dict:
 
 
 def write(base: Path, tiny: dict, finish=lambda directory: None) -> dict[str, ReferenceModel]:
-    """Writes each configuration with random weights below ``base``; ``finish`` may change a checkpoint before it is converted."""
+    """Writes each configuration with random weights in a directory below ``base``, and converts it.
+
+    ``finish`` is called with the directory before the conversion and may change the checkpoint.
+    """
     import torch
     import transformers
 
@@ -143,7 +146,7 @@ def write(base: Path, tiny: dict, finish=lambda directory: None) -> dict[str, Re
         torch.manual_seed(7)
         models[name] = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         models[name].save_pretrained(base / name)
-        # gemma's converter counts the entries to tell real rows of the embedding from padding
+        # The converter for Gemma counts these entries to know which rows of the embedding are padding.
         vocab = {str(token): token for token in range(config.vocab_size)}
         (base / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
         if name == "gemma3n":
@@ -154,20 +157,15 @@ def write(base: Path, tiny: dict, finish=lambda directory: None) -> dict[str, Re
 
 
 def write_served(path: Path) -> None:
-    """The bundled model as F32 that skips the upper 4 of its 12 layers."""
+    """Writes the bundled model as F32 that skips the upper 4 of its 12 layers."""
     from pypop_gguf.cli import main
 
-    bundled = ROOT / "models" / "lab-llama-12l"
-    assert (
-        main(
-            ["convert", str(bundled), "--outtype", "f32", "--boundary", "8", "--no-importance", "--outfile", str(path)]
-        )
-        == 0
-    )
+    options = ["--outtype", "f32", "--boundary", "8", "--no-importance", "--outfile", str(path)]
+    assert main(["convert", str(BUNDLED), *options]) == 0
 
 
 def _add_unused_projections(weights: Path) -> None:
-    """llama.cpp wants K and V weights also in the layers that never use them; transformers no longer has them."""
+    """Adds K and V weights to the layers that never use them: llama.cpp wants them, transformers has none."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(weights)
@@ -180,6 +178,7 @@ def _add_unused_projections(weights: Path) -> None:
 
 
 def to_gguf(directories: list[Path]) -> None:
+    """Converts the checkpoint in each directory to ``model.gguf`` beside it."""
     from pypop_gguf import library
 
     script = Path(__file__).parent / "convert_without_vocab.py"

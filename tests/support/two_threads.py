@@ -1,6 +1,6 @@
-"""Two contexts of one model, each in a thread of its own, with other boundaries, ends and parts of a prompt; for sanitized.py.
+"""Runs two contexts of one model in two threads, and checks that each answers as it does alone.
 
-Each answers as it does alone.
+They have other boundaries, heads, tails and prompts. tools/sanitized.py runs this as a script with model files.
 """
 
 import sys
@@ -16,7 +16,7 @@ ROUNDS = 8
 
 
 def work(engine: Engine, boundaries: tuple[int, ...]) -> np.ndarray:
-    """F32 [rounds, n_vocab]: prompts at these boundaries in turn, each with a token written after it."""
+    """Reads prompts at these boundaries in turn. Returns the logits of a token after each, F32 [rounds, n_vocab]."""
     rows = []
     for i in range(ROUNDS):
         native.set_boundary(engine.context, boundaries[i % len(boundaries)])

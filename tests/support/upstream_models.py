@@ -1,10 +1,12 @@
-"""Stand-ins for the models that llama-cpp-python's own tests download: tiny, of the same kind, with a real tokenizer.
+"""Writes tiny models in the place of those that llama-cpp-python's own tests download.
 
-Each has random weights and the tokenizer of one of llama.cpp's vocabulary files. The one for Qwen 3.5 also has a bigram in its output:
-each token's row points to the embedding of the token before it in the texts that upstream's tests expect, so that it writes them. Its
-vocabulary is Qwen 2's, the one that llama.cpp's file has, with two pairs of tokens exchanged: the test knows Qwen 3.5's ids of a text.
+Each is of the same kind, with random weights and the tokenizer of one of llama.cpp's vocabulary files. The model for
+Qwen 3.5 also knows which token follows which in the texts that the tests expect: the output row of each token points to
+the embedding of the token before it. Its vocabulary is that of Qwen 2, which llama.cpp has as a file, with two pairs of
+tokens exchanged, because a test knows the ids of a text in Qwen 3.5.
 """
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -13,12 +15,10 @@ from gguf import GGUFValueType
 from pypop_gguf.gguf_files.header import Field, read_header
 from tests.support import tiny_models
 
-# What follows what, as upstream's tests expect it of their Qwen 3.5.
+# The texts that the tests expect Qwen 3.5 to write.
 _TEXTS = (b" fox jumps over the lazy dog.", b"?:\ntrue", b" parrot")
-_IDS = {
-    "Hello": (9707, 9419),
-    "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}world": (1879, 1814),
-}  # of the vocabulary file, of the test
+# The ids of tokens in the vocabulary file and in the test.
+_IDS = {"Hello": (9707, 9419), "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}world": (1879, 1814)}
 _VOCABULARIES = {"qwen35": "qwen35", "mamba": "gpt-2", "falcon-h1": "gpt-2", "bert": "bert-bge"}
 
 
@@ -60,10 +60,10 @@ def _configs() -> dict:
 
 
 def write(base: Path, vocabularies: Path) -> dict[str, Path]:
-    """Writes them below ``base``; ``vocabularies`` is where llama.cpp's ``ggml-vocab-*.gguf`` lie.
+    """Writes the models below ``base``. ``vocabularies`` is the directory of llama.cpp's ``ggml-vocab-*.gguf``.
 
     Returns:
-        The files by the name that upstream's tests download them under.
+        Each file by the name of the file that the tests download.
     """
     import torch
     import transformers
@@ -80,10 +80,8 @@ def write(base: Path, vocabularies: Path) -> dict[str, Path]:
         fields = read_header(vocabularies / f"ggml-vocab-{vocabulary}.gguf").fields
         keys = {key: field.raw for key, field in fields.items() if key.startswith("tokenizer.")}
         if name == "bert":
-            pooling = b"bert.pooling_type"
-            keys["bert.pooling_type"] = struct.pack(
-                f"<Q{len(pooling)}sII", len(pooling), pooling, GGUFValueType.UINT32, 2
-            )  # the first token's
+            name_of_key, first_token = b"bert.pooling_type", 2
+            keys["bert.pooling_type"] = struct.pack("<Q17sII", 17, name_of_key, GGUFValueType.UINT32, first_token)
         if name == "qwen35":
             keys["tokenizer.ggml.tokens"] = _exchanged(fields["tokenizer.ggml.tokens"])
         _set_tokenizer(base / name / "model.gguf", keys, base / f"{name}.gguf")
@@ -96,7 +94,7 @@ def write(base: Path, vocabularies: Path) -> dict[str, Path]:
 
 
 def _teach(model, vocabulary: Path) -> None:
-    """Makes each text of ``_TEXTS`` the likeliest way on from its first token, whatever stands before that."""
+    """Makes each text of ``_TEXTS`` the most likely continuation of its first token, whatever comes before."""
     import llama_cpp
     import torch
 
@@ -106,13 +104,13 @@ def _teach(model, vocabulary: Path) -> None:
         torch.nn.init.normal_(inputs)
         for text in _TEXTS:
             tokens = tokenizer.tokenize(text, add_bos=False, special=True)
-            for before, after in zip(tokens, tokens[1:]):
+            for before, after in itertools.pairwise(tokens):
                 outputs[after] = inputs[before] / 4
     tokenizer.close()
 
 
 def _exchanged(tokens: Field) -> bytes:
-    """The record of a vocabulary with the ids of ``_IDS`` exchanged."""
+    """Returns the raw value of a vocabulary in which the tokens of ``_IDS`` are exchanged."""
     texts, at = [], tokens.start
     for _ in range(tokens.count):
         end = at + 8 + struct.unpack_from("<Q", tokens.raw, at)[0]

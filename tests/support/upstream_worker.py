@@ -1,8 +1,9 @@
-"""Runs llama-cpp-python's own tests, as they are, with another class in the place of ``llama_cpp.Llama``: part of ``test_upstream.py``.
+"""Runs llama-cpp-python's own tests unmodified with another class in the place of ``llama_cpp.Llama``.
 
-``pop MODELS.json SOURCE OUT.json`` takes ``PopLlama`` with a boundary, ``forgetful`` one that loads no states, ``stock`` leaves
-``llama_cpp`` alone. Models that the tests download are those of MODELS.json, by file name; SOURCE is llama-cpp-python's unpacked source.
-OUT.json gets the outcome of each test and how many tokens were pruned in it.
+tests/python/test_upstream.py starts it as ``MODE MODELS.json SOURCE OUT.json``. The mode ``pop`` takes ``PopLlama``
+with a boundary, ``forgetful`` takes one that loads no states, and ``stock`` leaves ``llama_cpp`` as it is.
+MODELS.json has the files to use in the place of those that the tests download. SOURCE is the unpacked source of
+llama-cpp-python. OUT.json gets the outcome of each test and the number of tokens that were pruned in it.
 """
 
 import json
@@ -11,10 +12,11 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-# The boundary of each model by its file's name; vocabularies have none, and the encoder has no prompt to prune.
+# The boundary of each model by its file name. Vocabulary files have none, and the encoder has no prompt to prune.
 BOUNDARIES = {"qwen35.gguf": 5, "falcon-h1.gguf": 3, "mamba.gguf": 2, "lab.gguf": 8}
 
 
@@ -22,7 +24,7 @@ def pruning(forgetful: bool):
     from pypop_gguf import PopLlama, native
 
     class Recorded(PopLlama):
-        opened = []
+        opened: ClassVar[list[PopLlama]] = []
 
         def __init__(self, model_path, **options):
             super().__init__(model_path, pop_boundary=BOUNDARIES.get(Path(model_path).name), **options)
@@ -41,7 +43,7 @@ def pruning(forgetful: bool):
 
 
 class Outcomes:
-    """A pytest plugin."""
+    """A pytest plugin that records the outcome of each test."""
 
     def __init__(self, pruned) -> None:
         self.tests, self._pruned = {}, pruned
@@ -57,17 +59,15 @@ class Outcomes:
 
 
 def main() -> int:
-    mode, models, source, out = (
-        sys.argv[1],
-        json.loads(Path(sys.argv[2]).read_text()),
-        Path(sys.argv[3]),
-        Path(sys.argv[4]).resolve(),
-    )
+    mode, models, source, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]), sys.argv[4]
+    out = Path(out).resolve()
     import huggingface_hub
 
     huggingface_hub.hf_hub_download = lambda _repository, filename: models[Path(filename).name]
-    sys.modules.setdefault("scipy.special", types.SimpleNamespace(log_softmax=None))  # imported there and not used
-    multiprocessing.cpu_count = lambda: 1  # threads; a tiny model has no work for more
+    # The tests import scipy and do not use it.
+    sys.modules.setdefault("scipy.special", types.SimpleNamespace(log_softmax=None))
+    # The tests use so many threads, and tiny models have no work for more than one.
+    multiprocessing.cpu_count = lambda: 1
     pruned = int
     if mode != "stock":
         kind = pruning(mode == "forgetful")
@@ -79,19 +79,9 @@ def main() -> int:
     else:
         llama_cpp.Llama = kind
     outcomes = Outcomes(pruned)
-    os.chdir(source)  # the tests name a vocabulary file relative to it
-    options = [
-        "-q",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        ".",
-        "-p",
-        "no:cacheprovider",
-        "--import-mode=importlib",
-        "--tb=short",
-    ]
-    status = pytest.main([*options, "tests"], plugins=[outcomes])
+    os.chdir(source)  # the tests give a path relative to it
+    options = ["-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    status = pytest.main([*options, "--tb=short", "tests"], plugins=[outcomes])
     out.write_text(json.dumps(outcomes.tests))
     return 0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else status
 

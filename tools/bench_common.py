@@ -1,0 +1,37 @@
+"""What bench_server.py and bench_cancel.py share: prompts of numbers, and the CSV files of their runs."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+from pypop_gguf import PopError
+
+
+def number_prompt(seed: int, n_tokens: int) -> str:
+    """A prompt of so many tokens, the BOS token counted, for models of `pop-gguf random-model`.
+
+    Their tokenizer has a token for each number. Prompts of different seeds begin differently, so that no cache holds a
+    part of them.
+    """
+    chance = random.Random(seed)
+    return " ".join(str(chance.randrange(250)) for _ in range(n_tokens - 1))
+
+
+def check_table(path: Path, columns: list[str]) -> None:
+    """Refuses a file that :func:`append_row` could not write to."""
+    if not path.parent.is_dir():
+        raise PopError(f"cannot write {path}: its directory does not exist")
+    if path.exists() and path.open().readline().strip() != ",".join(columns):
+        raise PopError(f"{path} is not a table of this version: give another file")
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Writes a row, below the names of its columns where the file is new."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
