@@ -4,8 +4,8 @@
 
 Each case is one request to `pop-gguf serve` with fields of llama-server's and OpenAI's requests. Their values are
 invalid, too large, too many, too long, or lead to one another without end. The server is started again after a case
-that ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of a
-grammar are counted apart.
+that ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of
+a grammar are counted apart.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-# PopLlama as type checkers and editors see it. They cannot follow the carried llama_cpp, which is found at run time, nor
-# the arguments that calls pass on to the parent. tests/python/test_typing.py checks this file against the parent and
-# llama.py.
+# PopLlama as type checkers and editors see it. They cannot follow the carried llama_cpp, which is found at run time,
+# nor the arguments that calls pass on to the parent. tests/python/test_typing.py checks this file against the parent
+# and llama.py.
 
 import os
 import threading

@@ -27,8 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pypop_gguf import Cancelled, PopError, PopLlama
+from pypop_gguf.memory import resident_bytes
 from pypop_gguf.terminal import available_cores
-from tests.support.process import NotReady, resident_bytes
+from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, number_prompt
 

@@ -317,7 +317,7 @@ def test_cancel_bench_records_every_abort(tiny, tmp_path):
         (engine, i) for engine in ("python", "server") for i in "01"
     ]
     assert all(float(row[name]) > 0 for row in rows for name in ("latency_ms", "micro_batch_ms", "rss_mib"))
-    assert done.stdout.count("next answer equals a fresh one's") == 2
+    assert done.stdout.count("next answer equals the one before the aborts") == 2
 
 
 @pytest.mark.parametrize(

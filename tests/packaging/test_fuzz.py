@@ -209,7 +209,7 @@ def test_adapter_whose_texts_are_numbers_is_refused(tmp_path, key):
         (tmp_path / "adapter.gguf").write_bytes(raw.replace(text, name + struct.pack("<II", UINT32, 1)))
     code = """if True:
         from tests.support.engine import Engine
-        from pypop_gguf import native
+        from pypop_gguf import PopError, native
         with Engine(sys.argv[1]) as engine:
             try:
                 native.load_adapter(engine.context, engine.model, sys.argv[2])

@@ -4,7 +4,6 @@ It needs Python's standard library alone, because tests/installed_wheel.py runs 
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -75,8 +74,3 @@ def stop(process: subprocess.Popen, seconds: float = STOP_S) -> int:
         process.kill()
         process.wait()
         raise
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory that a process holds now. Linux only."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.process import free_port, resident_bytes, running_process
+from pypop_gguf.memory import resident_bytes
+from tests.support.process import free_port, running_process
 
 # Options of `pop-gguf serve` for four slots of 1024 tokens. Options of llama-server may follow.
 OPTIONS = ("--threads", 1, "--context", 4096, "--parallel", 4, "--server-options")
