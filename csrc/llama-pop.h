@@ -8,7 +8,7 @@
 //             write their keys and values of it to the cache, computed from the state at the boundary
 //
 // A token that asks for logits is always run whole. A new context prunes nothing: its logits are bit for bit those of
-// stock llama.cpp in the cases that tests/test_stock.py compares. Some fixes of upstream faults are always active;
+// stock llama.cpp in the cases that tests/engine/test_stock.py compares. Some fixes of upstream faults are always active;
 // third_party/README.md lists them.
 //
 // Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
