@@ -23,9 +23,9 @@ def check_plot(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise PopError("--plot needs matplotlib: pip install 'pypop-gguf[bench]'")
     if not path.absolute().parent.is_dir():
-        raise PopError(f"--plot {path}: no such directory")
+        raise PopError(f"--plot {path}: no such directory; make it first, or give another --plot")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise PopError(f"--plot {path}: no permission to write there")
+        raise PopError(f"--plot {path}: no permission to write there; give another --plot")
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> None:

@@ -65,11 +65,11 @@ the last prompt token reuses what the layers below the boundary have computed fo
   itself makes there.
 - *Continued*: the difference that continuation makes. *repeats*: the last prompt token runs the layers below the
   boundary again. That is so for recurrent states, and for caches where continuation was not proven correct.
-- *Bound*: FLOPs of the whole graph over those of the pruned one, with a third of the layers skipped, for 512 tokens.
+- *Limit*: FLOPs of the whole graph over those of the pruned one, with a third of the layers skipped, for 512 tokens.
   The output layer and attention have a large share in tiny models; real models lie nearer to 1.5. Hybrids gain less,
   because a skipped recurrent layer still computes its state.
 
-| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Bound | |
+| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Limit | |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -80,7 +80,7 @@ class Row:
 
     Attributes:
         lossless: The lowest boundary that is lossless.
-        flop_bound: FLOPs of the whole graph over those of the pruned one.
+        flop_limit: FLOPs of the whole graph over those of the pruned one.
         lossless_error: Error at the lossless boundary against the whole model.
         errors: Error at each lower boundary against the reference.
         effect: Difference that POP makes at the lowest boundary, to judge the error against.
@@ -91,7 +91,7 @@ class Row:
     name: str
     n_layer: int = 0
     lossless: int = 0
-    flop_bound: float = float("nan")
+    flop_limit: float = float("nan")
     lossless_error: float = float("nan")
     errors: dict[int, float] = field(default_factory=dict)
     effect: float = float("nan")
@@ -164,7 +164,7 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     row.n_layer, row.lossless, row.refusal = found["n_layer"], found["lossless"], found["refusal"]
     if row.refusal:
         return
-    row.flop_bound = found["flop_bound"]
+    row.flop_limit = found["flop_limit"]
     row.failures += [f"b = {boundary}: {error}" for boundary, error in found["errors"].items()]
     engine = dict(np.load(scratch / "engine.npz"))
     full = engine.pop(str(row.n_layer))
@@ -232,7 +232,7 @@ def table(rows: list[Row]) -> str:
         note = "; ".join(row.failures) or row.note
         continued = "repeats" if row.continued is None else f"{row.continued:.0e}"
         cells = [row.name, row.n_layer, row.lossless, f"{row.lossless_error:.0e}", deep, effect, continued]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row.flop_bound:.2f} | {note} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {row.flop_limit:.2f} | {note} |")
     return page + "\n".join(lines) + "\n"
 
 

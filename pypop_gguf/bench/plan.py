@@ -1,4 +1,4 @@
-"""Checks what ``pop-gguf bench`` shall measure against the model, and describes the conditions of the measurement."""
+"""Checks that ``pop-gguf bench`` can measure what was asked for, and describes the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     threads = available_cores() if arguments.threads is None else arguments.threads
     _check_range("--threads", [threads], 1, None)
     if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
-        raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it")
+        raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it; give a directory that has one")
     return Plan(
         model=arguments.model,
         n_layer=n_layer,

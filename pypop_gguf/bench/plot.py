@@ -1,4 +1,4 @@
-"""The figure of ``pop-gguf bench``: speed-up over prompt length, with the bound and the machine's own spread.
+"""The figure of ``pop-gguf bench``: speed-up over prompt length, with its limit and the machine's own spread.
 
 It has one panel for each setting and number of sequences, and one line for each boundary and way of the last token.
 """
@@ -83,12 +83,12 @@ def _draw_panel(axes: Any, setting: Setting, cases: list[Case]) -> None:
         ]
         label = f"{boundary} of {setting.n_layer} layers kept" + (", last token repeated" if way == "repeated" else "")
         axes.errorbar(prompts, values, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
-        bounds = [(case.n_prompt * shift, case.bound) for case in of_boundary if case.bound]
-        if bounds:
-            marker = "_" if len(bounds) == 1 else None  # A single point draws no line.
-            axes.plot(*zip(*bounds, strict=True), color=colour, linestyle="--", linewidth=1, marker=marker)
-    if any(case.bound for case in cases):
-        axes.plot([], [], color="#444444", linestyle="--", linewidth=1, label="bound (operations left)")
+        limits = [(case.n_prompt * shift, case.limit) for case in of_boundary if case.limit]
+        if limits:
+            marker = "_" if len(limits) == 1 else None  # A single point draws no line.
+            axes.plot(*zip(*limits, strict=True), color=colour, linestyle="--", linewidth=1, marker=marker)
+    if any(case.limit for case in cases):
+        axes.plot([], [], color="#444444", linestyle="--", linewidth=1, label="limit (operations left)")
     axes.set_xscale("log", base=2)
     ticks = sorted({case.n_prompt for case in cases})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -1,4 +1,4 @@
-"""Turns the raw runs of ``pop-gguf bench`` into medians with intervals, the bound, and tables.
+"""Turns the raw runs of ``pop-gguf bench`` into medians with intervals, the limit of the speed-up, and tables.
 
 A run is paired with the baseline's run of the same phase and round, so that a slow moment of the machine is on both
 sides of a ratio. Outliers stay in.
@@ -21,7 +21,7 @@ from pypop_gguf.terminal import aligned
 
 @dataclass(frozen=True)
 class Mixed:
-    """What is measured while half of the sequences read and the others write.
+    """The results of the case in which half of the sequences read and the others write.
 
     Attributes:
         speedup: Time until all prompts are read, the baseline's over POP's.
@@ -49,9 +49,9 @@ class Case:
         runs: Number of paired rounds.
         baseline_ms: Median time to first token; ``pop_ms`` likewise.
         speedup: Time to first token, the baseline's over POP's.
-        bound: The speed-up that the operations left allow. Its time is flops_ratio of the baseline's, and the pass of
-            one token through the layers that remain for it.
-        reached: The bound's time over the measured one.
+        limit: The speed-up to expect if time were proportional to operations. The expected time is flops_ratio times
+            that of the baseline, plus the pass of one token through the layers that remain for it.
+        reached: The time expected at the limit, over the measured one.
         decode: Time per generated token, the baseline's over POP's.
         off_before: The baseline's time over that of POP off in the POP process, before its first pruned pass;
             ``off_after``: between pruned passes.
@@ -69,7 +69,7 @@ class Case:
     baseline_ms: float
     pop_ms: float
     speedup: Ratio
-    bound: float | None
+    limit: float | None
     reached: float | None
     decode: Ratio
     off_before: Ratio | None
@@ -125,7 +125,7 @@ def _summarize_case(
     # This is the share of one token's pass that is left: a continued token runs only the layers from the boundary on.
     share = (setting.n_layer - boundary) / setting.n_layer if engine == "pop" else 1
     flops_ratio = pop[-1].flops_ratio
-    bound_ms = (
+    limit_ms = (
         None
         if flops_ratio is None
         else baseline_ms * flops_ratio + _compute_median(stock, "decode_ms_per_token") * share
@@ -140,8 +140,8 @@ def _summarize_case(
         baseline_ms=baseline_ms,
         pop_ms=pop_ms,
         speedup=_compute_ratio(main, "ttft_ms"),
-        bound=bound_ms and baseline_ms / bound_ms,
-        reached=bound_ms and bound_ms / pop_ms,
+        limit=limit_ms and baseline_ms / limit_ms,
+        reached=limit_ms and limit_ms / pop_ms,
         decode=_compute_ratio(main, "decode_ms_per_token"),
         off_before=ttft_ratio("before", "pop-off"),
         off_after=ttft_ratio("main", "pop-off"),
@@ -182,6 +182,7 @@ def _compute_ratio(pairs: list[tuple[Run, Run]], attribute: str) -> Ratio:
 
 
 def as_json(summary: dict[Setting, list[Case]]) -> list[dict]:
+    """Returns the conditions and the cases of each setting, in types that JSON has."""
     return [
         {**vars(setting), "cases": [dataclasses.asdict(case) for case in cases]} for setting, cases in summary.items()
     ]
@@ -193,7 +194,7 @@ def format_tables(setting: Setting, cases: list[Case]) -> str:
     baseline = "stock llama.cpp in a process of its own" if name == "stock" else _OFF
     case_columns = ("prompt", "seqs", "boundary", "last token")
     times: list[tuple] = [
-        (*case_columns, "runs", f"{name} ms", "POP ms", "speed-up [95%]", "bound", "of bound", "planning")
+        (*case_columns, "runs", f"{name} ms", "POP ms", "speed-up [95%]", "limit", "of limit", "planning")
     ]
     others: list[tuple] = [
         (*case_columns, f"{name}/{name}", "POP off before", "POP off after", "decode", f"{name} MB", "POP MB")
@@ -210,7 +211,7 @@ def format_tables(setting: Setting, cases: list[Case]) -> str:
                 f"{case.baseline_ms:.1f}",
                 f"{case.pop_ms:.1f}",
                 case.speedup,
-                _format(case.bound, "{:.3f}"),
+                _format(case.limit, "{:.3f}"),
                 _format(case.reached, "{:.1%}"),
                 _format(case.planning, "{:.2%}"),
             )
@@ -241,12 +242,13 @@ def format_tables(setting: Setting, cases: list[Case]) -> str:
 
 _OFF = "our library with POP off (no --stock given)"
 _TIMES = (
-    "Time to first token, medians. bound: the speed-up that the operations left allow (from the two real graphs, and",
-    "the pass of one token through the layers that remain for it). planning: the share that planning graphs took.",
+    "Medians of the time to the first token. limit: the speed-up to expect if time were proportional to operations,",
+    "counted from both graphs and the last token's own pass. planning: the share of time that planning graphs took.",
 )
 _OTHERS = (
-    "What POP must leave alone, as {name} time / other time: two {name} processes (the machine's own spread), POP off",
-    "before the first pruned pass and between pruned ones, time per generated token (mean of {n_decode}); peak memory.",
+    "What POP must leave alone, as the time of {name} over the other time: two {name} processes (the machine's own",
+    "spread), POP off before the first pruned pass and between pruned ones, and the time per generated token (the",
+    "mean of {n_decode}). The last columns are peak memory.",
 )
 _MIXES = (
     "Half of the sequences read their prompts while the others write: tokens per second of both, and how long a writer",

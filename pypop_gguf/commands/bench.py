@@ -21,59 +21,82 @@ from pypop_gguf.plotting import check_plot
 from pypop_gguf.terminal import integer_list
 
 DESCRIPTION = """\
-Measures time to first token and time per token with POP and without. For each case: two stock processes against each
-other, then stock, POP at each boundary, and POP off taking turns. Every run is appended to the CSV at once; Ctrl-C
-prints the tables of what was measured so far."""
+Measures the time to the first token and the time per generated token, with POP and without. In each case, two stock
+processes first run against each other. Then stock llama.cpp, POP at each boundary, and POP off take turns. Every run is
+appended to the CSV file at once, and Ctrl-C prints the tables of what was measured so far."""
 
 EPILOG = """\
 Prompts are random tokens, the same for every engine. `pop-gguf random-model` writes a model to measure on without a
-download. A model is loaded twice at a time."""
+download. Two processes hold the model in memory at the same time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL.gguf")
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL.gguf", help="model to measure; left out with --from-csv"
+    )
     parser.add_argument(
         "--prompt",
         type=integer_list,
         default=[32, 128, 512, 2048],
         metavar="N,N",
-        help="prompt tokens (default: 32,128,512,2048)",
+        help="lengths of the prompts in tokens (default: 32,128,512,2048)",
     )
     parser.add_argument(
         "--boundary",
         type=integer_list,
         metavar="B,B",
-        help="first layer that prefill skips (default: the file's, or two thirds of the layers)",
+        help="boundaries to measure (default: the file's, or two thirds of the layers)",
     )
     parser.add_argument(
-        "--parallel", type=integer_list, default=[1, 8], metavar="N,N", help="sequences read at once (default: 1,8)"
+        "--parallel",
+        type=integer_list,
+        default=[1, 8],
+        metavar="N,N",
+        help="numbers of prompts that are read at once (default: 1,8)",
     )
     parser.add_argument(
-        "--decode", type=int, default=32, metavar="N", help="tokens generated after each prompt (default: 32)"
+        "--decode",
+        type=int,
+        default=32,
+        metavar="N",
+        help="number of tokens to generate after each prompt (default: 32)",
     )
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of each case (default: 5)")
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores this process may use)")
-    parser.add_argument("--ubatch", type=int, default=512, metavar="N", help="tokens of a micro-batch (default: 512)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="number of rounds of each case (default: 5)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
+    )
+    parser.add_argument(
+        "--ubatch", type=int, default=512, metavar="N", help="length of a micro-batch in tokens (default: 512)"
+    )
     parser.add_argument(
         "--repeat",
         action="store_true",
-        help="also POP that repeats the layers below the boundary for the last prompt tokens",
+        help="also measure POP without continuation: the last prompt tokens run all layers in a pass of their own",
     )
     parser.add_argument(
-        "--mixed", action="store_true", help="also half of the sequences reading while the others write"
+        "--mixed",
+        action="store_true",
+        help="also measure half of the sequences reading their prompts while the others write",
     )
-    parser.add_argument("--flash-attn", choices=("on", "off"), default="off", help="(default: off)")
+    parser.add_argument("--flash-attn", choices=("on", "off"), default="off", help="flash attention (default: off)")
     parser.add_argument(
         "--stock",
         type=Path,
         metavar="DIR",
         help="directory with an unpatched llama_cpp package (default: compare with POP off)",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append every run to it")
-    parser.add_argument("--from-csv", type=Path, metavar="FILE", help="make tables and plot from it without measuring")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the speed-ups, also as FILE.svg")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="file to append every run to")
+    parser.add_argument(
+        "--from-csv",
+        type=Path,
+        metavar="FILE",
+        help="make the tables and the plot from the runs in this file, and measure nothing",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="file to plot the speed-ups into; FILE.svg is written beside it"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 

@@ -1,4 +1,4 @@
-"""``pop-gguf chat``: a conversation in the terminal, which shows how far a prompt is read, and how long that took."""
+"""``pop-gguf chat``: a conversation in the terminal that shows how far a prompt is read, and how long it took."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.terminal import Progress, available_cores, progress
 
 DESCRIPTION = """\
-Talks with a model. Answers are shown as they come; while a prompt is read, stderr shows how far. Ctrl-C stops reading
-or answering. Ctrl-C at the prompt, Ctrl-D or /bye ends. From a pipe the whole input is one question, and only the
-answer goes to stdout."""
+Talks with a model. Answers are shown as they come, and stderr shows how far a prompt is read. Ctrl-C stops reading or
+answering. Ctrl-C at the prompt, Ctrl-D or /bye ends the conversation. All that comes from a pipe is one question, and
+only the answer goes to stdout."""
 
 HELP = """\
 /pop on|off|N  read prompts with the file's boundary, with every layer, or with the layers below N
@@ -26,23 +26,27 @@ HELP = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to talk with")
+    parser.add_argument("--system", metavar="TEXT", help="system message, which tells the model how to answer")
     parser.add_argument(
         "--context",
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of the conversation at most (default: 4096, or what the model was trained for)",
+        help="length of the longest conversation in tokens (default: 4096, or less if the model was trained for less)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="tokens of an answer at most (default: 512)"
+        "--max-tokens", type=int, default=512, metavar="N", help="length of the longest answer in tokens (default: 512)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="T", help="0 takes the likeliest token (default: 0.7)"
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="randomness of the answers; 0 always takes the likeliest token (default: 0.7)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+        "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
 
 

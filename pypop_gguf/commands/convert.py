@@ -1,4 +1,4 @@
-"""``pop-gguf convert``: turns a Hugging Face model or a GGUF into a GGUF that says where prefill may stop.
+"""``pop-gguf convert``: turns a Hugging Face model or a GGUF into a GGUF with a boundary.
 
 llama.cpp itself converts and quantizes. This adds layer importance (pypop_gguf/importance/estimate.py), the boundary
 (pypop_gguf/boundary_rules.py) and the ``pop.*`` keys (pypop_gguf/gguf_files/writer.py).
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
     from pypop_gguf.fitting.fit import Difference
 
 DESCRIPTION = """\
-Writes a GGUF with pop.* metadata: where prefill may stop, and the layer importance behind it. A GGUF is copied with its
-tensors untouched; of a split GGUF only the first shard is rewritten (the others have to stand beside the result). The
-result still loads in any llama.cpp, which then runs it unpruned."""
+Writes a GGUF with pop.* metadata: the boundary, which is the first layer that prefill skips, and the importance of the
+layers if it was estimated. The tensors of a GGUF are copied unchanged. If a GGUF is split, only its first shard is
+rewritten, and the other shards have to stand beside the result. Every other llama.cpp program still loads the result
+and runs all of its layers."""
 
 EPILOG = """\
-Importance takes one forward and one backward pass a sample with torch: about the model's size in its --dtype plus the
-activations of --calibration-tokens tokens in memory. --boundary with --no-importance needs no torch for a GGUF.
---fit-kv keeps sums in float64 beside the model, 16 n_in (n_in + n_out) bytes for each fitted layer: 5.0 GB for half of
-an 8B Llama."""
+To estimate importance, torch takes one forward and one backward pass for each sample. It needs memory for the model in
+its --dtype and for the activations of --calibration-tokens tokens. A GGUF with --boundary and --no-importance needs no
+torch. --fit-kv keeps sums in float64 beside the model, 16 n_in (n_in + n_out) bytes for each fitted layer, which is
+5.0 GB for half of an 8B Llama."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,18 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="Hugging Face directory, hub id, or GGUF file")
     parser.add_argument(
-        "--outfile", type=Path, help="file to write; {ftype} becomes the outtype; may be the input GGUF"
+        "--outfile", type=Path, help="file to write; {ftype} in its name becomes the outtype; it may be the input GGUF"
     )
     parser.add_argument(
         "--outtype",
         choices=("auto", *quantize.FLOAT_TYPES, *quantize.QUANTIZER_TYPES),
         default="auto",
-        help="type of the weights; auto is the best 16-bit type for a Hugging Face model, and leaves a GGUF as it is "
-        "(default: auto)",
+        help="type of the weights; auto takes the best 16-bit type for a Hugging Face model, and keeps the tensors of "
+        "a GGUF unchanged (default: auto)",
     )
-    parser.add_argument("--model-name", help="name of the model, for the file's metadata")
+    parser.add_argument("--model-name", help="name of the model to write into the file's metadata")
     parser.add_argument(
-        "--mmproj", action="store_true", help="also write a vision model's projector, as mmproj-OUTFILE"
+        "--mmproj", action="store_true", help="also write the projector of a vision model, as mmproj-OUTFILE"
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -75,61 +76,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the converter's log")
 
     rule = parser.add_argument_group("boundary (one of)").add_mutually_exclusive_group()
-    rule.add_argument("--prune-ratio", type=float, metavar="R", help="skip floor(L R) of the L layers (default: 1/3)")
+    rule.add_argument(
+        "--prune-ratio",
+        type=float,
+        metavar="R",
+        help="share of the layers to skip, rounded down to whole layers (default: 1/3)",
+    )
     rule.add_argument("--boundary", metavar="B", help='first layer that prefill skips, 1..L, or "lossless"')
     rule.add_argument(
         "--max-importance-loss",
         type=float,
         metavar="S",
-        help="deepest cut whose skipped share of prefill importance is <= S",
+        help="lowest boundary whose skipped layers hold at most the share S of the prefill importance, 0 to 1",
     )
 
     importance = parser.add_argument_group("importance")
     importance.add_argument(
         "--importance",
         action=argparse.BooleanOptionalAction,
-        help="estimate it (default: for a Hugging Face model; for a GGUF where --calibration or "
-        "--max-importance-loss asks for it, since transformers unpacks quantized weights)",
+        help="estimate the importance of the layers (default: yes for a Hugging Face model; for a GGUF only if "
+        "--calibration or --max-importance-loss needs it, because transformers unpacks quantized weights)",
     )
     importance.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text, or JSONL with text, prompt and response, or messages (default: bundled prompts)",
+        help='calibration texts: plain text, or JSON Lines with "text", "prompt" and "response", or "messages" '
+        "(default: the bundled texts)",
     )
     importance.add_argument(
-        "--calibration-samples", type=int, default=200, metavar="N", help="samples at most (default: 200)"
+        "--calibration-samples", type=int, default=200, metavar="N", help="largest number of samples (default: 200)"
     )
     importance.add_argument(
-        "--calibration-tokens", type=int, default=512, metavar="N", help="tokens of a sample at most (default: 512)"
+        "--calibration-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="length of the longest sample in tokens (default: 512)",
     )
     importance.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice of samples and of the sampled labels (default: 0)"
+        "--seed", type=int, default=0, help="seed for choosing samples and drawing labels (default: 0)"
     )
     importance.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device of torch (default: auto)"
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="device that torch computes on (default: auto)",
     )
     importance.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="type of the weights (default: auto, float32 on the CPU)",
+        help="type of the weights in torch; auto is float32 on the CPU (default: auto)",
     )
 
     fit = parser.add_argument_group("fitted projections")
     fit.add_argument(
         "--fit-kv",
         action="store_true",
-        help="fit what skipped layers write to their caches, on the calibration texts, and write it beside OUTFILE as "
-        ".pop-bN.gguf",
+        help="fit projections for the caches of the skipped layers to the calibration texts, and write the adapter "
+        "beside OUTFILE, with a name that ends in .pop-bN.gguf",
     )
-    fit.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the fitted differences (default: 32)")
+    fit.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the fitted corrections (default: 32)")
     fit.add_argument(
         "--distill-steps",
         type=int,
         default=0,
         metavar="N",
-        help="then N steps of gradient descent on the KL to the whole model (default: 0)",
+        help="improve the fit by N steps of gradient descent on the KL divergence to the whole model (default: 0)",
     )
 
 
@@ -178,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 convert(projector, options=["--mmproj"])
             except PopError as error:
-                raise PopError(f"no projector, leave out --mmproj: {error}") from error
+                raise PopError(f"this model has no projector: leave out --mmproj ({error})") from error
 
         choose = functools.partial(
             choose_boundary,
@@ -188,9 +202,8 @@ def run(arguments: argparse.Namespace) -> int:
             boundary=arguments.boundary,
             max_importance_loss=arguments.max_importance_loss,
         )
-        choose(
-            importance=np.ones(support.n_layer)
-        )  # This refuses a boundary that the model does not have before the work begins.
+        # This refuses a boundary that the model does not have before the work begins.
+        choose(importance=np.ones(support.n_layer))
         calibration = Calibration(
             CalibrationOptions(
                 source,
@@ -254,7 +267,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             "--no-importance leaves nothing for --calibration or --max-importance-loss to do: drop one of them"
         )
     if arguments.calibration and not arguments.calibration.is_file():
-        raise PopError(f"{arguments.calibration}: no such calibration file")
+        raise PopError(f"{arguments.calibration}: no such file; give a file of calibration texts")
 
 
 def _wants_importance(arguments: argparse.Namespace, is_gguf: bool, stored: PopMetadata) -> bool:
@@ -304,11 +317,15 @@ def _read_stored(source: Path) -> PopMetadata:
 
 def _print_summary(target: Path, n_layer: int, choice: BoundaryChoice, seconds: float) -> None:
     skipped = n_layer - choice.boundary
-    share = "unknown (no importance)" if choice.skipped_share is None else f"{choice.skipped_share:.1%}"
+    lost = (
+        "unknown, because importance was not estimated"
+        if choice.skipped_share is None
+        else f"{choice.skipped_share:.1%} of prefill importance lies in the skipped layers"
+    )
     peak = peak_bytes(children=True)
     print(f"file             {target} ({target.stat().st_size / 1e6:.1f} MB)")
     print(f"boundary         layer {choice.boundary} of {n_layer}: prefill skips {skipped} ({choice.rule})")
-    print(f"importance lost  {share} of prefill importance lies in the skipped layers")
+    print(f"importance lost  {lost}")
     print(f"took             {seconds:.1f} s" + (f", peak memory {peak / 1e9:.2f} GB" if peak else ""))
     print(f"next             pop-gguf inspect {target}")
 

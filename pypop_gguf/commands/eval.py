@@ -1,8 +1,8 @@
 """``pop-gguf eval``: measures what pruning costs a model file, as it is quantized, on texts of the user's own.
 
-For each sample a pruned pass reads the context, the whole model scores the continuation on that cache, and the score is
-set beside that of the whole model. pypop_gguf/quality/ has the tasks and measures; this module runs them and prints
-tables.
+For each sample a pruned pass reads the prompt, and the whole model scores the text after it on the cache that this pass
+has left. The score is compared with that of the whole model alone. pypop_gguf/quality/ has the tasks and measures; this
+module runs them and prints tables.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from pypop_gguf.statistics import Mean
 from pypop_gguf.terminal import aligned, integer_list, progress
 
 DESCRIPTION = """\
-Scores continuations by the whole model on the cache that a pruned prompt has left: negative log-likelihood, KL
-divergence to the whole model and agreement of the likeliest token, as means over samples with 95% intervals. Where
-answers can be checked, it also generates them (greedy) and counts exact matches. Ctrl-C prints what was measured so
-far."""
+Measures what pruning costs. A pruned pass reads each prompt, and the whole model then scores the text after it on the
+cache that this pass has left. The table shows the negative log-likelihood, the KL divergence to the whole model, and
+how often both find the same token the likeliest. These are means over samples, with 95% intervals. Where answers can be
+checked, they are also generated greedily, and exact matches are counted. Ctrl-C prints what was measured so far."""
 
 EPILOG = """\
-FILE is plain text (cut into pieces) or JSON Lines: "text"; "prompt" and "response", with "answer" also a question;
-"messages"; GSM8K's "question" and "answer"; HumanEval's "prompt", "canonical_solution", "test" and "entry_point"."""
+FILE is plain text, which is cut into pieces, or JSON Lines. A line has one of these sets of keys: "text"; "prompt" and
+"response"; "messages"; "question" and "answer", as in GSM8K; "prompt", "canonical_solution", "test" and "entry_point",
+as in HumanEval. A line with "prompt", "response" and "answer" is also a question."""
 
 # What is measured of one task: the task, the means for each boundary, and the share of right answers at each boundary.
 Result = tuple[Task, list[Quality], dict[int, Mean]]
@@ -39,28 +40,44 @@ Result = tuple[Task, list[Quality], dict[int, Mean]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="texts or questions; each file is a task")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to measure")
     parser.add_argument(
-        "--recall", type=int, default=0, metavar="N", help="also N built-in texts to recall a code from (needs no FILE)"
+        "files", type=Path, nargs="*", metavar="FILE", help="file of texts or questions, which becomes one task"
+    )
+    parser.add_argument(
+        "--recall",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure N built-in texts from which a code is recalled (needs no FILE)",
     )
     parser.add_argument(
         "--boundary",
         type=integer_list,
         metavar="B,B",
-        help="first layer that prefill skips (default: the file's, or two thirds of the layers)",
+        help="boundaries to measure (default: the file's, or two thirds of the layers)",
     )
     parser.add_argument(
-        "--lm-eval", metavar="TASK,TASK", help="also tasks of lm-evaluation-harness, at most --samples documents each"
+        "--lm-eval",
+        metavar="TASK,TASK",
+        help="also run these tasks of lm-evaluation-harness, with at most --samples documents each",
     )
-    parser.add_argument("--task-dir", type=Path, metavar="DIR", help="directory with harness tasks of your own (YAML)")
     parser.add_argument(
-        "--mmproj", type=Path, metavar="FILE.gguf", help="the model's projector, for harness tasks with images"
+        "--task-dir",
+        type=Path,
+        metavar="DIR",
+        help="directory with your own tasks for lm-evaluation-harness (YAML files)",
+    )
+    parser.add_argument(
+        "--mmproj",
+        type=Path,
+        metavar="FILE.gguf",
+        help="projector of the model, for tasks of lm-evaluation-harness with images",
     )
     parser.add_argument(
         "--run-code",
         action="store_true",
-        help="run what the model writes for HumanEval's problems: only where you trust it",
+        help="run the programs that the model writes for HumanEval's problems; use it only if you trust them",
     )
     parser.add_argument("--no-generate", action="store_true", help="score only, and answer no questions")
     add_model_arguments(parser)
@@ -134,7 +151,7 @@ def _measure(llm: PopLlama, tasks: list[Task], boundaries: list[int]) -> tuple[l
         if scores:
             results.append((task, summarize(scores), share_of_right_answers(answered)))
         if interrupted:
-            print("interrupted: these are the samples that were done", file=sys.stderr)
+            print("interrupted: the tables show the samples that were done", file=sys.stderr)
             return results, True
     return results, False
 

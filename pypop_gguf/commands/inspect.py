@@ -20,8 +20,8 @@ _BAR_WIDTH = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints a file's pop.* metadata. Loads neither weights nor the native library."
-    parser.add_argument("file", type=Path, help="GGUF file; the first shard of a split one")
+    parser.description = "Prints the pop.* metadata of a file. It loads neither the weights nor the native library."
+    parser.add_argument("file", type=Path, help="GGUF file; if it is split, the first shard")
     parser.add_argument("--json", action="store_true", help="print the metadata as JSON")
 
 

@@ -22,8 +22,8 @@ from pypop_gguf.gguf_files.metadata import MAX_LAYERS
 from pypop_gguf.gguf_files.writer import check_free_space, replacing
 
 DESCRIPTION = """\
-Writes a GGUF with the geometry of a known model and random weights: good for measuring speed and memory, for nothing
-else. Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
+Writes a GGUF with the geometry of a known model and random weights, which serves to measure speed and
+memory. Its tokenizer has a token for each number and each byte: "17 4 4096" is three tokens."""
 
 _WEIGHT_STD = 0.02  # It keeps the activations of every geometry here far from the limits of F16.
 _WRITE_BYTES = 16 << 20
@@ -90,13 +90,13 @@ _FILE_TYPES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("geometry", choices=GEOMETRIES, help=", ".join(GEOMETRIES), metavar="GEOMETRY")
-    parser.add_argument("outfile", type=Path, metavar="OUT.gguf")
+    parser.add_argument("geometry", choices=GEOMETRIES, help="one of " + ", ".join(GEOMETRIES), metavar="GEOMETRY")
+    parser.add_argument("outfile", type=Path, metavar="OUT.gguf", help="file to write")
     parser.add_argument(
         "--outtype", choices=_FILE_TYPES, default="q4_k_m", help="type of the weights (default: q4_k_m)"
     )
-    parser.add_argument("--layers", type=int, metavar="N", help="layers to write (default: the geometry's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    parser.add_argument("--layers", type=int, metavar="N", help="number of layers (default: that of the geometry)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the weights (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:

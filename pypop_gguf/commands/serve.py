@@ -17,44 +17,56 @@ from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.terminal import available_cores
 
 DESCRIPTION = """\
-Serves a model on an OpenAI-compatible HTTP address, many requests at once: /v1/chat/completions, /v1/completions,
-/v1/embeddings, /metrics (Prometheus), /health. The boundary comes from the file; every layer reads the prompt of a
-request with "pop": false. The server is llama.cpp's llama-server: what follows --server-options goes to it as it is."""
+Serves a model over HTTP, with OpenAI-compatible endpoints and several requests at once: /v1/chat/completions,
+/v1/completions, /v1/embeddings, /metrics (Prometheus), /health. The boundary comes from the file. If a request has
+"pop": false, all layers read its prompt. The server is llama.cpp's llama-server, and what follows --server-options goes
+to it unchanged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to serve")
     parser.add_argument(
         "--boundary",
         type=int,
         metavar="N",
-        help="first layer that prompts skip; the number of layers skips none (default: the file's)",
+        help="first layer that prompts skip; the number of layers of the model skips none (default: the file's)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
     parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: 8080)")
-    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="requests at once; more wait (default: 4)")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=4,
+        metavar="N",
+        help="number of requests that run at once, while others wait (default: 4)",
+    )
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens of all requests together, of which each has its share (default: as many as the model was trained "
-        "for, if memory holds them)",
+        help="length of the context in tokens, which the requests that run at once share equally (default: what the "
+        "model was trained for, if it fits into memory)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+        "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector of a model that reads images")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that clients must send, one a line")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the keys of which clients must send one, one key per line",
+    )
     parser.add_argument(
         "--server-options",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="OPTION",
-        help="llama-server's own options, up to the end of the line; its --help lists them",
+        help="options of llama-server, up to the end of the line; `--server-options --help` lists them",
     )
 
 
@@ -96,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def server_program() -> Path:
-    """The llama-server that was built with the package.
+    """Returns the path of the llama-server that was built with the package.
 
     Raises:
         PopError: The package was built without it.

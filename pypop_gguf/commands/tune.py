@@ -27,14 +27,14 @@ from pypop_gguf.quality.tasks import read_task, report_skipped
 from pypop_gguf.terminal import aligned, integer_list, progress
 
 DESCRIPTION = """\
-Measures quality at each boundary, as `pop-gguf eval` does, and the speed-up that the operations left allow; chooses the
-lowest boundary within the budget. --outfile writes both into a file's metadata, a copy or the model itself. Needs no
-torch."""
+Measures quality at each boundary, as `pop-gguf eval` does, and computes the limit of the speed-up there. Then it
+chooses the lowest boundary within the budget. --outfile writes this boundary and the measured curve into the metadata
+of a copy, or of the model file itself. No torch is needed."""
 
 EPILOG = """\
-The mean over samples keeps the budget at the chosen boundary and at every measured one above it. The speed-up is the
-operations of the whole graph over those of the pruned one, for a prompt of 512 tokens; --measure times this machine,
-`pop-gguf bench` does it with care, against stock llama.cpp."""
+The chosen boundary and every measured boundary above it keep the budget, as means over the samples. The limit is the
+operations of the whole model, divided by those that are left, for a prompt of 512 tokens. --measure times this machine;
+`pop-gguf bench` does so with more care, against stock llama.cpp."""
 
 _SPEEDUP_TOKENS = 512  # one micro-batch
 
@@ -42,24 +42,29 @@ _SPEEDUP_TOKENS = 512  # one micro-batch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to measure")
     parser.add_argument(
         "--text",
         type=Path,
         required=True,
         metavar="FILE",
-        help="texts like those you will use the model on, in a format that eval reads",
+        help="texts like those that you will use the model on, in any format that eval reads",
     )
     budget = parser.add_argument_group("budget (one of)").add_mutually_exclusive_group(required=True)
-    budget.add_argument("--max-kl", type=float, metavar="X", help="KL divergence to the whole model, nats a token")
     budget.add_argument(
-        "--max-loss-increase", type=float, metavar="P", help="increase of the negative log-likelihood, percent"
+        "--max-kl", type=float, metavar="X", help="largest KL divergence to the whole model, in nats per token"
+    )
+    budget.add_argument(
+        "--max-loss-increase",
+        type=float,
+        metavar="P",
+        help="largest increase of the negative log-likelihood, in percent",
     )
     parser.add_argument(
         "--boundary",
         type=integer_list,
         metavar="B,B",
-        help="boundaries to measure (default: all from a third of the layers on)",
+        help="boundaries to measure (default: all from a third of the layers up)",
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -67,12 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also time N reads of a prompt of --context tokens at each boundary",
+        help="also time a prompt of --context tokens N times at each boundary",
     )
     parser.add_argument(
-        "--outfile", type=Path, metavar="FILE.gguf", help="write boundary and curve into it; may be MODEL.gguf itself"
+        "--outfile",
+        type=Path,
+        metavar="FILE.gguf",
+        help="file to write the boundary and the curve into; it may be MODEL.gguf itself",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the curve")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="file to plot the curve into")
     parser.add_argument("--json", action="store_true", help="print the curve as JSON")
 
 
@@ -116,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         interrupted = True
     qualities = summarize(scores)
-    speedups = _count_speedups(arguments.model, [quality.boundary for quality in qualities])
+    limits = _count_limits(arguments.model, [quality.boundary for quality in qualities])
     choice = choose_by_curve(
         n_layer,
         {quality.boundary: (quality.kl.value, quality.loss_increase.value) for quality in qualities},
@@ -125,23 +133,23 @@ def run(arguments: argparse.Namespace) -> int:
     )
     title = f"{arguments.model.stem} on {arguments.text.name}, {len(scores)} samples"
     if arguments.json:
-        print(json.dumps(_as_json(qualities, speedups, measured, choice.boundary), indent=2))
+        print(json.dumps(_as_json(qualities, limits, measured, choice.boundary), indent=2))
     else:
-        print(_format_table(title, qualities, speedups, measured, choice.boundary, llm))
+        print(_format_table(title, qualities, limits, measured, choice.boundary, llm))
     if arguments.plot:
-        plot_curve(title, qualities, speedups, choice.boundary, arguments.plot)
+        plot_curve(title, qualities, limits, choice.boundary, arguments.plot)
     if interrupted:
         count = f"{len(scores)} of {len(task.samples)} samples"
         print(f"interrupted after {count}: no boundary was written", file=sys.stderr)
         return 130
     if arguments.outfile:
-        curve = _make_curve(n_layer, qualities, speedups, arguments.text.name)
+        curve = _make_curve(n_layer, qualities, limits, arguments.text.name)
         _write(arguments.model, arguments.outfile, llm, choice.boundary, curve)
     return 0
 
 
-def _count_speedups(model: Path, boundaries: list[int]) -> dict[int, float]:
-    """Returns the speed-up that the operations left allow at each boundary, for a prompt of one micro-batch."""
+def _count_limits(model: Path, boundaries: list[int]) -> dict[int, float]:
+    """Returns the limit of the speed-up at each boundary, for a prompt of one micro-batch."""
     sized = PopLlama(str(model), pop=False, n_ctx=_SPEEDUP_TOKENS, n_batch=_SPEEDUP_TOKENS, verbose=False)
     n_layer, context = sized.pop.n_layer, sized.ctx
 
@@ -162,7 +170,8 @@ def _measure_speedups(llm: PopLlama, boundaries: list[int], rounds: int) -> dict
     """Times the first token at each boundary in each of ``rounds``.
 
     Returns:
-        For each boundary the least, median and largest of: the whole model's time over the boundary's, in one round.
+        For each boundary the smallest, the median and the largest speed-up: the whole model's time in a round, divided
+        by the boundary's.
     """
     # It does not matter which tokens they are.
     tokens = [token % llm.n_vocab() for token in range(1000, 1000 + llm.n_ctx() - 1)]
@@ -186,7 +195,7 @@ def _measure_speedups(llm: PopLlama, boundaries: list[int], rounds: int) -> dict
     return {boundary: np.percentile(found, (0, 50, 100)).tolist() for boundary, found in ratios.items()}
 
 
-def _make_curve(n_layer: int, qualities: list[Quality], speedups: dict[int, float], source: str) -> Curve:
+def _make_curve(n_layer: int, qualities: list[Quality], limits: dict[int, float], source: str) -> Curve:
     pruned = [quality for quality in qualities if quality.boundary != n_layer]
     if not pruned:
         raise PopError(f"--boundary {n_layer} alone is the whole model: there is no curve to write")
@@ -194,7 +203,7 @@ def _make_curve(n_layer: int, qualities: list[Quality], speedups: dict[int, floa
         boundary=[quality.boundary for quality in pruned],
         kl=[quality.kl.value for quality in pruned],
         loss_increase=[quality.loss_increase.value for quality in pruned],
-        speedup=[speedups[quality.boundary] for quality in pruned],
+        speedup=[limits[quality.boundary] for quality in pruned],
         samples=pruned[0].samples,
         source=source,
     )
@@ -214,13 +223,11 @@ def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve
     print(f"wrote {target}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
 
 
-def _as_json(
-    qualities: list[Quality], speedups: dict[int, float], measured: dict[int, list[float]], chosen: int
-) -> dict:
+def _as_json(qualities: list[Quality], limits: dict[int, float], measured: dict[int, list[float]], chosen: int) -> dict:
     rows = [
         {
             **dataclasses.asdict(quality),
-            "speedup": speedups[quality.boundary],
+            "speedup": limits[quality.boundary],
             "measured_speedup": measured.get(quality.boundary),
         }
         for quality in qualities
@@ -231,14 +238,14 @@ def _as_json(
 def _format_table(
     title: str,
     qualities: list[Quality],
-    speedups: dict[int, float],
+    limits: dict[int, float],
     measured: dict[int, list[float]],
     chosen: int,
     llm: PopLlama,
 ) -> str:
-    timed = ("measured [range]",) if measured else ()
+    timed = ("speed-up [range]",) if measured else ()
     rows: list[tuple] = [
-        ("", "boundary", "layers kept", "speed-up", *timed, "KL [95%]", "loss increase [95%]", "same top token")
+        ("", "boundary", "layers kept", "limit", *timed, "KL [95%]", "loss increase [95%]", "same top token")
     ]
     for quality in qualities:
         rows.append(
@@ -246,7 +253,7 @@ def _format_table(
                 "*" if quality.boundary == chosen else "",
                 label_boundary(llm, quality.boundary),
                 f"{quality.boundary / llm.pop.n_layer:.0%}",
-                f"{speedups[quality.boundary]:.3f}",
+                f"{limits[quality.boundary]:.3f}",
                 *("{1:.3f} [{0:.3f}, {2:.3f}]".format(*measured[quality.boundary]) for _ in timed),
                 quality.kl,
                 f"{quality.loss_increase:.1%}",

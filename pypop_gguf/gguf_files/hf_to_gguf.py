@@ -36,10 +36,12 @@ def model_directory(model: str, trust_remote_code: bool = False) -> Path:
     directory = Path(model)
     if not directory.exists():
         if not _HUB_ID.fullmatch(model):
-            raise PopError(f"{model}: no such file or directory")
+            raise PopError(
+                f"{model}: no such file or directory; give a Hugging Face directory, a hub id or a GGUF file"
+            )
         directory = _download(model, [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES)
     if not (directory / "config.json").is_file():
-        raise PopError(f"{directory}: no config.json there: not a Hugging Face model directory")
+        raise PopError(f"{directory}: no config.json there; give the directory of a Hugging Face model")
     if not any(directory.glob("model*.safetensors*")):  # Else the converter would take other files.
         raise PopError(f"{directory}: no *.safetensors weights there; other formats may hold code and are not loaded")
     return directory

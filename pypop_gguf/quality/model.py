@@ -15,20 +15,26 @@ from pypop_gguf.terminal import available_cores
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that :func:`open_model` reads."""
     parser.add_argument(
-        "--samples", type=int, default=40, metavar="N", help="samples of each file at most (default: 40)"
+        "--samples", type=int, default=40, metavar="N", help="largest number of samples of each file (default: 40)"
     )
     parser.add_argument(
         "--context",
         type=int,
         default=512,
         metavar="N",
-        help="tokens of a sample at most, prompt and continuation (default: 512)",
+        help="length of the longest sample in tokens, the prompt and the text after it together (default: 512)",
     )
     parser.add_argument(
-        "--head", type=int, metavar="H", help="first prompt tokens that run every layer (default: the file's, or 0)"
+        "--head",
+        type=int,
+        metavar="H",
+        help="number of first prompt tokens that run every layer (default: the file's, or 0)",
     )
     parser.add_argument(
-        "--tail", type=int, metavar="T", help="last prompt tokens that run every layer (default: the file's, or 1)"
+        "--tail",
+        type=int,
+        metavar="T",
+        help="number of last prompt tokens that run every layer (default: the file's, or 1)",
     )
     parser.add_argument(
         "--adapter",
@@ -36,11 +42,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="FILE.gguf",
-        help="fitted projections, one file for each boundary that shall use them (default: none)",
+        help="adapters with fitted projections, one file for each boundary that shall use one (default: none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing samples (default: 0)")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to use (default: the cores this process may use)"
+        "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
 
 
@@ -73,7 +79,7 @@ def open_model(
             raise PopError(f"--boundary {boundary} is out of range: give 1 to {support.n_layer}")
     threads = arguments.threads or available_cores()
     if mmproj and not mmproj.is_file():
-        raise PopError(f"--mmproj {mmproj}: no such file")
+        raise PopError(f"--mmproj {mmproj}: no such file; give the model's projector")
     chat_format = library.load().llama_chat_format
     llm = PopLlama(
         str(arguments.model),

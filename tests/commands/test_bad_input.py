@@ -136,7 +136,7 @@ ARGUMENTS = {
     ("--max-importance-loss", "2"): "give 0 to 1",
     ("--no-importance", "--max-importance-loss", "0.1"): "drop one of them",
     ("--no-importance", "--calibration", __file__): "drop one of them",
-    ("--calibration", "missing.txt"): "missing.txt: no such calibration file",
+    ("--calibration", "missing.txt"): "missing.txt: no such file; give a file of calibration texts",
     ("--importance", "--calibration-samples", "0"): "--calibration-samples 0 is out of range: give at least 1",
     ("--importance", "--calibration-tokens", "7"): "--calibration-tokens 7 is out of range: give at least 8",
     ("--importance", "--seed", "-1"): "--seed -1 is out of range: give 0 to 4294967295",
@@ -190,7 +190,7 @@ def test_directory_without_config_or_weights_is_refused(refused, hf_model):
     (hf_model / "model.safetensors").rename(hf_model / "pytorch_model.bin")
     assert "no *.safetensors weights there" in refused(hf_model)
     (hf_model / "config.json").unlink()
-    assert "no config.json there: not a Hugging Face model directory" in refused(hf_model)
+    assert "no config.json there; give the directory of a Hugging Face model" in refused(hf_model)
 
 
 def test_architecture_that_the_converter_does_not_know_is_named(refused, hf_model):
@@ -233,7 +233,7 @@ def test_encoder_from_hugging_face_is_refused(refused, tmp_path):
 
 def test_projector_of_a_text_model_is_refused_and_nothing_written(refused):
     line = refused(BUNDLED, "--mmproj", "--no-importance")
-    assert "no projector, leave out --mmproj" in line and "LlamaForCausalLM is not supported" in line
+    assert "this model has no projector: leave out --mmproj" in line and "LlamaForCausalLM is not supported" in line
 
 
 # These tests need a process of their own.

@@ -163,8 +163,8 @@ def test_bench_records_every_run(measured):
     assert all(float(row["plan_ms"]) > 0 for row in pruned)
 
 
-def test_bench_tables_show_the_bound_and_name_the_baseline(measured):
-    assert "bound: the speed-up that the operations left allow" in measured[1]
+def test_bench_tables_show_the_limit_and_name_the_baseline(measured):
+    assert "limit: the speed-up to expect if time were proportional to operations" in measured[1]
     assert ("stock llama.cpp in a process of its own" in measured[1]) == bool(STOCK_OPTIONS)
     assert ("no --stock given" in measured[1]) == (not STOCK_OPTIONS)
     lines = [line.split() for line in measured[1].splitlines() if line.strip().startswith("32 ")]
@@ -211,7 +211,7 @@ def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path)
     out, err = process.communicate()
     assert process.returncode == 130 and "interrupted after" in err, err
     assert len(bench_runs.read_csv(path)) >= n_of_first_case - 1
-    assert "Time to first token" in out
+    assert "time to the first token" in out
 
 
 def test_existing_csv_is_continued_and_a_foreign_one_refused(measured, tmp_path):
@@ -240,24 +240,24 @@ def runs_of(engine: str, times_ms: list[float], decode_ms: float, flops_ratio: f
 
 
 @pytest.mark.parametrize(
-    ("engine", "flops_ratio", "bound_ms"),
+    ("engine", "flops_ratio", "limit_ms"),
     [
         ("pop-repeat", 0.7, 80.0),
         ("pop", 0.7, 72.5),
         ("pop", None, None),
     ],
 )
-def test_bound_is_the_share_of_operations_plus_one_token(engine, flops_ratio, bound_ms):
+def test_limit_is_the_share_of_operations_plus_one_token(engine, flops_ratio, limit_ms):
     # One token takes 10 ms, and 2 of 8 layers remain for a continued one. Medians ignore the outlier.
     stock = runs_of("stock", [100.0, 99.0, 900.0], 10.0)
     pop = runs_of(engine, [90.0, 89.0, 91.0], 10.0, flops_ratio)
-    bound, reached = bound_ms and 100 / bound_ms, bound_ms and bound_ms / 90
+    limit, reached = limit_ms and 100 / limit_ms, limit_ms and limit_ms / 90
     ((case,),) = bench_report.summarize([*stock, *pop]).values()
     assert case.speedup.value == pytest.approx(100 / 90)
     assert case.speedup.low <= case.speedup.value <= case.speedup.high
-    assert (case.bound, case.reached) == (pytest.approx(bound), pytest.approx(reached))
+    assert (case.limit, case.reached) == (pytest.approx(limit), pytest.approx(reached))
     assert case.planning == pytest.approx(0.01)
-    assert ("N/A" in bench_report.format_tables(stock_setting(), [case]).splitlines()[7]) == (bound is None)
+    assert ("N/A" in bench_report.format_tables(stock_setting(), [case]).splitlines()[7]) == (limit is None)
 
 
 def refused(capsys, *arguments: object) -> str:

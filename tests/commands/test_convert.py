@@ -163,7 +163,7 @@ def test_boundary_options_reach_the_file(bundled_gguf, tmp_path, capsys, option,
     assert read_metadata(tmp_path / "a.gguf").boundary == boundary
     output = capsys.readouterr().out
     assert f"layer {boundary} of 12: prefill skips {12 - boundary} ({' '.join(option)})" in output
-    assert "unknown (no importance)" in output
+    assert "unknown, because importance was not estimated" in output
 
 
 def test_default_name_stands_beside_a_gguf(tmp_path):

@@ -104,7 +104,7 @@ def test_summary_is_the_mean_over_samples_with_paired_increase():
         (dict(max_loss_increase=9.0), 1),
     ],
 )
-def test_deepest_boundary_within_the_budget_and_none_above_it_beyond(budget, expected):
+def test_lowest_boundary_within_the_budget_and_none_above_it_beyond(budget, expected):
     # At 3 the KL divergence is over 0.05, at 2 it is below again: nothing below a breach counts.
     curve = {6: (0.0, 0.0), 5: (0.0, 0.0), 4: (0.01, 0.01), 3: (0.1, 0.02), 2: (0.04, 0.05), 1: (0.3, 0.08)}
     assert choose_by_curve(6, curve, **budget).boundary == expected
@@ -317,7 +317,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_measuring(bundled_gguf,
     done = subprocess.run([*drop, sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
-        f"pop-gguf: error: --plot {closed / 'x.png'}: no permission to write there\n",
+        f"pop-gguf: error: --plot {closed / 'x.png'}: no permission to write there; give another --plot\n",
     )
     assert not list(closed.iterdir())
 

@@ -105,7 +105,7 @@ def speedup_and_limit(case) -> list[str]:
         return ["N/A", ""]
     ratio = case.speedup
     interval = "(one round)" if case.runs == 1 else f"[{ratio.low:.2f}, {ratio.high:.2f}]"
-    return [f"{ratio.value:.2f} {interval}", f"{case.bound:.2f}"]
+    return [f"{ratio.value:.2f} {interval}", f"{case.limit:.2f}"]
 
 
 def test_readme_speeds_match_the_raw_runs(measured):

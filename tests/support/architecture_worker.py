@@ -108,7 +108,7 @@ def engine(path: str, out: str) -> dict:
     context = new_context(model, n_ctx=512, n_ubatch=512)
     full = native.graph_flops(context, boundary=n_layer, n_tokens=512, n_seqs=1, n_outputs=1)
     boundary = max(1, n_layer - n_layer // 3)
-    found["flop_bound"] = full / native.graph_flops(context, boundary=boundary, n_tokens=511, n_seqs=1, n_outputs=0)
+    found["flop_limit"] = full / native.graph_flops(context, boundary=boundary, n_tokens=511, n_seqs=1, n_outputs=0)
     return found
 
 
