@@ -35,7 +35,7 @@ enum llama_pop_boundary {
     LLAMA_POP_LOSSLESS = -2, // see llama_pop_lossless_boundary()
 };
 
-// Where the boundary of a llama_pop_choice comes from.
+// The source of the boundary in a llama_pop_choice.
 enum llama_pop_source {
     LLAMA_POP_SOURCE_OFF      = 0, // nothing is pruned
     LLAMA_POP_SOURCE_ARGUMENT = 1, // the request named it, as a number or as LLAMA_POP_LOSSLESS

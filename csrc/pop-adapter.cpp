@@ -69,7 +69,7 @@ uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter) {
     return adapter.type == POP_ADAPTER_TYPE ? strtoul(value(adapter, "pop.boundary").c_str(), nullptr, 10) : 0;
 }
 
-// Why an adapter that could be loaded is not for this model, empty if it is.
+// Returns why an adapter that could be loaded is not for this model; empty if it is.
 static std::string mismatch(const llama_model & model, const llama_adapter_lora & adapter) {
     const std::string version = value(adapter, "pop.adapter.version");
     if (version != POP_ADAPTER_VERSION) {

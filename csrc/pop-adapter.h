@@ -10,17 +10,18 @@
 struct llama_adapter_lora;
 struct llama_model;
 
-// A hash of the model's norm weights, which stay as they are when its file is quantized.
+// Returns a hash of the model's norm weights, which stay as they are when its file is quantized.
 uint64_t pop_fingerprint(const llama_model & model);
 
-// The file that belongs to a model file and a boundary: <stem>.pop-b<boundary>.gguf beside the model.
+// Returns the file that belongs to a model file and a boundary: <stem>.pop-b<boundary>.gguf beside the model.
 std::string pop_adapter_path(const std::string & path_model, int32_t boundary);
 
-// Returns nullptr if the file cannot be read or is not for this model, and why. The model owns the result.
+// Returns nullptr, and the reason in why, if the file cannot be read or is not for this model. The model owns the
+// result.
 llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, std::string & why);
 
 // Takes an adapter from its model and frees it. No context may use it.
 void pop_free_adapter(llama_adapter_lora * adapter);
 
-// The boundary that an adapter was fitted for, 0 if pop_load_adapter() did not make it.
+// Returns the boundary that an adapter was fitted for, 0 if pop_load_adapter() did not make it.
 uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter);

@@ -48,7 +48,7 @@ template <typename result, typename function> static result guarded(result failu
     return failure;
 }
 
-// False if an argument is NULL.
+// Returns false if an argument is NULL.
 template <typename... pointers> static bool given(const pointers *... arguments) {
     return ((arguments != nullptr) && ...) || refuse("an argument is NULL");
 }

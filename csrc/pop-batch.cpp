@@ -9,7 +9,7 @@ void pop_batch::begin_split(const llama_batch & batch) {
     }
     runs_whole.assign(batch.logits, batch.logits + batch.n_tokens);
 
-    std::map<llama_seq_id, int32_t> n_left; // of the tail that ends with the nearest later token that asks for logits
+    std::map<llama_seq_id, int32_t> n_left; // tokens left of the tail before the next token that asks for logits
     for (int32_t i = batch.n_tokens - 1; i >= 0; --i) {
         int32_t & n   = n_left[batch.seq_id[i][0]];
         runs_whole[i] = runs_whole[i] || n > 0 || batch.pos[i] < n_head || in_whole_sequence(batch, i);

@@ -1,6 +1,6 @@
 // How a batch is split into micro-batches while POP is on, and the label that says how each of them is run.
 //
-// llama_batch_allocr (patch 0001) holds a pop_batch: it asks may_share_ubatch() wherever it adds a token to a
+// llama_batch_allocr (patch pop/0001) holds a pop_batch: it asks may_share_ubatch() wherever it adds a token to a
 // micro-batch, and stores label_ubatch() in the finished one. pop_context::begin_batch() sets the rules at the start of
 // each decode().
 
@@ -69,7 +69,7 @@ struct pop_batch {
         }
     }
 
-    // Of a sequence's tokens, the first that no micro-batch has taken.
+    // The first token of a sequence that no micro-batch has taken.
     static int32_t next_token(const std::vector<int32_t> & idxs, const std::vector<bool> & used);
 
     bool may_share_ubatch(int32_t i, int32_t j) const {

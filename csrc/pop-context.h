@@ -1,6 +1,6 @@
 // A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
 //
-// llama_context (patch 0003) holds a pop_context: decode() calls begin_batch() before it splits a batch and
+// llama_context (patch pop/0003) holds a pop_context: decode() calls begin_batch() before it splits a batch and
 // ubatch_done() after each micro-batch, graph_params() calls graph_params_for().
 
 #pragma once
@@ -14,10 +14,11 @@
 #include <map>
 #include <set>
 
-// Whether a context reads something of every token from every layer, or runs other layers than the model's main ones.
+// Returns whether a context reads something of every token from every layer, or runs other layers than the model's
+// main ones.
 bool pop_needs_whole_model(const llama_cparams & cparams);
 
-// What the C API sets; llama-pop.h explains each.
+// The settings of the C API, which llama-pop.h explains.
 struct pop_settings {
     uint32_t boundary     = 0; // 0 = off
     int32_t  n_head       = 0;
@@ -43,7 +44,7 @@ struct pop_context : pop_settings {
     ggml_backend_buffer_ptr buf_states;
     ggml_tensor *           states = nullptr; // F32 [n_embd, n_ubatch]
 
-    // Whether tokens that are run whole use continuation at the boundary in force.
+    // Returns whether tokens that are run whole use continuation at the boundary in force.
     bool continues() const;
 
     // The adapter that a graph of this part at boundary b takes, or nullptr.

@@ -24,7 +24,7 @@ static int named_layer(const ggml_tensor * t) {
     return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
 }
 
-// Whether a builder gave the tensor one of the names of the state that a layer leaves to the next.
+// Returns whether a builder gave the tensor one of the names of the state that a layer leaves to the next.
 static bool is_layer_output(const ggml_tensor * t) {
     for (const char * name : { "l_out-", "l_last-", "ffn_residual-" }) {
         if (strncmp(t->name, name, strlen(name)) == 0) {
@@ -44,7 +44,7 @@ static bool is_view_op(const ggml_tensor * t) {
     return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
 }
 
-// Whether the result lies in the memory of another tensor, which is thereby changed.
+// Returns whether the result lies in the memory of another tensor, which is thereby changed.
 static bool is_in_place(const ggml_tensor * t) {
     return t->view_src && t->op != GGML_OP_NONE && !is_view_op(t);
 }
@@ -85,7 +85,7 @@ struct rewrite {
 
     llm_graph_result & res;
 
-    std::vector<ggml_tensor *> nodes; // of the whole graph, in order of evaluation
+    std::vector<ggml_tensor *> nodes; // the nodes of the whole graph, in order of evaluation
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what a node reads -> what it shall read instead
     tensor_set    replaced_memory;     // owners of the memory in which the replaced tensors lie
@@ -166,8 +166,9 @@ struct rewrite {
 
     bool works_on_replaced(const ggml_tensor * t) const { return is_in_place(t) && replaced_memory.count(t->view_src); }
 
-    // Whether the graph can be cut before a write to memory. own holds what the write needs beyond x_b, which has to be
-    // of one layer: a weight of a second skipped layer means that more than the residual stream passes between layers.
+    // Returns whether the graph can be cut before a write to memory. own holds what the write needs beyond x_b. All of
+    // it has to be of one layer: a weight of a second skipped layer means that more than the residual stream passes
+    // between layers.
     // No operation may work in place on a tensor that is replaced.
     bool is_cut(const tensor_set & own) const {
         int il_own = -1;
@@ -185,7 +186,7 @@ struct rewrite {
         return true;
     }
 
-    // Whether x holds one state for each token, laid out as the kept states are.
+    // Returns whether x holds one state for each token, laid out as the kept states are.
     bool is_rows(const ggml_tensor * x) const {
         return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
                pop.states && x->ne[0] == pop.states->ne[0];

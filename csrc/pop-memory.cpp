@@ -18,7 +18,7 @@ struct part {
     size_t       i_original;
     uint32_t     s0 = 0;
 
-    std::vector<std::vector<int32_t>> cells; // of each stream; empty: the original's own slots
+    std::vector<std::vector<int32_t>> cells; // the cells of each stream; if empty, the original's own slots
 };
 
 } // namespace

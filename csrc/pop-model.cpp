@@ -58,7 +58,7 @@ std::string pop_refusal(const llama_model & model, int32_t boundary) {
     return "";
 }
 
-// Reads a metadata value, which the model keeps as text. False if it is there and is not an integer from end to end.
+// Reads a metadata value, which the model keeps as text. Returns false if it is there but is not an integer.
 static bool meta_int(const llama_model & model, const char * key, bool & present, int64_t & value) {
     char          text[64];
     const int32_t len = llama_model_meta_val_str(&model, key, text, sizeof(text));

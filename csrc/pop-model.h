@@ -1,4 +1,4 @@
-// What a model allows: whether it can be pruned, at which boundaries, and what its file and a caller make of that.
+// Tells whether a model can be pruned, and at which boundaries, and reads what its file asks for.
 // The C API (pop-api.cpp) asks before any graph is built.
 
 #pragma once
@@ -10,13 +10,13 @@ struct llama_model;
 struct llama_pop_choice;
 struct llama_pop_request;
 
-// Number of layers without those for multi-token prediction, L.
+// Returns the number of layers without those for multi-token prediction, L.
 int32_t pop_n_layer(const llama_model & model);
 
-// Index of the last layer that writes to the cache or to a recurrent state.
+// Returns the index of the last layer that writes to the cache or to a recurrent state.
 int32_t pop_lossless_boundary(const llama_model & model);
 
-// Why this model cannot be pruned at this boundary, 1..L; empty if it can.
+// Returns why this model cannot be pruned at this boundary, 1..L; empty if it can.
 std::string pop_refusal(const llama_model & model, int32_t boundary);
 
 // The pop.* keys of a model's file.
@@ -27,10 +27,11 @@ struct pop_keys {
     int32_t min_tokens = 0;
 };
 
-// False if a key is unusable, and why.
+// Returns false, and the reason in why, if a key is unusable.
 bool pop_read_keys(const llama_model & model, pop_keys & keys, std::string & why);
 
-// Decides what llama_pop_open() sets, all but the adapter. False if a value is out of range or unusable, and why.
+// Decides all that llama_pop_open() sets but the adapter. Returns false, and the reason in why, if a value is out of
+// range or unusable.
 bool pop_choose(const llama_model &       model,
                 const llama_pop_request & request,
                 int32_t                   n_batch,

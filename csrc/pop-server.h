@@ -16,10 +16,10 @@ struct pop_server_record {
 
     int32_t first = NONE; // index of the first pruned token; whether a later one was pruned is not recorded
 
-    // How many of the first n_past cached tokens serve a request. One that does not prune cannot use pruned tokens.
+    // Returns how many of the first n_past cached tokens serve a request, which can use pruned ones only if it prunes.
     int32_t n_usable(int32_t n_past, bool prunes) const { return prunes ? n_past : std::min(n_past, first); }
 
-    // The record after a context shift, which has moved the tokens from n_keep on.
+    // Returns the record after a context shift, which has moved the tokens from n_keep on.
     pop_server_record after_shift(int32_t n_keep) const { return { first == NONE ? NONE : std::min(first, n_keep) }; }
 };
 
@@ -27,7 +27,7 @@ struct pop_server_record {
 class pop_server {
 public:
     // Opens the context with llama_pop_open(), with what lies beside the model. asked is 1..L or an enum
-    // llama_pop_boundary. Returns false if that is refused, and why.
+    // llama_pop_boundary. Returns false, and the reason in why, if that is refused.
     bool init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why);
 
     // Called when a slot begins to read a prompt of n_tokens of which n_past are cached. Sequence ids are slot ids.
@@ -36,14 +36,14 @@ public:
     int32_t boundary() const { return pop_boundary; }
     int32_t n_layer() const { return pop_n_layer; }
 
-    // The number of tokens that a slot has pruned since begin_prompt().
+    // Returns the number of tokens that a slot has pruned since begin_prompt().
     uint64_t n_pruned(llama_seq_id seq_id) const;
 
-    // The boundary that the prompt in this slot is read with, n_layer() if it is not pruned.
+    // Returns the boundary that the prompt in this slot is read with, n_layer() if it is not pruned.
     int32_t boundary_of(llama_seq_id seq_id) const;
 
-    // The record of a prompt that is restored from a file. The file does not say how it was read, so it counts as
-    // pruned.
+    // Returns the record of a prompt that is restored from a file. The file does not say how it was read, so it counts
+    // as pruned.
     pop_server_record restored_record() const;
 
 private:

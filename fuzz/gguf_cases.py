@@ -120,7 +120,7 @@ class File:
     damage: list[tuple[str, int, int]] = field(default_factory=list)
 
     def header(self) -> bytes:
-        """All that stands before the tensor data, padded."""
+        """Returns all that stands before the tensor data, padded."""
         n_keys = len(self.keys) if self.n_keys is None else self.n_keys
         n_tensors = self.n_tensors if self.claimed_tensors is None else self.claimed_tensors
         raw = b"GGUF" + struct.pack(f"{self.order}IQQ", self.version, n_tensors, n_keys)

@@ -19,7 +19,7 @@ DEFAULT_PRUNE_RATIO = 1 / 3  # the rule that the paper deploys
 
 @dataclass(frozen=True)
 class BoundaryChoice:
-    """A boundary, and what a prompt loses by it.
+    """A boundary, and how much importance a prompt loses by it.
 
     Attributes:
         boundary: First layer that prefill skips, 1..L; L skips none.
@@ -61,7 +61,7 @@ def check_support(model: object, support: ModelSupport) -> None:
 
 
 def default_boundary(n_layer: int, stored: PopMetadata | None) -> int:
-    """Returns the boundary to measure where the user names none: the file's, else that of the default prune ratio."""
+    """Returns the boundary to measure where the user names none: the file's, else that of the default ratio."""
     if stored is not None and stored.boundary is not None:
         return stored.boundary
     return choose_boundary(n_layer, n_layer).boundary
@@ -76,7 +76,7 @@ def choose_boundary(
     max_importance_loss: float | None = None,
     importance: np.ndarray | None = None,
 ) -> BoundaryChoice:
-    """Applies the one rule that is given; without a rule, a prune ratio of a third.
+    """Applies the one rule that is given. Without a rule, it skips a third of the layers.
 
     Args:
         n_layer: Layers of the model, L.

@@ -1,4 +1,4 @@
-"""Which boundary each cached position was read with. A prompt may only reuse positions that enough layers have read."""
+"""Keeps the boundary that each cached position was read with: a prompt may only reuse what enough layers have read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CacheRecord:
         self.boundaries = np.full(n_positions, n_layer, dtype=np.int32)
 
     def mark(self, start: int, end: int, boundary: int) -> None:
-        """Positions from ``start`` to ``end`` have been read with this boundary; those of the head by every layer."""
+        """Records that positions from ``start`` to ``end`` were read with this boundary, those of the head whole."""
         self.boundaries[start:end] = self._counted(boundary)
         self.boundaries[start : min(end, self._n_head)] = self._n_layer
 
@@ -34,12 +34,12 @@ class CacheRecord:
         self.boundaries[start:end] = 0
 
     def usable(self, n_cached: int, boundary: int) -> int:
-        """How many cached positions a prompt with this boundary may reuse: those before the first that it may not."""
+        """Returns how many cached positions a prompt with this boundary may reuse, up to the first unusable one."""
         shallow = np.flatnonzero(self.boundaries[:n_cached] < self._counted(boundary))
         return int(shallow[0]) if len(shallow) else n_cached
 
     def to_state(self, n_cached: int) -> np.ndarray:
-        """A copy of the first ``n_cached`` boundaries, int32 [n_cached]."""
+        """Returns a copy of the first ``n_cached`` boundaries, int32 [n_cached]."""
         return self.boundaries[:n_cached].copy()
 
     def from_state(self, n_cached: int, boundaries: np.ndarray | None, unusable: Iterable[int] = ()) -> None:

@@ -23,14 +23,14 @@ class Call:
         boundary: Boundary that the prompt is read with.
         progress: The caller's function of (tokens read, tokens of the prompt); it cancels the call by returning False.
         cancel: The caller's event, which cancels the call once it is set.
-        began: When the call began, in seconds of ``time.perf_counter()``; None before that.
+        began: Time when the call began, in seconds of ``time.perf_counter()``; None before that.
         pruned_before: Number of tokens that the context had pruned until then.
         reading_prompt: Whether ``generate()`` is reading the prompt.
         n_read: Prompt tokens that ``generate()`` has read and not found in the cache.
-        read_at: When it had read them, in seconds of ``time.perf_counter()``.
+        read_at: Time when it had read them, in seconds of ``time.perf_counter()``.
         image_total: Positions of a prompt that a chat handler for images is reading piece by piece, 0 until it is cut
             into pieces; None in all other calls.
-        image_reused: How many of them were found in the cache; None if the prompt has no images.
+        image_reused: Number of them that were found in the cache; None if the prompt has no images.
     """
 
     boundary: int
@@ -50,7 +50,7 @@ class Call:
         progress: Callable[[int, int], bool | None] | None = None,
         cancel: threading.Event | None = None,
     ) -> Call:
-        """A call within this one, such as the completion within a chat. Values that are None are this call's."""
+        """Returns a call within this one, such as the completion within a chat. None takes the value of this call."""
         return dataclasses.replace(
             self,
             boundary=self.boundary if boundary is None else boundary,
@@ -70,16 +70,16 @@ class Call:
         self.image_total = self.image_reused = 0
 
     def begin_prompt(self, n_pruned: int) -> None:
-        """``generate()`` begins to read the prompt. If all of it is cached, ``end_prompt()`` is never called."""
+        """Notes that ``generate()`` begins to read. If the whole prompt is cached, ``end_prompt()`` is never called."""
         self.begin(n_pruned)
         self.reading_prompt, self.n_read, self.read_at = True, 0, time.perf_counter()
 
     def end_prompt(self, n_read: int) -> None:
-        """``generate()`` has read the prompt, or what was not cached of it."""
+        """Notes that ``generate()`` has read the prompt, or the part of it that was not cached."""
         self.reading_prompt, self.n_read, self.read_at = False, n_read, time.perf_counter()
 
     def prompt_ends_at(self, n_tokens: int) -> bool:
-        """Whether a piece of text that ends at this position is the last of the prompt."""
+        """Returns whether a piece of text that ends at this position is the last of the prompt."""
         return self.image_total is None or self.image_total == n_tokens
 
     def check(self, done: int, total: int) -> None:
@@ -111,7 +111,7 @@ class Call:
         timings.prefill_ms = 1e3 * (self.read_at - self.began)
 
     def ms_since_began(self) -> float:
-        """Milliseconds since the call began."""
+        """Returns the milliseconds since the call began."""
         assert self.began is not None
         return 1e3 * (time.perf_counter() - self.began)
 

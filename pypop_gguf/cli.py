@@ -16,19 +16,19 @@ from pypop_gguf import PopError, __version__
 
 # The name of each subcommand -> (its module in pypop_gguf.commands, one line of help).
 COMMANDS = {
-    "convert": ("convert", "make a POP GGUF from a Hugging Face model or a GGUF"),
-    "inspect": ("inspect", "print a GGUF's POP metadata"),
-    "eval": ("eval", "measure what pruning costs the model's answers, on texts of your own"),
-    "tune": ("tune", "choose the boundary by a budget of quality, measured on texts of your own"),
-    "bench": ("bench", "measure time to first token with POP against stock llama.cpp"),
+    "convert": ("convert", "write a GGUF with a boundary, from a Hugging Face model or another GGUF"),
+    "inspect": ("inspect", "print the POP metadata of a GGUF"),
+    "eval": ("eval", "measure how much pruning changes the model's answers, on your own texts"),
+    "tune": ("tune", "choose the lowest boundary within a quality budget, measured on your own texts"),
+    "bench": ("bench", "compare the time to the first token with that of stock llama.cpp"),
     "serve": ("serve", "serve a model to OpenAI clients"),
     "chat": ("chat", "talk with a model in the terminal"),
-    "random-model": ("random_model", "write a GGUF of a known geometry with random weights, to measure on"),
+    "random-model": ("random_model", "write a GGUF with the shape of a known model and random weights, to measure on"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``pop-gguf`` with these arguments; the default are those of the process.
+    """Runs ``pop-gguf`` with these arguments. The default is the arguments of the process.
 
     Returns:
         The exit status: 0, 1 for an error that the user can mend, 2 for wrong usage, 130 after Ctrl-C.
@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # A terminal may lack letters that stand in a model file's texts.
+        if isinstance(stream, io.TextIOWrapper):  # A terminal may lack letters that a model file contains.
             stream.reconfigure(errors="replace")
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # removes a line of progress
     try:
         return arguments.run(arguments)
-    except (PopError, ImportError) as error:  # ImportError: the native library is missing, or another one is there
+    except (PopError, ImportError) as error:  # An ImportError says that the native library is missing or another one.
         print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

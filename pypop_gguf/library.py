@@ -24,7 +24,7 @@ from pypop_gguf.errors import PopError
 
 
 def vendor_dir() -> Path:
-    """The directory with the carried ``llama_cpp`` package and llama.cpp's converter.
+    """Returns the directory with the carried ``llama_cpp`` package and llama.cpp's converter.
 
     Raises:
         ImportError: The package is not installed (a bare source tree has no native part).
@@ -162,12 +162,12 @@ def captured_log() -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class ModelSupport:
-    """What POP can do with a model file.
+    """The properties of a model file that decide how POP can prune it.
 
     Attributes:
         architecture: ``general.architecture``.
         n_layer: Number of layers, L, without those for multi-token prediction.
-        lossless_boundary: The last layer that writes to the cache; pruning there changes nothing.
+        lossless_boundary: The last layer that writes to the cache. Pruning there changes nothing.
         refusal: Why the model has no prefill to prune, or None.
     """
 
@@ -195,7 +195,7 @@ def describe_model(path: str | os.PathLike) -> ModelSupport:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A hash of a model file's norm weights, in hexadecimal: equal for all files of one model, however quantized.
+    """Returns a hash of a model file's norm weights, in hexadecimal. It is the same for all quantizations of a model.
 
     Raises:
         PopError: llama.cpp cannot load the file.
@@ -224,7 +224,7 @@ def _opened_model(path: str | os.PathLike, **parameters) -> Iterator[int]:
 
 
 def load_failure(path: str | os.PathLike, errors: list[str]) -> str:
-    """One line from what llama.cpp logged while it failed to load ``path``."""
+    """Makes one line of what llama.cpp logged while it failed to load ``path``."""
     # The first line is the cause; those after it say which callers gave up.
     reason = errors[0].split(": ", 1)[-1] if errors else "no reason given"
     return f"{path}: llama.cpp cannot load this model: {reason}"

@@ -117,7 +117,7 @@ class PopLlama(llama_cpp.Llama):
 
     @property
     def pop(self) -> PopStatus:
-        """Whether prompts are pruned, at which boundary, and why there."""
+        """The state of pruning: whether prompts are pruned, at which boundary, and where the boundary comes from."""
         return self._status
 
     # Calls
@@ -131,7 +131,7 @@ class PopLlama(llama_cpp.Llama):
         cancel: threading.Event | None = None,
         **kwargs,
     ):
-        """``llama_cpp.Llama.create_completion`` with more arguments; the result or the last chunk also has ``timings``.
+        """Completes a prompt as ``llama_cpp.Llama`` does. The result, or a stream's last chunk, also has ``timings``.
 
         Args:
             pop: False reads this prompt by every layer.
@@ -141,7 +141,7 @@ class PopLlama(llama_cpp.Llama):
             cancel: Once it is set, from any thread, the call stops before the next micro-batch or token.
 
         Raises:
-            Cancelled: ``progress`` or ``cancel`` has stopped the call. What was read stays in the cache for the next.
+            Cancelled: ``progress`` or ``cancel`` has stopped the call. What was read stays in the cache.
             PopError: The model cannot be pruned at that boundary.
             ValueError: The object keeps no logits for the ``logprobs`` that were asked for.
         """
@@ -156,7 +156,7 @@ class PopLlama(llama_cpp.Llama):
         return self._run(functools.partial(super().create_completion, *args, **kwargs), call)
 
     def __call__(self, *args, **kwargs):
-        """Same as :meth:`create_completion`."""
+        """Does the same as :meth:`create_completion`."""
         return self.create_completion(*args, **kwargs)
 
     def create_chat_completion(
@@ -187,7 +187,7 @@ class PopLlama(llama_cpp.Llama):
         pop: bool | None = None,
         boundary: int | str | None = None,
     ) -> np.ndarray:
-        """Logits for each token of a continuation, by the whole model on the cache that a pruned prompt has left.
+        """Returns logits for a continuation, from the whole model on the cache that a pruned prompt has left.
 
         Args:
             prompt: Token ids, at least one. What is cached is forgotten first.
@@ -221,12 +221,12 @@ class PopLlama(llama_cpp.Llama):
         return np.concatenate(rows)
 
     def embed(self, *args, **kwargs):
-        """``llama_cpp.Llama.embed``."""
+        """Computes embeddings as ``llama_cpp.Llama`` does; all layers run for them."""
         self._check_process()
         return super().embed(*args, **kwargs)
 
     def _new_call(self, pop: bool | None, boundary: int | str | None, progress=None, cancel=None) -> Call:
-        """A call within the running one: ``create_completion`` is called inside ``create_chat_completion``."""
+        """Makes a call within the running one: ``create_chat_completion`` calls ``create_completion``."""
         self._check_process()
         opening.check_boundary_type("boundary", boundary)
         number = None
@@ -247,7 +247,7 @@ class PopLlama(llama_cpp.Llama):
             self._running = outer
 
     def _run(self, method: Callable, call: Call):
-        """The result of a method of the parent, or its stream, with the call's timings."""
+        """Returns the result of a method of the parent, or its stream, with the call's timings."""
         with self._calling(call):
             result = method()
         return with_timings(result, lambda: self._calling(call), lambda: self.timings.as_dict())
@@ -263,7 +263,7 @@ class PopLlama(llama_cpp.Llama):
     # Tokens
 
     def generate(self, tokens: Sequence[int], *args, **kwargs):
-        """``llama_cpp.Llama.generate``: yields token ids; the prompt is read with the boundary of the running call."""
+        """Yields token ids as ``llama_cpp.Llama`` does. The prompt is read with the boundary of the running call."""
         call = self._running.inner()
         if kwargs.get("reset", True):
             self._drop_unusable(call.boundary)
@@ -334,7 +334,7 @@ class PopLlama(llama_cpp.Llama):
             call.end_prompt(len(tokens))
 
     def _logits_of(self, n: int) -> np.ndarray:
-        """The logits of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
+        """Returns the logits of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
         first = llama_cpp.llama_get_logits_ith(self.ctx, -n)
         return np.ctypeslib.as_array(first, shape=(n, self.n_vocab())).copy()
 
@@ -354,7 +354,7 @@ class PopLlama(llama_cpp.Llama):
     # States
 
     def save_state(self):
-        """``llama_cpp.Llama.save_state``; the state also says which model it is of, and each position's boundary."""
+        """Saves a state as ``llama_cpp.Llama`` does, with a digest of the model and the boundary of each position."""
         # Without logits_all nobody reads scores, so they are not kept: a plain Llama spreads the one row over its own.
         zeros = np.zeros((1, self.n_vocab()), dtype=np.single)
         return states.save(
@@ -369,7 +369,7 @@ class PopLlama(llama_cpp.Llama):
         )
 
     def load_state(self, state) -> None:
-        """``llama_cpp.Llama.load_state``, also in a context of another length. States of a plain ``Llama`` are whole.
+        """Loads a state, also one of a context of another length. All layers have read what a plain ``Llama`` saved.
 
         Positions that fewer layers or another adapter have read than the next call asks for are read again.
 
@@ -395,7 +395,7 @@ class PopLlama(llama_cpp.Llama):
             self._record.forget(0, n)  # it was read without the logits that are needed
 
     def set_cache(self, cache) -> None:
-        """``llama_cpp.Llama.set_cache``. Other models may share the cache: each finds only its own entries."""
+        """Sets the cache. Other models may share it, since each finds only its own entries."""
         if cache is not None:
             cache = states.ModelCache(cache, self._digest, self.context_params, self._logits_everywhere)
         self.cache = cache

@@ -28,7 +28,7 @@ SOURCES = ("off", "argument", "file", "lossless")
 
 @dataclass(frozen=True)
 class Choice:
-    """What ``open_context`` has chosen for a context.
+    """The settings that ``open_context`` has chosen for a context.
 
     Attributes:
         boundary: First layer that prefill skips, 1..L; L where nothing is pruned.
@@ -48,7 +48,7 @@ class Choice:
 
 
 def declarations(header: str) -> str:
-    """The header without what only a preprocessor or a C++ compiler reads."""
+    """Returns the header without what only a preprocessor or a C++ compiler reads."""
     without_cplusplus = re.sub(r"#ifdef __cplusplus.*?#endif", "", header, flags=re.DOTALL)
     without_preprocessor = re.sub(r"^#.*$", "", without_cplusplus, flags=re.MULTILINE)
     return without_preprocessor.replace("LLAMA_API ", "")
@@ -116,7 +116,7 @@ def open_context(
 
 
 def adapter_path(model_path: str | os.PathLike, boundary: int) -> Path:
-    """The adapter file that belongs to a model file and a boundary."""
+    """Returns the adapter file that belongs to a model file and a boundary."""
     ffi, functions = _bound()
     path = os.fsencode(model_path)
     size = functions.llama_pop_adapter_path(path, boundary, ffi.NULL, 0)
@@ -132,7 +132,7 @@ def set_boundary(ctx: int, boundary: int) -> None:
 
 
 def get_boundary(ctx: int) -> int:
-    """The boundary in force, L where nothing is pruned."""
+    """Returns the boundary in force, L where nothing is pruned."""
     return _functions().llama_pop_get_boundary(_context(ctx))
 
 
@@ -152,7 +152,7 @@ def set_continuation(ctx: int, continues: bool) -> None:
 
 
 def continues(ctx: int) -> bool:
-    """Whether tokens that run whole continue from the boundary in force."""
+    """Returns whether tokens that run whole continue from the boundary in force."""
     return _functions().llama_pop_continues(_context(ctx))
 
 
@@ -164,7 +164,7 @@ def adapter_init(model: int, path: str | os.PathLike):
 
 
 def adapter_boundary(adapter) -> int:
-    """The boundary that an adapter was fitted for."""
+    """Returns the boundary that an adapter was fitted for."""
     return _functions().llama_pop_adapter_boundary(adapter)
 
 
@@ -179,44 +179,44 @@ def clear_adapters(ctx: int) -> None:
 
 
 def fingerprint(model: int) -> int:
-    """A hash of the model's norm weights; ``library.fingerprint`` takes a file."""
+    """Returns a hash of the model's norm weights. ``library.fingerprint`` does the same for a file."""
     value = _functions().llama_pop_fingerprint(_model(model))
     _check(value != 0)
     return value
 
 
 def n_layer(model: int) -> int:
-    """Number of layers, L."""
+    """Returns the number of layers, L."""
     return _functions().llama_pop_n_layer(_model(model))
 
 
 def lossless_boundary(model: int) -> int:
-    """The last layer that writes to the cache."""
+    """Returns the last layer that writes to the cache."""
     return _functions().llama_pop_lossless_boundary(_model(model))
 
 
 def refusal(model: int, boundary: int = 1) -> str | None:
-    """Why the architecture of this model cannot be pruned at a boundary, or None: ``llama_pop_supports``."""
+    """Returns why the architecture of this model cannot be pruned at a boundary, or None if it can."""
     return None if _functions().llama_pop_supports(_model(model), boundary) else last_error()
 
 
 def n_pruned(ctx: int) -> int:
-    """Tokens that were pruned since the context was made."""
+    """Returns how many tokens were pruned since the context was made."""
     return _functions().llama_pop_n_pruned(_context(ctx))
 
 
 def n_pruned_in(ctx: int, seq_id: int) -> int:
-    """Tokens of one sequence that were pruned."""
+    """Returns how many tokens of one sequence were pruned."""
     return _functions().llama_pop_n_pruned_in(_context(ctx), seq_id)
 
 
 def plan_us(ctx: int) -> int:
-    """Microseconds spent on building and planning graphs since the context was made."""
+    """Returns the microseconds spent on building and planning graphs since the context was made."""
     return _functions().llama_pop_plan_us(_context(ctx))
 
 
 def graph_flops(ctx: int, *, boundary: int, n_tokens: int, n_seqs: int, n_outputs: int) -> float:
-    """Floating-point operations of one micro-batch's matrix products and attentions, counted from its real graph.
+    """Counts the operations of the matrix products and attentions in the real graph of one micro-batch.
 
     Args:
         ctx: Context; attention counts all its positions, so size ``n_ctx`` to the prompt.
@@ -231,7 +231,7 @@ def graph_flops(ctx: int, *, boundary: int, n_tokens: int, n_seqs: int, n_output
 
 
 def last_error() -> str:
-    """The reason why the last call that failed on this thread did."""
+    """Returns the reason of the last failure on this thread."""
     ffi, functions = _bound()
     return ffi.string(functions.llama_pop_last_error()).decode("utf-8", "replace")
 

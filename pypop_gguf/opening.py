@@ -1,4 +1,4 @@
-"""What the ``pop_*`` arguments of ``PopLlama`` mean for the model it has opened: its boundary, ends and adapters."""
+"""Turns the ``pop_*`` arguments of ``PopLlama`` into the boundary, the ends and the adapters of an opened model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PARAMETERS_REMOVED_FROM_PARENT = frozenset(
 
 @dataclass(frozen=True)
 class Opened:
-    """How a context has been set up.
+    """The settings of a context that was opened.
 
     Attributes:
         status: What ``PopLlama.pop`` shows.
@@ -46,7 +46,8 @@ class Opened:
 
 
 def check_boundary_type(name: str, boundary: int | str | None) -> None:
-    """
+    """Checks the type of an argument that is a boundary.
+
     Raises:
         TypeError: The argument of this name is no boundary.
     """
@@ -55,7 +56,8 @@ def check_boundary_type(name: str, boundary: int | str | None) -> None:
 
 
 def check_keywords(keywords: Iterable[str]) -> None:
-    """
+    """Checks the names of the arguments that go to ``llama_cpp.Llama``.
+
     Raises:
         TypeError: ``llama_cpp.Llama`` takes no argument of one of these names, and has never done so.
     """
@@ -122,7 +124,7 @@ def open_context(
 
 
 def checked_boundary(llm: llama_cpp.Llama, boundary: int | str) -> int:
-    """The number of a boundary that the model can be pruned at; its context has it from now on.
+    """Sets a boundary that the model can be pruned at, and returns its number.
 
     Raises:
         PopError: The model cannot be pruned there.
@@ -135,7 +137,7 @@ def checked_boundary(llm: llama_cpp.Llama, boundary: int | str) -> int:
 
 
 def _requested_boundary(llm: llama_cpp.Llama, boundary: int | str | None) -> int:
-    """What the engine is asked for: a layer, or one of its special values, which a user may not give as a number."""
+    """Returns what the engine is asked for: a layer, or a special value, which a user may not give as a number."""
     if boundary is None:
         return native.DEFAULT
     if boundary == "lossless":
@@ -149,7 +151,7 @@ def _requested_boundary(llm: llama_cpp.Llama, boundary: int | str | None) -> int
 
 
 def _requested_number(name: str, asked: int | None) -> int:
-    """A number of tokens as the engine takes it, -1 for the model file's value. The engine knows the upper limits."""
+    """Returns a number of tokens for the engine, -1 for the file's value. The engine knows the upper limits."""
     if asked is None:
         return -1
     if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= _INT32_MAX:

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 def native_library(llama_cpp: ModuleType) -> Any:
-    """The ctypes library of llama.cpp, which tells its path and whether it is a build with POP."""
+    """Returns the ctypes library of llama.cpp, which tells its path and whether it is a build with POP."""
     return llama_cpp.llama_cpp._lib
 
 
 def library_path(library: Any) -> str:
-    """The file that a ctypes library was loaded from."""
+    """Returns the file that a ctypes library was loaded from."""
     return library._name
 
 
 def ggml_library() -> Any:
-    """The ctypes library of ggml, whose backends have to be loaded where they are libraries of their own."""
+    """Returns the ctypes library of ggml, which has to load the backends that are libraries of their own."""
     return importlib.import_module("llama_cpp._ggml").libggml
 
 
 def log_callback(llama_cpp: ModuleType) -> Any:
-    """The callback that prints llama.cpp's log as ``verbose`` asks."""
+    """Returns the callback that prints llama.cpp's log as ``verbose`` asks."""
     return llama_cpp._logger.llama_log_callback
 
 
@@ -53,7 +53,7 @@ def set_requires_eval(llm: Llama, requires_eval: bool) -> None:
 
 
 def seed(llm: Llama) -> int:
-    """The seed of the sampler, which a saved state keeps. ``Llama.set_seed`` sets it."""
+    """Returns the seed of the sampler, which a saved state keeps. ``Llama.set_seed`` sets it."""
     return llm._seed
 
 
@@ -99,12 +99,12 @@ class Overlay:
 
 
 def reads_images(handler: Any) -> bool:
-    """Whether a chat handler reads images, and the text around them, by llama.cpp's library mtmd."""
+    """Returns whether a chat handler reads images, and the text around them, by llama.cpp's library mtmd."""
     return hasattr(handler, "_mtmd_cpp")
 
 
 def mtmd(handler: Any) -> Any:
-    """The module with mtmd's functions that a chat handler uses."""
+    """Returns the module with mtmd's functions that a chat handler uses."""
     return handler._mtmd_cpp
 
 
@@ -121,14 +121,14 @@ def load_projector(handler: Any, llm: Llama) -> None:
 def model_for_handler(
     llm: Llama, handler: Any, *, reset: Callable, clear_cache: Callable, evaluate: Callable
 ) -> Overlay:
-    """A stand-in for a model: it chats by this handler, which clears and fills the cache by these functions."""
+    """Returns a stand-in for a model: it chats by this handler, which clears and fills the cache by these functions."""
     context = Overlay(llm._ctx, kv_cache_clear=clear_cache)
     return Overlay(llm, chat_handler=handler, reset=reset, eval=evaluate, _ctx=context)
 
 
 @contextlib.contextmanager
 def handler_with(handler: Any, **functions: Callable) -> Iterator[Any]:
-    """A stand-in for a chat handler that calls these functions in the place of mtmd's.
+    """Yields a stand-in for a chat handler that calls these functions in the place of mtmd's.
 
     The stand-in is of a subclass of the handler's class and shares the handler's ``__dict__``, so the handler keeps
     what its methods store. Only its ``_mtmd_cpp`` is another one.

@@ -1,4 +1,4 @@
-"""What the figures of ``pop-gguf tune`` and ``pop-gguf bench`` share."""
+"""Checks, styles and saves the figures of ``pop-gguf tune`` and ``pop-gguf bench``."""
 
 from __future__ import annotations
 

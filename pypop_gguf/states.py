@@ -45,10 +45,10 @@ _LAYOUT = ("n_ctx", "n_seq_max", "type_k", "type_v", "flash_attn_type", "swa_ful
 
 
 def file_digest(path: str | os.PathLike, first: GGUFHeader | None = None) -> str:
-    """A digest of a GGUF file's tensors: their names, shapes, types and first bytes. The keys of the file do not count.
+    """Returns a digest of the names, shapes, types and first bytes of a GGUF file's tensors. Its keys do not count.
 
     Args:
-        path: The file. Of a split file it is the first shard, and the digest is of all shards.
+        path: The file. If it is split, this is the first shard, and the digest covers all shards.
         first: The header of this file, if it has been read already.
 
     Raises:
@@ -73,7 +73,7 @@ def _shards(path: str) -> list[str]:
 
 
 def _tensor_offsets(header: GGUFHeader) -> Iterator[int]:
-    """Where each tensor begins, in bytes from the start of the tensor data."""
+    """Yields where each tensor begins, in bytes from the start of the tensor data."""
     infos, at, order = header.tensor_infos, 0, header.order
     for _ in range(header.n_tensors):
         at += 8 + struct.unpack_from(f"{order}Q", infos, at)[0]  # the name
@@ -89,7 +89,7 @@ def model_digest(
     lora: tuple[str, float] | None,
     kv_overrides: Mapping[str, Any] | None,
 ) -> str:
-    """A digest of all that decides which keys and values a text leaves in the cache when every layer reads it.
+    """Returns a digest of all that decides which keys and values a text leaves in the cache when every layer reads it.
 
     Args:
         header: The header of the model's file.
@@ -115,7 +115,7 @@ def save(
     digest: str,
     adapters: Mapping[int, str],
 ):
-    """A ``LlamaState`` of what is cached in a context.
+    """Makes a ``LlamaState`` of what is cached in a context.
 
     Args:
         ctx: The context.
@@ -209,12 +209,12 @@ class ModelCache(llama_cpp.llama_cache.BaseLlamaCache):
 
     @property
     def capacity_bytes(self) -> int:  # type: ignore[override]
-        """How much the shared cache may hold."""
+        """The size in bytes that the shared cache may have."""
         return self.shared.capacity_bytes
 
     @property
     def cache_size(self) -> int:
-        """How much the shared cache holds, of all models."""
+        """The size in bytes of what the shared cache holds, for all models."""
         return self.shared.cache_size
 
     def __getitem__(self, key: Sequence[int]):

@@ -1,4 +1,4 @@
-"""What a ``PopLlama`` tells about itself: how it reads prompts, where a call's time went, that it was cancelled."""
+"""The objects by which a ``PopLlama`` tells how it reads prompts, how long a call took, and that it was cancelled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pypop_gguf.errors import PopError
 
 @dataclass(frozen=True)
 class PopStatus:
-    """What a ``PopLlama`` does with prompts.
+    """The way in which a ``PopLlama`` reads prompts.
 
     Attributes:
         enabled: Whether prompts are pruned.
@@ -35,7 +35,7 @@ class PopStatus:
 
 @dataclass
 class Timings:
-    """Where the time of one call went. Times are wall-clock milliseconds, None if the call did not get that far.
+    """The times and token counts of one call. Times are wall-clock milliseconds, or None if it did not get that far.
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
@@ -66,7 +66,7 @@ class Timings:
         self.generated_tokens += 1
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """The ``timings`` of a response: the names of llama.cpp's server, and ``pruned_n`` and ``boundary``."""
+        """Returns the ``timings`` of a response: the names of llama.cpp's server, and ``pruned_n`` and ``boundary``."""
         read = self.prompt_tokens - self.reused_tokens
         after_first = self.generated_tokens - 1
         decode_ms = None if self.decode_ms_per_token is None else self.decode_ms_per_token * after_first

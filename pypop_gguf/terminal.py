@@ -1,4 +1,4 @@
-"""What the commands share of a terminal: progress, tables, a list of numbers as an argument, the number of cores."""
+"""Progress, tables, lists of numbers as arguments, and the number of cores, for all commands."""
 
 from __future__ import annotations
 
@@ -49,12 +49,6 @@ def progress(
         leave=False,
         dynamic_ncols=True,
     )
-
-
-def clear_line() -> None:
-    """Clears the current line of the terminal, for a message that may come while another library shows a bar there."""
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def aligned(rows: Sequence[Sequence[object]]) -> list[str]:

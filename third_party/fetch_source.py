@@ -27,7 +27,7 @@ def pinned_sha256() -> str:
 
 
 def patch_files() -> list[Path]:
-    """The patches of both series, in the order in which they apply."""
+    """Return the patches of both series, in the order in which they apply."""
     files = []
     for series in SERIES:
         names = [line.strip() for line in (PATCHES / series / "series").read_text().splitlines()]

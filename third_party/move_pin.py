@@ -29,7 +29,7 @@ _GIT += ["-c", "core.autocrlf=false", "-c", "core.hooksPath="]
 
 @dataclass
 class Tried:
-    """What became of one patch."""
+    """The outcome of applying one patch."""
 
     file: Path
     text: str = ""  # for the new source; empty if the patch does not apply

@@ -112,7 +112,7 @@ def generate(target: Path) -> list[Path]:
 
 
 def identity_copy(path: Path, boundary: int, copy: Path) -> None:
-    """A copy of a model in which layers ``boundary`` and above leave the residual stream as it is."""
+    """Writes a copy of a model in which layers ``boundary`` and above leave the residual stream as it is."""
     shutil.copy(path, copy)
     with copy.open("r+b") as file:
         for tensor in gguf.GGUFReader(path).tensors:

@@ -133,7 +133,7 @@ class OpenedModel:
             return list(itertools.islice(tokens, N_ANSWER))
 
     def abort(self, text: str, moment: float) -> float | None:
-        """Seconds from the wish to stop until the call has ended; None where the call ended before the wish."""
+        """Returns the seconds from the wish to stop until the call has ended; None if the call ended before."""
         event, wished = threading.Event(), []
 
         def wish() -> None:
@@ -175,7 +175,7 @@ class ServedModel:
         return self._server.complete(text, **options)["tokens"]
 
     def abort(self, text: str, moment: float) -> float | None:
-        """Seconds from hanging up until the server counts no request; None where the answer came before."""
+        """Returns the seconds from hanging up until the server counts no request; None where the answer came before."""
         body = dict(prompt=text, n_predict=1, temperature=0, cache_prompt=False)
         try:
             # The client hangs up when it has waited so long for the first byte, which comes with the whole answer.

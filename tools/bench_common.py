@@ -1,4 +1,4 @@
-"""What bench_server.py and bench_cancel.py share: prompts of numbers, and the CSV files of their runs."""
+"""Makes prompts of numbers and CSV files of runs, for bench_server.py and bench_cancel.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pypop_gguf import PopError
 
 
 def number_prompt(seed: int, n_tokens: int) -> str:
-    """A prompt of so many tokens, the BOS token counted, for models of `pop-gguf random-model`.
+    """Returns a prompt of so many tokens, the BOS token counted, for models of `pop-gguf random-model`.
 
     Their tokenizer has a token for each number. Prompts of different seeds begin differently, so that no cache holds a
     part of them.

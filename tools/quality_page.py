@@ -1,4 +1,4 @@
-"""The page docs/quality.md and its plots, from the figures that quality_report.py has measured."""
+"""Writes the page docs/quality.md and its plots from the figures that quality_report.py has measured."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Figures:
         other: Name, qualities by task, and adapters of a second model, if there is one.
         samples: Texts of each task.
         calibration_texts: Texts that the adapters were fitted on.
-        rank: Of the adapters.
-        distill_steps: Of the distilled adapters.
-        cores: Of the machine.
+        rank: Rank of the adapters.
+        distill_steps: Steps of gradient descent for the distilled adapters.
+        cores: Number of cores of the machine.
     """
 
     curves: dict[str, dict[str, list[Quality]]]

@@ -1,9 +1,9 @@
-"""Sends mixed traffic to the server for a while: `python -m tools.soak --minutes 60`. Needs the source tree.
+"""Sends mixed traffic to the server for a while: `python -m tools.soak --minutes 60`. It needs the source tree.
 
 Several clients at once ask for greedy answers and streams, cancel requests, and send broken and bad ones. The run
 fails where an answer differs from what PopLlama gives alone, where a request gets no answer, where the server ends, or
-where its memory grows after the warm-up. Model and caches are F32 without flash attention, so that
-batches of other shapes differ by rounding alone.
+where its memory grows after the warm-up. Model and caches are F32 without flash attention, so that batches of other
+shapes differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SERVER_OPTIONS = (*OPTIONS, "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--cache
 
 @dataclass
 class Report:
-    """What a run has shown.
+    """The results of a run.
 
     Attributes:
         requests: How many requests of each kind were sent.
-        resident_bytes: The server's memory, every half second.
-        faults: What went wrong, a line each.
+        resident_bytes: The server's memory every half second.
+        faults: One line for each fault.
     """
 
     requests: dict[str, int]
@@ -47,7 +47,7 @@ class Report:
 
 
 def expected_answers(model: Path, n_prompts: int, seed: int) -> dict[bool, dict[str, str]]:
-    """Greedy answers by prompt, for pruned prompts under True and for whole ones under False.
+    """Returns greedy answers by prompt, for pruned prompts under True and for whole ones under False.
 
     Every token of an answer is ahead of the second likeliest by more than rounding can change.
     """
@@ -72,7 +72,7 @@ def expected_answers(model: Path, n_prompts: int, seed: int) -> dict[bool, dict[
 
 
 def becomes_idle(server: Server, seconds: float) -> bool:
-    """Whether within this time the server neither computes a request nor has one waiting."""
+    """Returns whether within this time the server neither computes a request nor has one waiting."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.metric("requests_processing") == server.metric("requests_deferred") == 0:
@@ -82,7 +82,7 @@ def becomes_idle(server: Server, seconds: float) -> bool:
 
 
 def warm_and_last_bytes(sizes: list[int]) -> tuple[float, float]:
-    """Memory after the warm-up, which is a third of the run, and at the end: medians over a tenth of the rest."""
+    """Returns the memory after the warm-up, a third of the run, and at the end: medians over a tenth of the rest."""
     rest = sizes[len(sizes) // 3 :]
     tenth = max(1, len(rest) // 10)
     return statistics.median(rest[:tenth]), statistics.median(rest[-tenth:])

@@ -1,4 +1,4 @@
-"""What the clients of soak.py send, and how they judge what comes back."""
+"""Sends the requests of soak.py and judges the answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Traffic:
 
     Attributes:
         done: How many requests of each kind were sent.
-        faults: What went wrong, a line each. The first fault ends the traffic.
+        faults: One line for each fault. The first fault ends the traffic.
         over: Set when the clients have to end.
     """
 

@@ -35,7 +35,7 @@ class Worker:
         self.native: Any = None  # pypop_gguf.native if this is our engine
         self.ctx: Any = None
         self.n_vocab = self.n_parallel = 0
-        self.tokens: list[list[int]] = []  # of each sequence
+        self.tokens: list[list[int]] = []  # the prompt of each sequence
 
     def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: bool) -> dict:
         """Loads the model.

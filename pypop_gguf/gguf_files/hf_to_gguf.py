@@ -42,7 +42,7 @@ def model_directory(model: str, trust_remote_code: bool = False) -> Path:
         directory = _download(model, [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES)
     if not (directory / "config.json").is_file():
         raise PopError(f"{directory}: no config.json there; give the directory of a Hugging Face model")
-    if not any(directory.glob("model*.safetensors*")):  # Else the converter would take other files.
+    if not any(directory.glob("model*.safetensors*")):  # Otherwise the converter would take other files.
         raise PopError(f"{directory}: no *.safetensors weights there; other formats may hold code and are not loaded")
     return directory
 

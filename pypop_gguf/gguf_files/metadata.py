@@ -51,13 +51,13 @@ _IMPORTANCE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """What was measured at some boundaries. The lists have one entry for each boundary.
+    """The quality that was measured at some boundaries. The lists have one entry for each boundary.
 
     Attributes:
         boundary: First layers that prefill skips.
         kl: KL divergences to the whole model, nats a token of the continuation.
         loss_increase: Relative increases of the negative log-likelihood.
-        speedup: Speed-ups that the operations left allow, for a prompt of 512 tokens.
+        speedup: Limits of the speed-up, for a prompt of 512 tokens.
         samples: Number of samples behind the means.
         source: Name of the file that the samples are from.
     """
@@ -72,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PopMetadata:
-    """What a file says about POP. An attribute is None if the file does not set it.
+    """The POP metadata of a file. An attribute is None if the file does not set it.
 
     Attributes:
         boundary: 0-based index of the first layer that prefill skips, 1..L; L = off.
@@ -85,7 +85,7 @@ class PopMetadata:
         calibration_source: Name of the calibration file, or "bundled".
         calibration_samples: Number of samples behind the scores.
         calibration_tokens: Number of their tokens.
-        calibration_seed: Seed of the sampled labels.
+        calibration_seed: Seed by which samples and labels were drawn.
         calibration_sha256: Hash of the text of the samples.
     """
 

@@ -1,4 +1,4 @@
-"""What ``pop-gguf convert`` computes with torch from the calibration texts: layer importance and fitted projections."""
+"""Computes layer importance and fitted projections from calibration texts, with torch, for ``pop-gguf convert``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How the model is loaded, and which texts are read.
+    """Options for loading the model and reading the texts.
 
     Attributes:
         source: Hugging Face directory or GGUF file.
@@ -30,7 +30,7 @@ class CalibrationOptions:
         texts: File of texts; None for the bundled ones.
         max_samples: Largest number of samples.
         max_tokens: Longest sample, in tokens.
-        seed: Seed of the choice of samples and of what is drawn.
+        seed: Seed for choosing samples and drawing labels.
     """
 
     source: Path

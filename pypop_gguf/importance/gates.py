@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gating:
-    """Where the gates go.
+    """The places of the gates.
 
     Attributes:
         layers: The decoder layers, first to last.
@@ -122,7 +122,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What one layer did in a forward pass.
+    """A record of what one layer did in a forward pass.
 
     Attributes:
         calls: The calls of the layer's direct children, in order.

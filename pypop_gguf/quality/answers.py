@@ -22,7 +22,7 @@ def _is_answered(llm: PopLlama, task: Task, question: Question, boundary: int) -
     room = llm.n_ctx() - len(llm.tokenize(question.prompt.encode()))
     if room < 1:
         return False  # A question that does not fit into the context counts as answered wrong.
-    llm.reset()  # Else the cache of another boundary would be reused.
+    llm.reset()  # Otherwise the cache of another boundary would be reused.
     done = llm.create_completion(
         question.prompt, max_tokens=min(task.max_tokens, room), temperature=0, stop=list(task.stop), boundary=boundary
     )

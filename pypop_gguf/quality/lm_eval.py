@@ -98,7 +98,7 @@ class PopLM(TemplateLM):
             temperature=float(options.get("temperature", 0)) if options.get("do_sample") else 0,
             boundary=self._boundary,
         )
-        self._llm.reset()  # Else the cache of another boundary would be reused.
+        self._llm.reset()  # Otherwise the cache of another boundary would be reused.
         if media:
             messages: list[Any] = [{"role": "user", "content": _make_content(context, media["visual"])}]
             return self._llm.create_chat_completion(messages, **common)["choices"][0]["message"]["content"] or ""

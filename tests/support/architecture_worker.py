@@ -67,7 +67,7 @@ def decode(context, tokens, first_position, last_asks) -> None:
 
 
 def last_logits(model, context, tokens, last_alone=True) -> np.ndarray:
-    """Logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab].
+    """Returns the logits of the last prompt token and of the tokens decoded after it, F32 [1 + N_DECODE, n_vocab].
 
     Args:
         model: Gives the size of the vocabulary.

@@ -12,7 +12,7 @@ import torch
 def logits(
     model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1, added=None
 ) -> np.ndarray:
-    """Logits of the last prompt token and of every token after it.
+    """Returns the logits of the last prompt token and of every token after it.
 
     Args:
         model: A causal language model of transformers, F32.
@@ -21,7 +21,7 @@ def logits(
         boundary: First skipped layer of the prefill; len(decoder_layers) skips none.
         n_prompt: Tokens of the prompt, N.
         head: First tokens of the prompt that run through the whole model.
-        tail: Last tokens of the prompt that do.
+        tail: Last tokens of the prompt that run through the whole model.
         added: For some modules, a matrix [n_out, n_in] that the pruned pass adds to the weight.
 
     Returns:
@@ -54,6 +54,6 @@ def logits(
 
 
 def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Normalized squared error: |actual - expected|^2 / |expected|^2."""
+    """Returns the normalized squared error, |actual - expected|^2 / |expected|^2."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return float(((actual - expected) ** 2).sum() / (expected**2).sum())

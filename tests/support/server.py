@@ -50,20 +50,20 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def get(self, path: str):
-        """The answer to a GET: parsed if it is JSON, else its text. An error status raises httpx.HTTPStatusError."""
+        """Returns the answer to a GET, parsed if it is JSON. A bad status raises httpx.HTTPStatusError."""
         response = self.client.get(path).raise_for_status()
         return response.json() if "json" in response.headers.get("Content-Type", "") else response.text
 
     def post(self, path: str, **body) -> dict:
-        """The JSON that answers a JSON body. An error status raises httpx.HTTPStatusError."""
+        """Returns the JSON that answers a JSON body. An error status raises httpx.HTTPStatusError."""
         return self.client.post(path, json=body).raise_for_status().json()
 
     def complete(self, prompt: str, **options) -> dict:
-        """A greedy completion by llama-server's own endpoint, whose answer also reports timings and reused tokens."""
+        """Returns a greedy completion by llama-server's own endpoint, with timings and the number of reused tokens."""
         return self.post("/completion", prompt=prompt, **{"temperature": 0, "n_predict": 12, **options})
 
     def stream(self, path: str, **body) -> Iterator[dict]:
-        """The events of a streamed answer, each as soon as it arrives. Closing the iterator hangs up."""
+        """Yields the events of a streamed answer, each as soon as it arrives. Closing the iterator hangs up."""
         with self.client.stream("POST", path, json={**body, "stream": True}) as response:
             response.raise_for_status()
             for line in response.iter_lines():
@@ -75,12 +75,12 @@ class Server:
         return float(lines[0].split()[1])
 
     def resident_bytes(self) -> int:
-        """Memory that the process holds now. Linux only."""
+        """Returns the memory in bytes that the process holds now. This works on Linux only."""
         return resident_bytes(self.process.pid)
 
 
 def ask(server: Server, path: str, body: bytes | None = None, headers: dict | None = None):
-    """Status, text and headers of an answer, also of an error. A body makes the request a POST."""
+    """Returns status, text and headers of an answer, also of an error. A body makes the request a POST."""
     method, sent = "GET" if body is None else "POST", {"Content-Type": "application/json", **(headers or {})}
     response = server.client.request(method, path, content=body, headers=sent)
     return response.status_code, response.text, response.headers
