@@ -52,9 +52,9 @@ class Chosen(random.Random):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fuzzer", choices=["metadata", "texts"])
-    parser.add_argument("--cases", type=int, default=100_000, help="how many (default 100000)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of atheris (default 1)")
-    parser.add_argument("file", nargs="?", help="a case that failed, to run alone")
+    parser.add_argument("--cases", type=int, default=100_000, help="number of cases (default: 100000)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of atheris (default: 1)")
+    parser.add_argument("file", nargs="?", help="file of a failed case, which then runs alone")
     arguments = parser.parse_args()
     fuzzer = importlib.import_module(f"fuzz.{arguments.fuzzer}")
     for function in gc.get_objects():

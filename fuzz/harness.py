@@ -38,10 +38,10 @@ def parse(
     description: str, cases: int, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--cases", type=int, default=cases, help=f"how many (default {cases})")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default 1)")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case, to replay one (default 0)")
-    parser.add_argument("--keep", type=Path, help="directory for the input of cases that fail")
+    parser.add_argument("--cases", type=int, default=cases, help=f"number of cases (default: {cases})")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default: 1)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, to replay a case (default: 0)")
+    parser.add_argument("--keep", type=Path, help="directory to keep the input of failing cases in")
     add(parser)
     return parser.parse_args()
 

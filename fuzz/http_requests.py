@@ -528,7 +528,7 @@ def case(chance: random.Random, running: Running, keep: Path | None) -> str:
 
 def main() -> int:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--model", type=Path, help="a GGUF file instead of the bundled model")
+        parser.add_argument("--model", type=Path, help="GGUF file to serve (default: the bundled model)")
 
     arguments = harness.parse(__doc__.splitlines()[0], 1000, add)
     with harness.directory() as directory:

@@ -162,12 +162,14 @@ def report(patches: list[Tried]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("version", nargs="?", default="newest", help="of llama-cpp-python (default: the newest)")
-    parser.add_argument("--source", type=Path, help="its sdist, or an unpacked tree, instead of asking pip")
     parser.add_argument(
-        "--build", action="store_true", help="then build and run the architecture table in a copy of this tree"
+        "version", nargs="?", default="newest", help="version of llama-cpp-python (default: the newest)"
     )
-    parser.add_argument("--write", action="store_true", help="then change the pin and the patches of this tree")
+    parser.add_argument("--source", type=Path, help="sdist or unpacked tree to use instead of asking pip")
+    parser.add_argument(
+        "--build", action="store_true", help="also build a copy of this tree, and run the architecture table there"
+    )
+    parser.add_argument("--write", action="store_true", help="also change the pin and the patches of this tree")
     arguments = parser.parse_args()
     if arguments.source and not arguments.source.exists():
         sys.exit(f"move_pin: {arguments.source} does not exist")

@@ -25,12 +25,12 @@ from pypop_gguf.terminal import available_cores
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--boundary", type=int, required=True)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--prompt", default="512,2048")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("model", type=Path, help="model of pop-gguf random-model")
+    parser.add_argument("--boundary", type=int, required=True, help="first layer that prefill skips")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapter (default: 32)")
+    parser.add_argument("--prompt", default="512,2048", help="lengths of the prompts in tokens (default: 512,2048)")
+    parser.add_argument("--runs", type=int, default=5, help="number of pairs of runs (default: 5)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     arguments = parser.parse_args()
     prompts = [int(n) for n in arguments.prompt.split(",")]
     with tempfile.TemporaryDirectory() as directory:

@@ -43,18 +43,20 @@ COLUMNS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--boundary", type=int, required=True)
-    parser.add_argument("--prompt", type=int, default=2048, metavar="TOKENS")
+    parser.add_argument("model", type=Path, help="model of pop-gguf random-model")
+    parser.add_argument("--boundary", type=int, required=True, help="first layer that prefill skips")
+    parser.add_argument(
+        "--prompt", type=int, default=2048, metavar="TOKENS", help="length of the prompt (default: 2048)"
+    )
     parser.add_argument(
         "--ubatch",
         default="512,64",
-        help="tokens of a micro-batch, and of llama-server's batch; several by commas (default: 512,64)",
+        help="lengths of a micro-batch, and of llama-server's batch, separated by commas (default: 512,64)",
     )
-    parser.add_argument("--aborts", type=int, default=50)
-    parser.add_argument("--engines", default="python,server")
-    parser.add_argument("--threads", type=int, default=available_cores())
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--aborts", type=int, default=50, help="number of aborted calls in each case (default: 50)")
+    parser.add_argument("--engines", default="python,server", help="engines to measure (default: python,server)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
+    parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
     try:
         return 0 if all(_measure(arguments, engine, n_ubatch) for n_ubatch, engine in _cases(arguments)) else 1

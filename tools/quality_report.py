@@ -43,9 +43,9 @@ RANK, DISTILL_STEPS, N_CALIBRATION = 32, 200, 360
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--other", type=Path, help="a second small model, GGUF")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--data", type=Path, required=True, help="directory with the texts")
+    parser.add_argument("--other", type=Path, help="GGUF file of a second small model")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md", help="page to write")
     arguments = parser.parse_args()
     plots = arguments.out.with_suffix("")
     plots.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ asan looks for wrong addresses and undefined behaviour. It runs the fuzzers of b
 tests that need neither torch nor another build, and mixed traffic on the server. tsan looks for data races. It runs two
 contexts of one model in two threads, and the tests that have several clients on the server. Each finding that is
 llama.cpp's own has an exception with its reason in tests/sanitizers/; any other finding ends the program in which it is
-found. The build takes about half an hour on 2 cores. Linux and GCC only.
+found. The build takes about half an hour on 2 cores. It needs Linux and GCC.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def main() -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("preset", choices=LIBRARY)
-    parser.add_argument("--mixtures", type=int, default=200, help="cases of fuzz/batches.py")
-    parser.add_argument("--files", type=int, default=2000, help="cases of fuzz/native.py")
-    parser.add_argument("--minutes", type=float, default=3, help="time of tools/soak.py")
+    parser.add_argument("--mixtures", type=int, default=200, help="number of cases of fuzz/batches.py")
+    parser.add_argument("--files", type=int, default=2000, help="number of cases of fuzz/native.py")
+    parser.add_argument("--minutes", type=float, default=3, help="minutes of tools/soak.py")
     arguments = parser.parse_args()
     models = ROOT / "build" / "sanitized-models"
     models.mkdir(parents=True, exist_ok=True)

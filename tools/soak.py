@@ -160,15 +160,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=5, help="at most")
-    parser.add_argument("--requests", type=int, default=10_000_000, help="at most")
-    parser.add_argument("--clients", type=int, default=8, help="at once, on four slots")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=5, help="longest time of the run (default: 5)")
+    parser.add_argument("--requests", type=int, default=10_000_000, help="largest number of requests")
+    parser.add_argument("--clients", type=int, default=8, help="number of clients at once, on four slots (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: 0)")
     parser.add_argument(
-        "--max-growth", type=float, default=0.01, help="of the server's memory after the warm-up, as a share"
+        "--max-growth",
+        type=float,
+        default=0.01,
+        help="largest growth of the server's memory after the warm-up, as a share (default: 0.01)",
     )
     parser.add_argument(
-        "--model", type=Path, help="an F32 GGUF with a boundary (default: the bundled model, 8 of 12 layers)"
+        "--model", type=Path, help="F32 GGUF with a boundary (default: the bundled model, 8 of 12 layers)"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
