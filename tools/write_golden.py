@@ -11,10 +11,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from pypop_gguf import library
+from pypop_gguf import library, native
 from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.metadata import VERSION, Curve, PopMetadata
-from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
+from pypop_gguf.gguf_files.writer import copy_with_metadata
 from tests.support.paths import ROOT
 
 N_LAYER, N_EMBD, N_VOCAB, BOUNDARY = 3, 8, 16, 1
@@ -81,7 +81,7 @@ def main(directory: Path) -> None:
     write_model(model)
     copy_with_metadata(model, model, METADATA)
     fingerprint = library.fingerprint(model)
-    write_adapter(adapter_path(model, BOUNDARY), fingerprint)
+    write_adapter(native.adapter_path(model, BOUNDARY), fingerprint)
     expected = {key: value for key, value, _kind in METADATA.key_values()}
     model.with_suffix(".json").write_text(
         json.dumps({"n_layer": N_LAYER, **expected, "fingerprint": fingerprint}, indent=2) + "\n"

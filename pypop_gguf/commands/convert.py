@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pypop_gguf import library
+from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, check_support, choose_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files import hf_to_gguf, quantize
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import (
-    adapter_path,
     check_free_space,
     part_path,
     replace_together,
@@ -222,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
         choice = choose(importance=metadata.importance_prefill)
         metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 
-        adapter = adapter_path(target, choice.boundary)
+        adapter = native.adapter_path(target, choice.boundary)
         fits: list[Difference] = []
         if arguments.fit_kv:
             companions[adapter] = part_path(target, "adapter")

@@ -167,11 +167,6 @@ def _naming(target: Path) -> Iterator[None]:
         raise PopError(f"cannot write {target}: {error.strerror or error}") from error
 
 
-def adapter_path(model: Path, boundary: int) -> Path:
-    """Returns where ``PopLlama`` looks for the adapter of a model file."""
-    return model.with_name(f"{model.stem}.pop-b{boundary}.gguf")
-
-
 def check_free_space(directory: Path, needed: int) -> None:
     """Checks that there is space for a file before it is written.
 

@@ -14,7 +14,7 @@ from pypop_gguf.cli import main
 from pypop_gguf.fitting import distill, fit
 from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.gguf_files.metadata import PopMetadata
-from pypop_gguf.gguf_files.writer import adapter_path, copy_with_metadata
+from pypop_gguf.gguf_files.writer import copy_with_metadata
 from pypop_gguf.importance.calibration import Sample
 from tests.support import pop_reference, tiny_models
 from tests.support.engine import Engine
@@ -183,7 +183,7 @@ def test_found_beside_its_model_and_left_out_on_request(models, tmp_path):
     model = models["llama"]
     target = tmp_path / "model.gguf"
     shutil.copy(model.gguf, target)
-    write(model, adapter_path(target, B), B)
+    write(model, native.adapter_path(target, B), B)
     for options, adapters in ((dict(), (B,)), (dict(pop_adapter=False), ())):
         llm = PopLlama(str(target), pop_boundary=B, **options, **EXACT)
         assert llm.pop.adapters == adapters
@@ -196,7 +196,7 @@ def test_found_beside_its_model_and_left_out_on_request(models, tmp_path):
 def test_server_takes_the_one_beside_its_model(models, bundled_gguf, tmp_path):
     target, text = tmp_path / "model.gguf", "Once upon a time, there was a little dog named Max. He had a red ball."
     copy_with_metadata(bundled_gguf, target, PopMetadata(boundary=B))
-    write(models["bundled"], adapter_path(target, B), B)
+    write(models["bundled"], native.adapter_path(target, B), B)
     expected = {}
     for adapter in (None, False):
         llm = PopLlama(str(target), pop_adapter=adapter, logits_all=False, **EXACT)
