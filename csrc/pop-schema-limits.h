@@ -1,5 +1,5 @@
-// Limits on the JSON schemas of a request. pop-limits.cpp calls this file, which knows how llama.cpp turns a schema into a
-// grammar.
+// Limits on the JSON schemas of a request. pop-limits.cpp calls this file, which knows how llama.cpp turns a schema into
+// a grammar.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 // What all schemas of one request may cost together. A unit is about one byte of a grammar, or one step of a search.
 struct pop_schema_budget {
-    size_t                                  left = 16 << 20;
+    size_t                                  left = 64 << 20;
     std::unordered_map<std::string, size_t> rules; // how many rules want each name
 
     // Throws std::invalid_argument when nothing is left.

@@ -41,6 +41,7 @@ def vendor_dir() -> Path:
 
 
 _loaded: ModuleType | None = None
+_loading = threading.RLock()
 
 
 def load() -> ModuleType:
@@ -53,10 +54,12 @@ def load() -> ModuleType:
         ImportError: Another llama-cpp-python is already loaded, an environment variable points to another library, or
             the carried one is missing or damaged.
     """
-    global _loaded
-    if _loaded is not None:
-        return _loaded
+    with _loading:  # Python's lock of imports does not cover what follows the import.
+        return _loaded or _load()
 
+
+def _load() -> ModuleType:
+    global _loaded
     vendor = vendor_dir()
     for variable in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"):
         path = os.environ.get(variable)

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,17 @@ def declarations(header: str) -> str:
     return without_preprocessor.replace("LLAMA_API ", "")
 
 
-@functools.cache
+_binding = threading.Lock()
+
+
 def _bound() -> tuple[FFI, Any]:
+    # Two threads that bind at once would get an FFI each, and the types of one are not those of the other.
+    with _binding:
+        return _bind()
+
+
+@functools.cache
+def _bind() -> tuple[FFI, Any]:
     llama_cpp = library.load()
     ffi = FFI()
     ffi.cdef("typedef int32_t llama_seq_id; struct llama_context; struct llama_model; struct llama_adapter_lora;")

@@ -97,9 +97,9 @@ def open_context(
         llm.ctx,
         llm.model_path if pop_adapter is None else None,
         boundary=_requested_boundary(llm, pop_boundary) if pop else native.OFF,
-        n_head=_requested_number("pop_head", pop_head),
-        n_tail=_requested_number("pop_tail", pop_tail),
-        min_tokens=_requested_number("pop_min_tokens", pop_min_tokens),
+        n_head=_requested_number("pop_head", pop_head, f"0 to {_INT32_MAX}"),
+        n_tail=_requested_number("pop_tail", pop_tail, f"1 to {llm.n_batch} (n_batch)"),
+        min_tokens=_requested_number("pop_min_tokens", pop_min_tokens, f"0 to {_INT32_MAX}"),
     )
     if choice.boundary < n_layer and logits_everywhere:  # the default of llama-cpp-python's own server
         print(
@@ -150,12 +150,15 @@ def _requested_boundary(llm: llama_cpp.Llama, boundary: int | str | None) -> int
     return boundary
 
 
-def _requested_number(name: str, asked: int | None) -> int:
-    """Returns a number of tokens for the engine, -1 for the file's value. The engine knows the upper limits."""
+def _requested_number(name: str, asked: int | None, allowed: str) -> int:
+    """Returns a number of tokens for the engine, -1 for the file's value. The engine checks the allowed range.
+
+    Only what the engine cannot be asked for is refused here.
+    """
     if asked is None:
         return -1
     if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= _INT32_MAX:
-        raise PopError(f"{name} is {asked!r}: give a whole number, {int(name == 'pop_tail')} to {_INT32_MAX}")
+        raise PopError(f"{name} is {asked!r}: give a whole number, {allowed}")
     return asked
 
 

@@ -32,7 +32,7 @@ _CHUNK_BYTES = 16 << 20
 
 def part_path(target: Path, what: str = "") -> Path:
     """Returns where ``target``, or another file on the way to it, is written. See :func:`writing`."""
-    return target.with_name(f"{target.name}.{what}.part" if what else f"{target.name}.part")
+    return target.with_name(f"{target.name}.part-{what}" if what else f"{target.name}.part")
 
 
 @contextlib.contextmanager
@@ -78,7 +78,9 @@ def _open_locked(part: Path) -> BinaryIO:
         except FileExistsError:
             try:
                 file, is_left = part.open("rb+"), True
-            except FileNotFoundError:  # The other run has ended meanwhile.
+            except FileNotFoundError:  # The other run has ended meanwhile, or this is a link that leads nowhere.
+                if part.is_symlink():
+                    part.unlink(missing_ok=True)
                 continue
         try:
             if fcntl is None:
@@ -113,8 +115,11 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _remove_others(target: Path, keep: Collection[Path] = ()) -> None:
-    """Removes the files on the way to ``target``, which only the run that has the lock may have."""
-    for path in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+    """Removes the files on the way to ``target``, which only the run that has the lock may have.
+
+    Their names cannot be those of another target's files, such as x.gguf.bak.part beside x.gguf.
+    """
+    for path in target.parent.glob(f"{glob.escape(target.name)}.part-*"):
         if path not in keep:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -1,6 +1,8 @@
 """A copy with other pop.* keys keeps everything else byte for byte, also in files that are out of the ordinary."""
 
 import struct
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from pypop_gguf import PopError, PopLlama, cli
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
-from pypop_gguf.gguf_files.writer import check_free_space, copy_with_metadata
+from pypop_gguf.gguf_files.writer import check_free_space, copy_with_metadata, replacing, writing
 from tests.support.gguf_files import (
     ARRAY,
     FLOAT32,
@@ -156,3 +158,26 @@ def test_space_is_checked_before_anything_is_written(tmp_path):
     check_free_space(tmp_path, 1)
     with pytest.raises(PopError, match=r"not enough space in .*: 1000000000\.00 GB needed, .* GB free"):
         check_free_space(tmp_path, 10**18)
+
+
+def test_run_leaves_files_of_other_targets_alone(tmp_path):
+    """Their names begin with the name of this target."""
+    others = {tmp_path / name: name for name in ("x.gguf.001.part", "x.gguf.bak", "x.gguf.zip.part")}
+    for path, text in others.items():
+        path.write_text(text)
+    with writing(tmp_path / "x.gguf.bak") as other:
+        other.write_text("half")
+        with replacing(tmp_path / "x.gguf") as part:
+            part.write_text("whole")
+        assert other.read_text() == "half"
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {**others, tmp_path / "x.gguf": "whole"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a permission on Windows")
+def test_link_that_leads_nowhere_is_removed_like_what_a_killed_run_has_left(tmp_path):
+    """It runs in a process of its own, which can be stopped if it does not end."""
+    (tmp_path / "x.gguf.part").symlink_to(tmp_path / "nowhere")
+    code = "import sys; from pathlib import Path; from pypop_gguf.gguf_files.writer import replacing\n"
+    code += "with replacing(Path(sys.argv[1])) as part: part.write_text('whole')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.gguf")], check=True, timeout=60)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]

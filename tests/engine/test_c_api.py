@@ -4,6 +4,8 @@ import ctypes
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +319,28 @@ def test_python_has_the_constants_of_the_header():
     )  # fmt: skip
     named = [getattr(functions, f"LLAMA_POP_SOURCE_{source.upper()}") for source in native.SOURCES]
     assert named == list(range(len(native.SOURCES)))
+
+
+BIND_AT_ONCE = """
+import sys, threading
+from pypop_gguf import native
+
+sys.setswitchinterval(1e-6)
+together, found = threading.Barrier(4), []
+
+def bind():
+    together.wait()
+    found.append(native._bound())
+
+threads = [threading.Thread(target=bind) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(found) == 4 and len({id(ffi) for ffi, _ in found}) == 1
+"""
+
+
+def test_threads_that_use_the_library_first_at_once_share_its_types():
+    """It runs in a new process, since the library is bound only once in each."""
+    subprocess.run([sys.executable, "-c", BIND_AT_ONCE], check=True, timeout=60)

@@ -55,7 +55,7 @@ def model(bundled_gguf, tmp_path_factory) -> Path:
 def kill_at_random(arguments: list[str], directory: Path, seconds: float, seed: int) -> bool:
     """Kills a run at a random time, or shortly after it has begun to write. Returns whether that was before its end."""
     moment = random.Random(seed)
-    for path in directory.glob("*.part"):
+    for path in directory.glob("*.part*"):
         path.unlink()  # else it could not be seen when the run begins to write
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if seed % 3 == 0:
@@ -108,7 +108,7 @@ def test_killed_run_leaves_the_old_file_or_the_whole_new_one(bundled_gguf, model
         assert {path.name for path in target.parent.iterdir()} <= {
             "target.gguf",
             "target.gguf.part",
-            "target.gguf.quantized.part",
+            "target.gguf.part-quantized",
         }
     assert killed > kills // 3
     assert subprocess.run(run, capture_output=True).returncode == 0
