@@ -32,6 +32,9 @@ from tests.support.pop_reference import squared_error
 STOCK = ROOT / "build" / "stock"
 WORKER = ROOT / "tests" / "support" / "architecture_worker.py"
 TOLERANCE = 1e-9  # normalized squared error, F32
+# Continuation runs the same sums in micro-batches of other sizes, so the last bit of a number may differ. ggml's GELU
+# reads a table of F16 numbers, where such a bit can lead to the next entry, and processors with AVX-512 show it.
+CONTINUED_TOLERANCE = 1e-8
 
 # Everything that a layer adds to the residual stream passes one of these tensors. The norm of the FFN is one of them,
 # because random models of some architectures have no FFN weights.
@@ -63,7 +66,7 @@ the last prompt token reuses what the layers below the boundary have computed fo
   against the whole model over the last prompt token and three decoded ones.
 - *Deep*: the largest error with a third and with half of the layers skipped. *POP's effect*: the change that pruning
   itself makes there.
-- *Continued*: the difference that continuation makes. *repeats*: the last prompt token runs the layers below the
+- *Continued*: the difference that continuation makes (tolerance {continued_tolerance}). *repeats*: the last prompt token runs the layers below the
   boundary again. That is so for recurrent states, and for caches where continuation was not proven correct.
 - *Limit*: FLOPs of the whole graph over those of the pruned one, with a third of the layers skipped, for 512 tokens.
   The output layer and attention have a large share in tiny models; real models lie nearer to 1.5. Hybrids gain less,
@@ -171,7 +174,7 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     continued = {name.split()[0]: engine.pop(name) for name in list(engine) if name.endswith("continued")}
     if continued:
         row.continued = max(squared_error(logits, engine[boundary]) for boundary, logits in continued.items())
-        if not row.continued <= TOLERANCE:
+        if not row.continued <= CONTINUED_TOLERANCE:
             row.failures.append(f"continued differs from repeated by {row.continued:.0e}")
     row.lossless_error = squared_error(engine.pop(str(row.lossless)), full)
     if not row.lossless_error <= TOLERANCE:
@@ -219,6 +222,7 @@ def table(rows: list[Row]) -> str:
         failing=len(rows) - len(served) - len(refused),
         compared=len(compared),
         tolerance=f"{TOLERANCE:.0e}",
+        continued_tolerance=f"{CONTINUED_TOLERANCE:.0e}",
         exact=exact,
         continued=continued,
     )
