@@ -66,8 +66,9 @@ the last prompt token reuses what the layers below the boundary have computed fo
   against the whole model over the last prompt token and three decoded ones.
 - *Deep*: the largest error with a third and with half of the layers skipped. *POP's effect*: the change that pruning
   itself makes there.
-- *Continued*: the difference that continuation makes (tolerance {continued_tolerance}). *repeats*: the last prompt token runs the layers below the
-  boundary again. That is so for recurrent states, and for caches where continuation was not proven correct.
+- *Continued*: the difference that continuation makes (tolerance {continued_tolerance}). *repeats*: the last prompt
+  token runs the layers below the boundary again. That is so for recurrent states, and for caches where continuation was
+  not proven correct.
 - *Limit*: FLOPs of the whole graph over those of the pruned one, with a third of the layers skipped, for 512 tokens.
   The output layer and attention have a large share in tiny models; real models lie nearer to 1.5. Hybrids gain less,
   because a skipped recurrent layer still computes its state.
