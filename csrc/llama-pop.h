@@ -171,6 +171,46 @@ LLAMA_API int64_t llama_pop_plan_us(const struct llama_context * ctx);
 LLAMA_API double llama_pop_graph_flops(
     struct llama_context * ctx, int32_t boundary, int32_t n_tokens, int32_t n_seqs, int32_t n_outputs);
 
+//
+// Observe: what the products by which skipped layers fill their caches read and write, for fitting an adapter
+//
+
+struct llama_pop_observer;
+
+// Makes an observer of the products that a pass pruned at this boundary, 1..L-1, computes straight from the state there,
+// for the boundary layer and those above it. The caller detaches it and frees it with llama_pop_observer_free().
+// Returns NULL if the boundary is out of range or the model cannot be pruned there.
+LLAMA_API struct llama_pop_observer * llama_pop_observer_init(struct llama_context * ctx, int32_t boundary);
+
+// Frees an observer that is not attached. Returns false if it is NULL.
+LLAMA_API bool llama_pop_observer_free(struct llama_pop_observer * observer);
+
+// Attaches an observer to a context of the same model, in the place of any evaluation callback; NULL detaches it. From
+// the next llama_decode() on the observer copies the products of every token, pruned or whole, in the order of the
+// tokens in the micro-batches. Returns false if ctx is NULL.
+LLAMA_API bool llama_pop_observe(struct llama_context * ctx, struct llama_pop_observer * observer);
+
+// Returns the name of the i-th weight whose products are observed, NULL if there are not that many.
+LLAMA_API const char * llama_pop_observer_weight(const struct llama_pop_observer * observer, int32_t i);
+
+// What the products of one weight have read and written since llama_pop_observer_clear(), valid until the next
+// llama_decode() or call of it: F32 [n_tokens][n_in] and F32 [n_tokens][n_out].
+struct llama_pop_product {
+    const float * input;
+    const float * output;
+    int64_t       n_in;
+    int64_t       n_out;
+    int64_t       n_tokens;
+};
+
+// Fills product. Returns false if the weight is not observed or no product of it was evaluated.
+LLAMA_API bool llama_pop_observer_get(const struct llama_pop_observer * observer,
+                                      const char *                      weight,
+                                      struct llama_pop_product *        product);
+
+// Lets an observer forget what it has copied. Returns false if it is NULL.
+LLAMA_API bool llama_pop_observer_clear(struct llama_pop_observer * observer);
+
 // Returns one line about the last call on this thread that failed, empty if none did. The next failure overwrites it.
 LLAMA_API const char * llama_pop_last_error(void);
 

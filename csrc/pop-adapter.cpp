@@ -2,10 +2,13 @@
 #include "pop-model.h"
 
 #include "llama-adapter.h"
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
 #include "ggml.h"
+#include "gguf.h"
 
 #include <cerrno>
 #include <cstdio>
@@ -14,10 +17,10 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
-#define POP_ADAPTER_TYPE    "pop"
-#define POP_ADAPTER_VERSION "1"
+#define POP_ADAPTER_TYPE "pop"
 
 // FNV-1a
 static void hash(uint64_t & h, const void * data, size_t n) {
@@ -72,8 +75,8 @@ uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter) {
 // Returns why an adapter that could be loaded is not for this model; empty if it is.
 static std::string mismatch(const llama_model & model, const llama_adapter_lora & adapter) {
     const std::string version = value(adapter, "pop.adapter.version");
-    if (version != POP_ADAPTER_VERSION) {
-        return "its version is " + (version.empty() ? "missing" : version) + ", this build reads " POP_ADAPTER_VERSION;
+    if (version != "1" && version != "2") {
+        return "its version is " + (version.empty() ? "missing" : version) + ", this build reads 1 and 2";
     }
     char expected[17];
     snprintf(expected, sizeof(expected), "%016llx", (unsigned long long) pop_fingerprint(model));
@@ -94,6 +97,103 @@ static std::string mismatch(const llama_model & model, const llama_adapter_lora 
     return "";
 }
 
+bool pop_adapter_replaces(const llama_adapter_lora & adapter) {
+    return value(adapter, "pop.adapter.version") == "2";
+}
+
+static const std::string SHIFT = ".shift";
+
+static bool is_shift(const std::string & name) {
+    return name.size() > SHIFT.size() && name.compare(name.size() - SHIFT.size(), SHIFT.size(), SHIFT) == 0;
+}
+
+static std::string weight_of(const std::string & name) {
+    return is_shift(name) ? name.substr(0, name.size() - SHIFT.size()) : name;
+}
+
+// Where a replacement of a weight goes: to the same device. A buffer of repacked weights takes no other tensors.
+static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * weight) {
+    auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(weight->buffer));
+    return ggml_backend_dev_buffer_type(dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+}
+
+static void check_shape(const ggml_tensor * t, const ggml_tensor * weight) {
+    const std::string name = t->name;
+    if (!weight) {
+        throw std::runtime_error(name + " belongs to no weight of this model");
+    }
+    const bool fits = is_shift(name)
+                          ? t->type == GGML_TYPE_F32 && ggml_nelements(t) == weight->ne[1] && t->ne[0] == weight->ne[1]
+                          : ggml_are_same_shape(t, weight);
+    if (!fits) {
+        throw std::runtime_error(name + " has another shape than this model's");
+    }
+}
+
+// Reads an adapter of version 2: for each weight its replacement [n_in, n_out] under the same name, and F32 <name>.shift
+// [n_out]. Throws.
+static void load_replacements(
+    llama_model & model, FILE * file, const gguf_context * gguf, ggml_context * meta, llama_adapter_lora & adapter) {
+    std::map<ggml_backend_buffer_type_t, std::vector<ggml_tensor *>> in_file; // by where they go
+    for (ggml_tensor * t = ggml_get_first_tensor(meta); t; t = ggml_get_next_tensor(meta, t)) {
+        const ggml_tensor * weight = model.get_tensor(weight_of(t->name).c_str());
+        check_shape(t, weight);
+        in_file[buffer_type(weight)].push_back(t);
+    }
+    std::vector<uint8_t> data;
+    for (const auto & [buft, tensors] : in_file) {
+        adapter.ctxs.emplace_back(ggml_init({ tensors.size() * ggml_tensor_overhead(), nullptr, true }));
+        ggml_context * ctx = adapter.ctxs.back().get();
+        for (const ggml_tensor * t : tensors) {
+            ggml_set_name(ggml_dup_tensor(ctx, t), t->name);
+        }
+        adapter.bufs.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft));
+        if (!adapter.bufs.back()) {
+            throw std::runtime_error("there is not enough memory for it");
+        }
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            const size_t at =
+                gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, gguf_find_tensor(gguf, t->name));
+            data.resize(ggml_nbytes(t));
+            if (fseek(file, at, SEEK_SET) != 0 || fread(data.data(), 1, data.size(), file) != data.size()) {
+                throw std::runtime_error("the file ends before " + std::string(t->name));
+            }
+            if (!ggml_validate_row_data(t->type, data.data(), data.size())) {
+                throw std::runtime_error(std::string(t->name) + " holds values that are not numbers");
+            }
+            ggml_backend_tensor_set(t, data.data(), 0, data.size());
+            auto & pair                           = adapter.ab_map[weight_of(t->name)];
+            (is_shift(t->name) ? pair.b : pair.a) = t;
+        }
+    }
+    for (const auto & [name, pair] : adapter.ab_map) {
+        if (!pair.a || !pair.b) {
+            throw std::runtime_error(name + " lacks its replacement or its shift");
+        }
+    }
+}
+
+// Reads an adapter of either version. Throws.
+static void load_file(llama_model & model, FILE * file, llama_adapter_lora & adapter) {
+    ggml_context *   meta = nullptr;
+    gguf_context_ptr gguf(gguf_init_from_file_ptr(file, { /*no_alloc =*/true, &meta }));
+    ggml_context_ptr meta_owner(meta);
+
+    const int64_t key = gguf ? gguf_find_key(gguf.get(), "pop.adapter.version") : -1;
+    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), key) != 2) {
+        rewind(file);
+        llama_adapter_lora_init_impl(model, file, adapter);
+        return;
+    }
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf.get()); ++i) {
+        adapter.gguf_kv.emplace(gguf_get_key(gguf.get(), i), gguf_kv_to_str(gguf.get(), i));
+    }
+    if (value(adapter, "adapter.type") != POP_ADAPTER_TYPE) {
+        throw std::runtime_error("its adapter.type is not \"" POP_ADAPTER_TYPE "\"");
+    }
+    load_replacements(model, file, gguf.get(), meta, adapter);
+}
+
 llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, std::string & why) {
     std::unique_ptr<FILE, int (*)(FILE *)> file(ggml_fopen(path, "rb"), fclose);
     if (!file) {
@@ -104,7 +204,7 @@ llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, st
     auto adapter  = std::make_unique<llama_adapter_lora>(&model);
     adapter->type = POP_ADAPTER_TYPE;
     try {
-        llama_adapter_lora_init_impl(model, file.get(), *adapter);
+        load_file(model, file.get(), *adapter);
         why = mismatch(model, *adapter);
     } catch (const std::exception & e) {
         why = e.what();

@@ -1,5 +1,6 @@
-// Fitted K/V projections: low-rank differences that a pruned graph adds to what skipped layers write to their caches.
-// An adapter is a small GGUF file of its own in the LoRA tensor layout, for one model and one boundary.
+// Fitted K/V projections: what a pruned graph writes to the caches of skipped layers instead of what their own weights
+// give. An adapter is a GGUF file of its own, for one model and one boundary. Version 2 replaces weights of the pruned
+// graph and adds a shift to their products; version 1 adds low-rank products, in the LoRA tensor layout.
 // docs/fitted-projections.md says how it is made; the C API (pop-api.cpp) loads it.
 
 #pragma once
@@ -22,6 +23,9 @@ llama_adapter_lora * pop_load_adapter(llama_model & model, const char * path, st
 
 // Takes an adapter from its model and frees it. No context may use it.
 void pop_free_adapter(llama_adapter_lora * adapter);
+
+// Returns whether an adapter replaces weights (version 2) or adds low-rank products (version 1).
+bool pop_adapter_replaces(const llama_adapter_lora & adapter);
 
 // Returns the boundary that an adapter was fitted for, 0 if pop_load_adapter() did not make it.
 uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter);

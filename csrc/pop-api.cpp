@@ -10,6 +10,7 @@
 #include "pop-context.h"
 #include "pop-graph.h"
 #include "pop-model.h"
+#include "pop-products.h"
 
 #include <algorithm>
 #include <cmath>
@@ -313,6 +314,79 @@ double llama_pop_graph_flops(
             return NAN;
         }
         return pop_flops(res->get_gf());
+    });
+}
+
+//
+// observe
+//
+
+struct llama_pop_observer : pop_product_observer {
+    using pop_product_observer::pop_product_observer;
+};
+
+static llama_pop_observer * make_observer(llama_context * ctx, int32_t boundary) {
+    const uint32_t n_tokens = std::min(llama_n_ctx(ctx), llama_n_ubatch(ctx));
+    const auto *   res      = ctx->pop_build_graph({ POP_PRUNED, (uint32_t) boundary }, n_tokens, 1, 0);
+    if (!res || !res->pop_rewritten) {
+        refuse("layer " + std::to_string(boundary) + " of this model cannot be a boundary");
+        return nullptr;
+    }
+    return new llama_pop_observer(pop_product_weights(*llama_get_model(ctx), res->get_gf(), boundary));
+}
+
+llama_pop_observer * llama_pop_observer_init(llama_context * ctx, int32_t boundary) {
+    return guarded<llama_pop_observer *>(nullptr, [&]() -> llama_pop_observer * {
+        const bool usable = given(ctx) && has_memory(ctx) && in_range("boundary", boundary, 1, n_layer_of(ctx) - 1);
+        return usable ? make_observer(ctx, boundary) : nullptr;
+    });
+}
+
+bool llama_pop_observer_free(llama_pop_observer * observer) {
+    const bool done = given(observer);
+    delete observer;
+    return done;
+}
+
+bool llama_pop_observe(llama_context * ctx, llama_pop_observer * observer) {
+    return guarded(false, [&] {
+        if (!given(ctx)) {
+            return false;
+        }
+        const auto callback = [](ggml_tensor * t, bool ask, void * data) {
+            return ((llama_pop_observer *) data)->observe(t, ask);
+        };
+        ctx->pop_set_eval_callback(observer ? +callback : nullptr, observer);
+        return true;
+    });
+}
+
+const char * llama_pop_observer_weight(const llama_pop_observer * observer, int32_t i) {
+    return given(observer) && i >= 0 && i < (int32_t) observer->weights.size() ? observer->weights[i].c_str() : nullptr;
+}
+
+bool llama_pop_observer_get(const llama_pop_observer * observer, const char * weight, llama_pop_product * product) {
+    return guarded(false, [&] {
+        if (!given(observer, weight, product)) {
+            return false;
+        }
+        const auto it = observer->products.find(weight);
+        if (it == observer->products.end() || it->second.n_tokens == 0) {
+            return refuse(std::string(weight) + " was not evaluated");
+        }
+        const pop_product & p = it->second;
+        *product              = { p.input.data(), p.output.data(), p.n_in, p.n_out, p.n_tokens };
+        return true;
+    });
+}
+
+bool llama_pop_observer_clear(llama_pop_observer * observer) {
+    return guarded(false, [&] {
+        if (!given(observer)) {
+            return false;
+        }
+        observer->clear();
+        return true;
     });
 }
 

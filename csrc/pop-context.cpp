@@ -140,6 +140,16 @@ llm_graph_result * llama_context::pop_build_graph(const pop_graph_params & what,
     return res;
 }
 
+// A graph that is used again keeps the callback that the scheduler has, so the scheduler gets the new one at once.
+void llama_context::pop_set_eval_callback(ggml_backend_sched_eval_callback callback, void * data) {
+    cparams.cb_eval           = callback;
+    cparams.cb_eval_user_data = data;
+    if (sched) {
+        synchronize();
+        ggml_backend_sched_set_eval_callback(sched.get(), callback, data);
+    }
+}
+
 // Builds the graphs that prefill would build at this boundary. A context that runs the whole model prunes nothing, so
 // any boundary is fine there.
 bool llama_context::pop_try_boundary(uint32_t boundary) {

@@ -1,4 +1,5 @@
 #include "pop-graph.h"
+#include "pop-adapter.h"
 
 #include "llama-adapter.h"
 #include "llama-graph.h"
@@ -157,11 +158,17 @@ struct rewrite {
         return pop.adapter && t->op == GGML_OP_MUL_MAT ? pop.adapter->get_weight(t->src[0]) : nullptr;
     }
 
-    // From now on, what reads the product reads its sum with B A x, where x is the state that the product itself reads.
+    // From now on, what reads the product reads what the adapter makes of it: with an adapter that replaces weights the
+    // sum of A x and B, else the sum of the product and B A x. x is the state that the product itself reads.
     void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
         ggml_context * ctx = res.get_ctx();
-        ggml_tensor *  low = ggml_mul_mat(ctx, w.a, product->src[1]);
-        replaced[product]  = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
+        if (pop_adapter_replaces(*pop.adapter)) {
+            product->src[0]   = w.a;
+            replaced[product] = ggml_add(ctx, product, w.b);
+        } else {
+            ggml_tensor * low = ggml_mul_mat(ctx, w.a, product->src[1]);
+            replaced[product] = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
+        }
     }
 
     bool works_on_replaced(const ggml_tensor * t) const { return is_in_place(t) && replaced_memory.count(t->view_src); }

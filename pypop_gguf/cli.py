@@ -17,6 +17,7 @@ from pypop_gguf import PopError, __version__
 # The name of each subcommand -> (its module in pypop_gguf.commands, one line of help).
 COMMANDS = {
     "convert": ("convert", "write a GGUF with a boundary, from a Hugging Face model or another GGUF"),
+    "prepare": ("prepare", "make the prompts of any GGUF faster: fit, measure, choose and write"),
     "inspect": ("inspect", "print the POP metadata of a GGUF"),
     "eval": ("eval", "measure how much pruning changes the model's answers, on your own texts"),
     "tune": ("tune", "choose the lowest boundary within a quality budget, measured on your own texts"),

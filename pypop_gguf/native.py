@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cffi import FFI
 
 from pypop_gguf import library, parent
@@ -238,6 +239,47 @@ def graph_flops(ctx: int, *, boundary: int, n_tokens: int, n_seqs: int, n_output
     flops = _functions().llama_pop_graph_flops(_context(ctx), boundary, n_tokens, n_seqs, n_outputs)
     _check(not math.isnan(flops))
     return flops
+
+
+def observer_init(ctx: int, boundary: int):
+    """Makes an observer of the products that a pass pruned at a boundary computes straight from the state there."""
+    observer = _functions().llama_pop_observer_init(_context(ctx), boundary)
+    _check(observer != _bound()[0].NULL)
+    return observer
+
+
+def observer_free(observer) -> None:
+    """Frees an observer that is not attached."""
+    _check(_functions().llama_pop_observer_free(observer))
+
+
+def observe(ctx: int, observer) -> None:
+    """Attaches an observer to a context; None detaches it."""
+    _check(_functions().llama_pop_observe(_context(ctx), _bound()[0].NULL if observer is None else observer))
+
+
+def observer_weight(observer, i: int) -> str | None:
+    """The name of the i-th weight whose products are observed, None if there are not that many."""
+    name = _functions().llama_pop_observer_weight(observer, i)
+    return None if name == _bound()[0].NULL else _bound()[0].string(name).decode()
+
+
+def observer_get(observer, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    """What the products of a weight have read and written: copies, F32 [n_tokens, n_in] and [n_tokens, n_out]."""
+    ffi, functions = _bound()
+    product = ffi.new("struct llama_pop_product *")
+    _check(functions.llama_pop_observer_get(observer, weight.encode(), product))
+
+    def matrix(data, n: int) -> np.ndarray:
+        view = np.frombuffer(ffi.buffer(data, 4 * n * product.n_tokens), dtype=np.float32)
+        return view.reshape(product.n_tokens, n).copy()
+
+    return matrix(product.input, product.n_in), matrix(product.output, product.n_out)
+
+
+def observer_clear(observer) -> None:
+    """Lets an observer forget what it has copied."""
+    _check(_functions().llama_pop_observer_clear(observer))
 
 
 def last_error() -> str:

@@ -111,7 +111,7 @@ def open_context(
     if unset and native.refusal(llm.model) is None:
         print(
             f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
-            f"{n_layer} layers; `pop-gguf convert` writes one, or pass pop_boundary=",
+            f"{n_layer} layers; `pop-gguf prepare` makes its prompts faster",
             file=sys.stderr,
         )
     if choice.has_adapter:

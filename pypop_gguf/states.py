@@ -10,9 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from pypop_gguf import library
 from pypop_gguf.cache_record import CacheRecord
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
+from pypop_gguf.gguf_files.tensors import list_shards, list_tensors
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -55,31 +54,14 @@ def file_digest(path: str | os.PathLike, first: GGUFHeader | None = None) -> str
         PopError: The file cannot be read.
     """
     digest = hashlib.sha256()
-    for i, shard in enumerate(_shards(os.fspath(path))):
+    for i, shard in enumerate(list_shards(path)):
         header = first if first and i == 0 else read_header(shard)
         digest.update(header.tensor_infos)
         with open(shard, "rb") as file:
-            for offset in _tensor_offsets(header):
-                file.seek(header.data_offset + offset)
+            for tensor in list_tensors(header):
+                file.seek(header.data_offset + tensor.offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _shards(path: str) -> list[str]:
-    split = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path, re.DOTALL)
-    if not split:
-        return [path]
-    return [f"{split[1]}-{shard:05}-of-{split[2]}.gguf" for shard in range(1, int(split[2]) + 1)]
-
-
-def _tensor_offsets(header: GGUFHeader) -> Iterator[int]:
-    """Yields where each tensor begins, in bytes from the start of the tensor data."""
-    infos, at, order = header.tensor_infos, 0, header.order
-    for _ in range(header.n_tensors):
-        at += 8 + struct.unpack_from(f"{order}Q", infos, at)[0]  # the name
-        at += 4 + 8 * struct.unpack_from(f"{order}I", infos, at)[0] + 4  # the shape, the type
-        yield struct.unpack_from(f"{order}Q", infos, at)[0]
-        at += 8
 
 
 def model_digest(

@@ -22,7 +22,8 @@ def logits(
         n_prompt: Tokens of the prompt, N.
         head: First tokens of the prompt that run through the whole model.
         tail: Last tokens of the prompt that run through the whole model.
-        added: For some modules, a matrix [n_out, n_in] that the pruned pass adds to the weight.
+        added: For some modules, a matrix [n_out, n_in] that the pruned pass adds to the weight, or such a matrix and a
+            shift [n_out] that it adds to the output.
 
     Returns:
         F32 [T - N + 1, n_vocab].
@@ -37,8 +38,8 @@ def logits(
         cache = model(input_ids=ids[:, :head], use_cache=True).past_key_values if head else None
         hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in decoder_layers[boundary:]]
         hooks += [
-            module.register_forward_hook(lambda _module, args, output, matrix=matrix: output + args[0] @ matrix.T)
-            for module, matrix in (added or {}).items()
+            module.register_forward_hook(lambda _module, args, output, add=add: output + args[0] @ add[0].T + add[1])
+            for module, add in ((module, _with_shift(change)) for module, change in (added or {}).items())
         ]
         try:
             pruned = ids[:, head : n_prompt - tail]
@@ -51,6 +52,10 @@ def logits(
             out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
             rows.append(out.logits[0, -1].float().numpy())
     return np.stack(rows[tail - 1 :])
+
+
+def _with_shift(change) -> tuple:
+    return change if isinstance(change, tuple) else (change, 0)
 
 
 def squared_error(actual: np.ndarray, expected: np.ndarray) -> float:

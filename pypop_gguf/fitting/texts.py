@@ -1,0 +1,74 @@
+"""Prompts to fit keys and values on, and others to measure the result on, in the model's own chat template.
+
+data/fit.jsonl and data/measure.jsonl are the bundled prompts: chat, code, retrieval, summaries, mathematics and ten
+languages. They were written for this package and share its license. No text is in both. A user's own file is divided.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.importance.records import read_records
+from pypop_gguf.llama import PopLlama
+from pypop_gguf.quality.score import Tokenizer
+
+FEWEST = 16  # prompts in a user's own file
+_DATA = Path(__file__).with_name("data")
+_MEASURED = 4  # every fourth prompt of a user's own file is measured on
+
+
+def read_prompts(llm: PopLlama, path: Path | None, max_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Reads the prompts to fit on and the prompts to measure on.
+
+    Args:
+        llm: The model, whose tokenizer and chat template are used.
+        path: Plain text or JSON Lines, as ``pop-gguf eval`` reads them; None for the bundled prompts.
+        max_tokens: A longer prompt is left out: a part of it would not be what its end asks about.
+
+    Returns:
+        The token ids of each prompt to fit on, and of each to measure on.
+
+    Raises:
+        PopError: The file cannot be read, or has too few prompts.
+    """
+    if path is None:
+        fitted, measured = (_read_bundled(_DATA / name) for name in ("fit.jsonl", "measure.jsonl"))
+        return _encode(llm, fitted, max_tokens), _encode(llm, measured, max_tokens)
+    chats = [_as_chat(record.content) for record in read_records(path, max_tokens)[0]]
+    prompts = _encode(llm, chats, max_tokens)
+    if len(prompts) < FEWEST:
+        raise PopError(
+            f"{path}: {len(prompts)} texts of at most {max_tokens} tokens are too few to fit and to measure on: "
+            f"give at least {FEWEST}"
+        )
+    to_fit = [prompt for i, prompt in enumerate(prompts) if i % _MEASURED != _MEASURED - 1]
+    return to_fit, prompts[_MEASURED - 1 :: _MEASURED]
+
+
+def _read_bundled(file: Path) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _as_chat(content: Any) -> list[dict[str, str]]:
+    """A record as a chat that ends where the model has to answer."""
+    if isinstance(content, list):
+        return content[:-1]  # The last message is the assistant's.
+    return [{"role": "user", "content": content if isinstance(content, str) else content[0]}]
+
+
+def _encode(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
+    tokenizer = Tokenizer(llm)
+    prompts = []
+    for chat in chats:
+        if tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = tokenizer("\n\n".join(message["content"] for message in chat))["input_ids"]
+        if 4 < len(tokens) <= max_tokens:
+            prompts.append(tokens)
+    return prompts

@@ -1,0 +1,153 @@
+"""Keys and values fitted through the engine: what it observes, the regression, and adapters of whole weights."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from pypop_gguf import PopError, PopLlama, library, native
+from pypop_gguf.fitting import engine_fit, fit
+from pypop_gguf.fitting.adapter_file import write_replacements
+from pypop_gguf.fitting.regression import Relation, relate
+from pypop_gguf.gguf_files.tensors import read_matrices
+from pypop_gguf.importance.calibration import Sample
+from tests.support import pop_reference
+from tests.support.engine import Engine
+
+NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2"]
+B, N_PROMPT, N_TOKENS = 2, 40, 44
+EXACT = dict(n_ctx=128, type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False)
+
+
+def make_texts(model, n: int = 24, length: int = 40) -> list[list[int]]:
+    chance = np.random.default_rng(0)
+    return [chance.integers(3, len(model.tokens(8)) + 100, length).tolist() for _ in range(n)]
+
+
+def torch_products(model, text: list[int], projections: list) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What each projection reads in a pruned pass and writes in a whole one, in PyTorch, without the first position."""
+    sample = Sample(tuple(text), 1)
+    found = fit._record_projections(model.torch_model, model.layers, sample, B, projections)
+    return {p.name: (x[1:].numpy(), y[1:].numpy()) for p, (x, y) in zip(projections, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_observed_inputs_and_outputs_are_pytorchs(reference_models, name):
+    model = reference_models[name]
+    text = model.tokens(40)
+    projections = [p for p in fit.find_projections(model.torch_model, B) if p.kind != "key"]
+    expected = torch_products(model, text, projections)
+    llm = PopLlama(str(model.gguf), pop=False, **EXACT)
+    with engine_fit.observing(llm, B) as products:
+        assert all(engine_fit.layer_of(weight) >= B for weight in products.weights)
+        products.evaluate(text, B)
+        inputs = {weight: products.get(weight)[0] for weight in products.weights}
+        products.evaluate(text, products.n_layer)
+        outputs = {weight: products.get(weight)[1] for weight in products.weights}
+    for projection in projections:
+        part = "attn_kv_a_mqa" if projection.kind == "latent" else "attn_v"
+        weight = f"blk.{projection.layer}.{part}.weight"
+        x, y = expected[projection.name]
+        assert pop_reference.squared_error(inputs[weight], x) <= 1e-6
+        rows = outputs[weight][:, projection.rows] if projection.kind == "latent" else outputs[weight]
+        assert pop_reference.squared_error(rows, y) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name):
+    model = reference_models[name]
+    texts = make_texts(model)
+    llm = PopLlama(str(model.gguf), pop=False, **EXACT)
+    [sums] = engine_fit.collect(llm, texts, [B])
+    assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
+    weights = read_matrices(model.gguf, sums.relations.keys())
+    for projection in fit.find_projections(model.torch_model, B):
+        part = {"key": "attn_k", "value": "attn_v"}[projection.kind]
+        found = sums.solve(f"blk.{projection.layer}.{part}.weight", weights[f"blk.{projection.layer}.{part}.weight"])
+        pairs = [
+            torch_products(model, text, [projection])[projection.name] for i, text in enumerate(texts) if i % 8 != 7
+        ]
+        x, y = (np.concatenate(column).astype(np.float64) for column in zip(*pairs, strict=True))
+        if np.isinf(found.penalty):
+            continue
+        centred = x - x.mean(axis=0)
+        own = projection.module.weight.detach().double().numpy()
+        level = found.penalty * np.trace(centred.T @ centred) / x.shape[1]
+        ridge = centred.T @ centred + level * np.eye(x.shape[1])
+        expected = np.linalg.solve(ridge, centred.T @ (y - y.mean(axis=0)) + level * own.T).T
+        shift = y.mean(axis=0) - expected @ x.mean(axis=0)
+        assert pop_reference.squared_error(x @ found.weight.T + found.shift, x @ expected.T + shift) <= 1e-6
+        assert found.error_after <= found.error_before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_pruned_passes_use_the_replaced_weights_and_whole_ones_do_not(reference_models, name, tmp_path):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS)
+    generator = torch.Generator().manual_seed(1)
+    replacements, added = {}, {}
+    for projection in fit.find_projections(model.torch_model, B):
+        if projection.kind == "value":
+            weight = projection.module.weight.detach()
+            # These numbers survive the rounding of the file: eighths, the largest of each block being 127 of them.
+            new = torch.randint(-126, 127, weight.shape, generator=generator).float()
+            new[:, ::32] = 127
+            new = new / 1024
+            shift = torch.randint(-8, 9, (len(weight),), generator=generator).float() / 8
+            replacements[f"blk.{projection.layer}.attn_v.weight"] = new.numpy(), shift.numpy()
+            added[projection.module] = new - weight, shift
+    path = tmp_path / "fit.gguf"
+    architecture = gguf.GGUFReader(model.gguf).get_field("general.architecture").contents()
+    fingerprint = library.fingerprint(model.gguf)
+    write_replacements(path, replacements, architecture=architecture, boundary=B, fingerprint=fingerprint)
+    expected = pop_reference.logits(model.torch_model, model.layers, tokens, B, N_PROMPT, added=added)
+    plain = pop_reference.logits(model.torch_model, model.layers, tokens, B, N_PROMPT)
+    continuation = [*tokens[N_PROMPT:], 0]
+    llm = PopLlama(str(model.gguf), pop_boundary=B, pop_adapter=path, **EXACT)
+    error = pop_reference.squared_error(llm.score(tokens[:N_PROMPT], continuation), expected)
+    whole = llm.score(tokens[:N_PROMPT], continuation, pop=False)
+    llm.close()
+    assert error <= 1e-4  # A product with a Q8_0 weight rounds what it reads.
+    assert pop_reference.squared_error(plain, expected) > 20 * error
+    bare = PopLlama(str(model.gguf), pop_boundary=B, **EXACT)
+    assert np.array_equal(whole, bare.score(tokens[:N_PROMPT], continuation, pop=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blk.9.attn_v.weight": ((8, 8), 8)}, "belongs to no weight"),
+        ({"blk.4.attn_v.weight": ((8, 8), 8)}, "another shape"),
+        ({"blk.1.attn_v.weight": (None, None)}, "no weight of a layer above its boundary"),
+    ],
+    ids=["unknown", "shape", "below"],
+)
+def test_replacement_that_does_not_fit_is_refused_in_one_line(reference_models, tmp_path, change, message):
+    model = reference_models["llama"]
+    [(name, (shape, n_out))] = change.items()
+    if shape is None:
+        weight = read_matrices(model.gguf, [name])[name]
+        shape, n_out = weight.shape, len(weight)
+    path = tmp_path / "fit.gguf"
+    replacement = np.zeros(shape, np.float32), np.zeros(n_out, np.float32)
+    fingerprint = library.fingerprint(model.gguf)
+    write_replacements(path, {name: replacement}, architecture="llama", boundary=B, fingerprint=fingerprint)
+    with Engine(model.gguf) as engine, pytest.raises(PopError, match=message) as raised:
+        native.load_adapter(engine.context, engine.model, path)
+    assert "\n" not in str(raised.value)
+
+
+def test_input_that_follows_from_another_is_recognized():
+    chance = np.random.default_rng(0)
+    base = chance.standard_normal((50, 8), dtype=np.float32)
+    scale, offset = chance.standard_normal(8), chance.standard_normal(8)
+    found = relate(base, (base * scale + offset).astype(np.float32))
+    assert isinstance(found, Relation)
+    assert np.allclose(found.scale, scale, atol=1e-4) and np.allclose(found.offset, offset, atol=1e-4)
+    assert relate(base, base[:, ::-1].copy()) is None
+
+
+def test_too_few_texts_are_refused(reference_models):
+    llm = PopLlama(str(reference_models["llama"].gguf), pop=False, **EXACT)
+    with pytest.raises(PopError, match="7 texts are too few"):
+        engine_fit.collect(llm, make_texts(reference_models["llama"], 7), [B])
