@@ -37,7 +37,7 @@ def test_file_without_boundary_is_off_and_says_so(bundled_gguf, capfd):
     llm = PopLlama(str(bundled_gguf), n_ctx=64, verbose=False)
     assert (llm.pop.enabled, llm.pop.source) == (False, "off")
     advice = capfd.readouterr().err
-    assert advice.count("\n") == 1 and "pop-gguf convert" in advice
+    assert advice.count("\n") == 1 and "pop-gguf prepare" in advice
 
 
 def test_only_the_last_prompt_token_runs_the_whole_model_across_chunks(llm):

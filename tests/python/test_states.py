@@ -14,6 +14,7 @@ from pypop_gguf.fitting import fit as fit_kv
 from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata
+from pypop_gguf.gguf_files.tensors import list_tensors
 from pypop_gguf.gguf_files.writer import copy_with_metadata
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 2
@@ -35,7 +36,7 @@ def tuned(bundled_gguf, tmp_path_factory):
     path = tmp_path_factory.mktemp("tuned") / "tuned.gguf"
     shutil.copy(bundled_gguf, path)
     header = read_header(path)
-    offsets = list(states._tensor_offsets(header))
+    offsets = [tensor.offset for tensor in list_tensors(header)]
     with path.open("r+b") as file:
         for il in range(1, 6):
             name = header.tensor_infos.index(b"blk.%d.attn_v.weight" % il)
