@@ -20,7 +20,7 @@ from pypop_gguf.fitting.engine_fit import BoundarySums, collect
 from pypop_gguf.fitting.measure import score_answers, write_answers
 from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
-from pypop_gguf.gguf_files.tensors import read_matrices
+from pypop_gguf.gguf_files.tensors import list_shards, read_matrices
 from pypop_gguf.gguf_files.writer import check_free_space, part_path, replace_together, write_copy, writing
 from pypop_gguf.terminal import aligned, available_cores, progress
 
@@ -104,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_support(source, support)
     boundaries = _choose_boundaries(support.n_layer, support.lossless_boundary, arguments.boundary)
     target = arguments.outfile or source.with_name(f"{source.stem}-pop.gguf")
+    if len(list_shards(source)) > 1 and target != source:
+        raise PopError(f"{source} is split, and its shards are found by their names: give --outfile {source}")
     with writing(target):
         check_free_space(target.absolute().parent, 2 * source.stat().st_size)
         llm = _open(source, arguments.threads)

@@ -81,6 +81,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(bundled_gguf, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["few.txt"]
 
 
+def test_split_model_is_prepared_in_place_alone(bundled_gguf, tmp_path, capsys):
+    shard = tmp_path / "model-00001-of-00002.gguf"
+    shard.write_bytes(bundled_gguf.read_bytes())
+    assert prepare(shard, "--boundary", 8, "--outfile", tmp_path / "out.gguf") == 1
+    assert f"give --outfile {shard}" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [shard]
+
+
 def test_interrupted_run_leaves_nothing(bundled_gguf, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
