@@ -37,7 +37,8 @@ $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1" scikit-build-core patch-ng cmake ninja
 	@echo "building llama.cpp with POP: about 10 minutes on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[convert,bench]" --group test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt \
+	    --no-build-isolation -e ".[convert,bench]" --group test
 	touch $@
 
 # the unpatched library beside ours, for comparison

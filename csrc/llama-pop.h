@@ -43,7 +43,7 @@ enum llama_pop_source {
     LLAMA_POP_SOURCE_LOSSLESS = 3, // LLAMA_POP_DEFAULT found upper layers that share a cache, so pruning is exact
 };
 
-// What a caller asks for. A number of tokens that is -1 stands for the model file's value; if the file has none, it
+// A llama_pop_request says what a caller asks for. A number of tokens that is -1 stands for the model file's value; if the file has none, it
 // stands for a head of 0, a tail of 1 and min_tokens of 0.
 struct llama_pop_request {
     int32_t boundary;   // 1..L or an enum llama_pop_boundary
@@ -52,7 +52,7 @@ struct llama_pop_request {
     int32_t min_tokens; // the caller shall leave prompts with fewer new tokens unpruned; file key pop.min_tokens
 };
 
-// What llama_pop_open() has chosen.
+// A llama_pop_choice says what llama_pop_open() has chosen.
 struct llama_pop_choice {
     int32_t boundary; // 1..L, L where nothing is pruned
     int32_t source;   // an enum llama_pop_source
@@ -193,7 +193,7 @@ LLAMA_API bool llama_pop_observe(struct llama_context * ctx, struct llama_pop_ob
 // Returns the name of the i-th weight whose products are observed, NULL if there are not that many.
 LLAMA_API const char * llama_pop_observer_weight(const struct llama_pop_observer * observer, int32_t i);
 
-// What the products of one weight have read and written since llama_pop_observer_clear(), valid until the next
+// A llama_pop_product holds what the products of one weight have read and written since llama_pop_observer_clear(), valid until the next
 // llama_decode() or call of it: F32 [n_tokens][n_in] and F32 [n_tokens][n_out].
 struct llama_pop_product {
     const float * input;

@@ -111,7 +111,7 @@ static std::string weight_of(const std::string & name) {
     return is_shift(name) ? name.substr(0, name.size() - SHIFT.size()) : name;
 }
 
-// Where a replacement of a weight goes: to the same device. A buffer of repacked weights takes no other tensors.
+// Returns where a replacement of a weight goes, which is the weight's device. A buffer of repacked weights takes no other tensors.
 static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * weight) {
     auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(weight->buffer));
     return ggml_backend_dev_buffer_type(dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));

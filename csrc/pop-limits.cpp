@@ -60,7 +60,7 @@ static const json * find(const json * object, const char * key) {
     return object && object->is_object() && object->contains(key) ? &object->at(key) : nullptr;
 }
 
-// The places of schemas in requests to /completion and in OpenAI's and Anthropic's requests.
+// Checks the schemas of a request, at every place where /completion, /v1/chat/completions and /v1/messages take one.
 static void check_schemas(const json & body) {
     pop_schema_budget budget;
     const json *      format = find(&body, "response_format");

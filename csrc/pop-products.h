@@ -17,7 +17,7 @@ struct llama_model;
 // and so is a weight that is used twice, because one replacement cannot serve both. In the order of evaluation.
 std::vector<std::string> pop_product_weights(const llama_model & model, ggml_cgraph * pruned, uint32_t boundary);
 
-// What the product of one weight has read and written, token by token.
+// A pop_product holds what the product of one weight has read and written, token by token.
 struct pop_product {
     std::vector<float> input;  // [n_tokens][n_in]
     std::vector<float> output; // [n_tokens][n_out]

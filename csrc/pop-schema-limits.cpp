@@ -84,7 +84,7 @@ static std::string prefix(const std::string & name) {
 // Walks through a schema as upstream's code does, but only counts. There are two passes, because upstream makes two:
 //   BUILD   as common_chat_schema_builder in common/json-schema.cpp
 //   CONVERT as common_chat_schema_converter in common/json-schema-to-grammar.cpp
-// Where upstream would refuse a schema, the walk just goes on, and upstream writes the error.
+// The walk goes on where upstream would refuse a schema, because upstream writes the error.
 class schema_walk {
 public:
     enum walk_pass { BUILD, CONVERT };
@@ -189,7 +189,7 @@ private:
         }
     }
 
-    // As common_chat_schema_builder::resolve_ref(). The members of an object are a list there, which is searched.
+    // This does what common_chat_schema_builder::resolve_ref() does. The members of an object are a list there, which is searched.
     const json * resolve(const std::string & ref) {
         const auto known = targets.find(ref);
         if (known != targets.end()) {
@@ -216,7 +216,7 @@ private:
         return targets[ref] = target;
     }
 
-    // As common_chat_schema::value_types(), which follows a reference again wherever it meets it, unless it is inside it.
+    // This does what common_chat_schema::value_types() does, which follows a reference again wherever it meets it, unless it is inside it.
     void follow(const json & schema, const json & type) {
         const level nested(depth);
         budget.spend(16);
@@ -335,7 +335,7 @@ private:
         }
     }
 
-    // As common_chat_schema_converter::_visit_all_of(), which takes the properties of all components together. It follows
+    // This does what common_chat_schema_converter::_visit_all_of() does, which takes the properties of all components together. It follows
     // a reference to a component each time it meets it.
     void convert_all_of(const json & components, const std::string & name) {
         std::vector<std::string>        names;

@@ -9,7 +9,7 @@
 #include <string>
 #include <unordered_map>
 
-// What all schemas of one request may cost together. A unit is about one byte of a grammar, or one step of a search.
+// A budget says what all schemas of one request may cost together. A unit is about one byte of a grammar, or one step of a search.
 struct pop_schema_budget {
     size_t                                  left = 64 << 20;
     std::unordered_map<std::string, size_t> rules; // how many rules want each name

@@ -229,7 +229,7 @@ class Worker:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What a library prints must not get between the answers.
+    os.dup2(2, 1)  # A library's own prints must not get between the answers.
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)
