@@ -65,7 +65,8 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 	    --decode 8 --threads 2 --stock $(STOCK) --csv bench/$(MACHINE).csv
 	$(BIN)/pop-gguf bench --from-csv bench/$(MACHINE).csv --plot bench/$(MACHINE).png
 
-# docs/quality.md; DATA has held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl, OTHER is a second model
+# docs/quality.md; DATA has the held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl,
+# and OTHER is a second model
 quality: $(VENV)/.installed
 	$(BIN)/python -m tools.quality_report --data $(DATA) $(if $(OTHER),--other $(OTHER))
 
@@ -83,7 +84,8 @@ licences: $(VENV)/.installed
 audit: licences
 	$(BIN)/pip-audit --local --skip-editable
 
-# another llama-cpp-python: VERSION=0.3.37, or the newest; tries the patches, builds in a copy, runs the architecture table there
+# another llama-cpp-python: VERSION=0.3.37, or the newest; tries the patches, builds in a copy, and runs the
+# architecture table there
 pin: $(VENV)/.installed
 	$(BIN)/python third_party/move_pin.py $(VERSION) --build
 

@@ -8,8 +8,8 @@
 //             write their keys and values of it to the cache, computed from the state at the boundary
 //
 // A token that asks for logits is always run whole. A new context prunes nothing: its logits are bit for bit those of
-// stock llama.cpp in the cases that tests/engine/test_stock.py compares. Some fixes of upstream faults are always active;
-// third_party/README.md lists them.
+// stock llama.cpp in the cases that tests/engine/test_stock.py compares. Some fixes of upstream faults are always
+// active; third_party/README.md lists them.
 //
 // Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
 // comment names, changes nothing, and leaves the reason in llama_pop_last_error().
@@ -43,8 +43,8 @@ enum llama_pop_source {
     LLAMA_POP_SOURCE_LOSSLESS = 3, // LLAMA_POP_DEFAULT found upper layers that share a cache, so pruning is exact
 };
 
-// A llama_pop_request says what a caller asks for. A number of tokens that is -1 stands for the model file's value; if the file has none, it
-// stands for a head of 0, a tail of 1 and min_tokens of 0.
+// A llama_pop_request says what a caller asks for. A number of tokens that is -1 stands for the model file's value; if
+// the file has none, it stands for a head of 0, a tail of 1 and min_tokens of 0.
 struct llama_pop_request {
     int32_t boundary;   // 1..L or an enum llama_pop_boundary
     int32_t n_head;     // see llama_pop_set_ends(); file key pop.head
@@ -113,7 +113,7 @@ LLAMA_API bool llama_pop_set_continuation(struct llama_context * ctx, bool conti
 LLAMA_API bool llama_pop_continues(const struct llama_context * ctx);
 
 //
-// Adapters: fitted low-rank corrections of the keys and values that a pruned token leaves in the skipped layers' caches
+// Adapters: fitted weights for the keys and values that a pruned token leaves in the skipped layers' caches
 //
 
 // Loads an adapter file, which docs/fitted-projections.md describes, for one model. Nothing uses it yet. The model owns
@@ -177,8 +177,8 @@ LLAMA_API double llama_pop_graph_flops(
 
 struct llama_pop_observer;
 
-// Makes an observer of the products that a pass pruned at this boundary, 1..L-1, computes straight from the state there,
-// for the boundary layer and those above it. The caller detaches it and frees it with llama_pop_observer_free().
+// Makes an observer of the products that a pass pruned at this boundary, 1..L-1, computes straight from the state
+// there, for the boundary layer and those above it. The caller detaches it and frees it with llama_pop_observer_free().
 // Returns NULL if the boundary is out of range or the model cannot be pruned there.
 LLAMA_API struct llama_pop_observer * llama_pop_observer_init(struct llama_context * ctx, int32_t boundary);
 
@@ -193,8 +193,8 @@ LLAMA_API bool llama_pop_observe(struct llama_context * ctx, struct llama_pop_ob
 // Returns the name of the i-th weight whose products are observed, NULL if there are not that many.
 LLAMA_API const char * llama_pop_observer_weight(const struct llama_pop_observer * observer, int32_t i);
 
-// A llama_pop_product holds what the products of one weight have read and written since llama_pop_observer_clear(), valid until the next
-// llama_decode() or call of it: F32 [n_tokens][n_in] and F32 [n_tokens][n_out].
+// A llama_pop_product holds what the products of one weight have read and written since llama_pop_observer_clear(),
+// valid until the next llama_decode() or call of it: F32 [n_tokens][n_in] and F32 [n_tokens][n_out].
 struct llama_pop_product {
     const float * input;
     const float * output;

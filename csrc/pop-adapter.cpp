@@ -111,7 +111,8 @@ static std::string weight_of(const std::string & name) {
     return is_shift(name) ? name.substr(0, name.size() - SHIFT.size()) : name;
 }
 
-// Returns where a replacement of a weight goes, which is the weight's device. A buffer of repacked weights takes no other tensors.
+// Returns where a replacement of a weight goes, which is the weight's device. A buffer of repacked weights takes no
+// other tensors.
 static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * weight) {
     auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(weight->buffer));
     return ggml_backend_dev_buffer_type(dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
@@ -130,8 +131,8 @@ static void check_shape(const ggml_tensor * t, const ggml_tensor * weight) {
     }
 }
 
-// Reads an adapter of version 2: for each weight its replacement [n_in, n_out] under the same name, and F32 <name>.shift
-// [n_out]. Throws.
+// Reads an adapter of version 2: for each weight its replacement [n_in, n_out] under the same name, and F32
+// <name>.shift [n_out]. Throws.
 static void load_replacements(
     llama_model & model, FILE * file, const gguf_context * gguf, ggml_context * meta, llama_adapter_lora & adapter) {
     std::map<ggml_backend_buffer_type_t, std::vector<ggml_tensor *>> in_file; // by where they go

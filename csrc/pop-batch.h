@@ -30,8 +30,8 @@ struct pop_ubatch_label {
     uint32_t             first_state = 0; // CONTINUATION: index of its first token's state among the kept ones
 };
 
-// These parameters say what pop_rewrite_graph() makes of a graph. They are a part of llm_graph_params, so graph reuse compares
-// them.
+// These parameters say what pop_rewrite_graph() makes of a graph. They are a part of llm_graph_params, so graph reuse
+// compares them.
 struct pop_graph_params {
     pop_part      part        = POP_WHOLE;
     uint32_t      boundary    = 0;

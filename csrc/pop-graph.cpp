@@ -346,8 +346,8 @@ struct rewrite {
         res.t_candidates.clear();
     }
 
-    // llama_context reads every tensor that set_outputs() marks. A node that it marks and that does not remain is an output
-    // that a newer llama.cpp has added and drop_outputs() does not know.
+    // llama_context reads every tensor that set_outputs() marks. A node that it marks and that does not remain is an
+    // output that a newer llama.cpp has added and drop_outputs() does not know.
     void check_outputs() {
         tensor_set marked_before; // some builders mark nodes themselves
         for (const ggml_tensor * node : nodes) {

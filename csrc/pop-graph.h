@@ -1,5 +1,5 @@
-// The pass that changes graphs. llama_model::build_graph() (patch pop/0002) calls it on every graph that an architecture's
-// builder has finished.
+// The pass that changes graphs. llama_model::build_graph() (patch pop/0002) calls it on every graph that an
+// architecture's builder has finished.
 
 #pragma once
 

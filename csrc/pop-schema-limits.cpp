@@ -20,8 +20,8 @@ void pop_schema_budget::spend(size_t cost) {
     left -= cost;
 }
 
-// Characters that the name of a rule cannot have become "-". Where several rules then want the same name, upstream adds a
-// number, and tries one number after the other.
+// Characters that the name of a rule cannot have become "-". Where several rules then want the same name, upstream adds
+// a number, and tries one number after the other.
 void pop_schema_budget::add_rule(const std::string & name) {
     std::string rule;
     for (const char c : name) {
@@ -189,7 +189,8 @@ private:
         }
     }
 
-    // This does what common_chat_schema_builder::resolve_ref() does. The members of an object are a list there, which is searched.
+    // This does what common_chat_schema_builder::resolve_ref() does. The members of an object are a list there, which
+    // is searched.
     const json * resolve(const std::string & ref) {
         const auto known = targets.find(ref);
         if (known != targets.end()) {
@@ -216,7 +217,8 @@ private:
         return targets[ref] = target;
     }
 
-    // This does what common_chat_schema::value_types() does, which follows a reference again wherever it meets it, unless it is inside it.
+    // This does what common_chat_schema::value_types() does, which follows a reference again wherever it meets it,
+    // unless it is inside it.
     void follow(const json & schema, const json & type) {
         const level nested(depth);
         budget.spend(16);
@@ -316,8 +318,8 @@ private:
         }
     }
 
-    // Each optional property may be the first one that is there. For each of them, upstream writes the rules of all that
-    // follow it, and for each of these rules it copies the list of the names that follow.
+    // Each optional property may be the first one that is there. For each of them, upstream writes the rules of all
+    // that follow it, and for each of these rules it copies the list of the names that follow.
     void spend_optional(const std::vector<std::string> &        names,
                         const std::unordered_set<std::string> & required,
                         bool                                    open_ended,
@@ -335,8 +337,8 @@ private:
         }
     }
 
-    // This does what common_chat_schema_converter::_visit_all_of() does, which takes the properties of all components together. It follows
-    // a reference to a component each time it meets it.
+    // This does what common_chat_schema_converter::_visit_all_of() does, which takes the properties of all components
+    // together. It follows a reference to a component each time it meets it.
     void convert_all_of(const json & components, const std::string & name) {
         std::vector<std::string>        names;
         std::unordered_set<std::string> required;

@@ -1,5 +1,5 @@
-// Limits on the JSON schemas of a request. pop-limits.cpp calls this file, which knows how llama.cpp turns a schema into
-// a grammar.
+// Limits on the JSON schemas of a request. pop-limits.cpp calls this file, which knows how llama.cpp turns a schema
+// into a grammar.
 
 #pragma once
 
@@ -9,7 +9,8 @@
 #include <string>
 #include <unordered_map>
 
-// A budget says what all schemas of one request may cost together. A unit is about one byte of a grammar, or one step of a search.
+// A budget says what all schemas of one request may cost together. A unit is about one byte of a grammar, or one step
+// of a search.
 struct pop_schema_budget {
     size_t                                  left = 64 << 20;
     std::unordered_map<std::string, size_t> rules; // how many rules want each name
