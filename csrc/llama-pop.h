@@ -7,9 +7,9 @@
 //   pruned    a token is pruned when only the layers below the boundary run it; the layers from the boundary on still
 //             write their keys and values of it to the cache, computed from the state at the boundary
 //
-// A token that asks for logits is always run whole. A new context prunes nothing: its logits are bit for bit those of
-// stock llama.cpp in the cases that tests/engine/test_stock.py compares. Some fixes of upstream faults are always
-// active; third_party/README.md lists them.
+// A token that asks for logits is always run whole. A new context prunes nothing: with POP_KERNELS=off in the
+// environment, its logits are bit for bit those of stock llama.cpp in the cases that tests/engine/test_stock.py
+// compares. Some fixes of upstream faults are always active; third_party/README.md lists them.
 //
 // Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
 // comment names, changes nothing, and leaves the reason in llama_pop_last_error().

@@ -115,3 +115,28 @@ def served_gguf(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("served") / "lab.gguf"
     tiny_models.write_served(path)
     return path
+
+
+@pytest.fixture
+def kernels_off():
+    """Leaves products and attention to llama.cpp's kernels, which round in another order than ours."""
+    from tests.support.products import Ggml
+
+    choose = Ggml().function("pop_kernels_choose", "void (*)(const char *)")
+    choose(b"off")
+    yield
+    choose(os.environ.get("POP_KERNELS", "").encode())
+
+
+@pytest.fixture(scope="session")
+def short_texts(tmp_path_factory) -> Path:
+    """A file of 30 short stories to fit on: with the bundled prompts a fit would take half a minute."""
+    path = tmp_path_factory.mktemp("texts") / "stories.jsonl"
+    stories = [
+        f"Once upon a time, {name} had a red {thing}. One day {name} took the {thing} to the park and met a friend. "
+        f"They played with the {thing} until it was dark, and then {name} went home to"
+        for name in ("Lily", "Tom", "Max", "Sara", "Ben")
+        for thing in ("ball", "kite", "dog", "boat", "cake", "hat")
+    ]
+    path.write_text("".join(json.dumps({"prompt": story, "response": " sleep."}) + "\n" for story in stories))
+    return path

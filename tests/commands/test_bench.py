@@ -45,7 +45,7 @@ def ask_worker(model: Path, *requests: dict, ours: bool = True) -> list[dict]:
     done = subprocess.run(
         [sys.executable, WORKER],
         input="".join(json.dumps(request) + "\n" for request in (load, context, *requests)),
-        env={**os.environ, "PYTHONPATH": "" if ours else str(STOCK)},
+        env={**os.environ, "PYTHONPATH": "" if ours else str(STOCK), "POP_KERNELS": "off"},
         capture_output=True,
         text=True,
     )

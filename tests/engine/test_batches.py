@@ -112,6 +112,7 @@ def test_coupled_sequences_share_their_prompt(reference_models):
         assert squared_error(shared, alone.step(9, len(tokens))) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("kernels_off")
 @pytest.mark.parametrize("offload_kqv", [True, False])
 @pytest.mark.parametrize(("name", "cache"), [("llama", F16), ("gemma3", F16), ("bundled", Q8_0)])
 def test_flash_attention_and_quantized_caches(reference_models, identity_models, name, cache, offload_kqv):

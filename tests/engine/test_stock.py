@@ -1,7 +1,8 @@
-"""With POP off, logits equal those of an unpatched llama.cpp bit for bit, which runs in a process of its own.
+"""With POP and our kernels off, logits equal those of an unpatched llama.cpp bit for bit. It runs in its own process.
 
 Compared are a prompt and an answer of one sequence, and batches of several sequences, in one cache or in separate ones,
-of a model with attention and of one that also has recurrent layers. csrc/llama-pop.h refers to these cases.
+of a model with attention and of one that also has recurrent layers. csrc/llama-pop.h refers to these cases. Our kernels
+(csrc/pop-kernels.h) round in another order.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from pypop_gguf import PopLlama, native
+
+pytestmark = pytest.mark.usefixtures("kernels_off")
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 6
 

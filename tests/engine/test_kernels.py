@@ -1,0 +1,120 @@
+"""The kernels of csrc/pop-kernels.cpp, which compute products of quantized weights with many rows.
+
+They are compared with the exact product of the dequantized weights, and with ggml's own kernels, which a process with
+POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case.
+"""
+
+import platform
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from tests.support.products import Ggml, Product, in_process
+
+MIN_ROWS = 9
+SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+# Rows, outputs, inputs: full and partial tiles, chunks and groups of rows. ggml rearranges some types of weights where
+# the number of outputs is a multiple of 8.
+SHAPES = ((9, 100, 512), (31, 17, 256), (33, 64, 768), (70, 15, 512), (70, 40, 256), (13, 1, 512), (600, 24, 256))
+SHORT_SHAPES = ((9, 16, 32), (31, 17, 64), (33, 100, 896), (70, 40, 928))
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernels are for x86")
+
+
+def products(ggml: Ggml, name: str, shapes: tuple, n_threads: int = 1) -> list[Product]:
+    kind, chance = GGMLQuantizationType[name], np.random.default_rng(5)
+    made = []
+    for rows, outputs, inputs in shapes:
+        weights = ggml.quantize(kind, chance.standard_normal((outputs, inputs)))
+        # Rows and blocks of very different sizes tell whether the scales meet the right numbers.
+        sizes = np.exp(chance.standard_normal((rows, 1))) * np.repeat(
+            np.exp(chance.standard_normal((rows, inputs // 32))), 32, axis=1
+        )
+        values = chance.standard_normal((rows, inputs)) * sizes
+        made.append(Product(int(kind), weights, values.astype(np.float32), n_threads))
+    return made
+
+
+def shapes_of(name: str) -> tuple:
+    return SHAPES + SHORT_SHAPES if name in SMALL_BLOCKS else SHAPES
+
+
+def squared_errors(computed: list[tuple[np.ndarray, float]], asked: list[Product]) -> np.ndarray:
+    """Returns the squared error of each product over the square of the exact product."""
+    errors = []
+    for (output, _), product in zip(computed, asked, strict=True):
+        weights = dequantize(product.weights, GGMLQuantizationType(product.kind)).astype(np.float64)
+        exact = product.input.astype(np.float64) @ weights.T
+        errors.append(((output - exact) ** 2).sum() / (exact**2).sum())
+    return np.array(errors)
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+def test_as_exact_as_ggml(ggml, name):
+    asked = products(ggml, name, shapes_of(name))
+    stock = in_process(asked, "off")
+    stock_errors = squared_errors(stock, asked)
+    for instructions in ("on", "avxvnni", "avx2"):
+        computed = in_process(asked, instructions)
+        errors = squared_errors(computed, asked)
+        # Rounding differs, so a small product may be a little off either way. All together may not.
+        assert errors.mean() <= 1.01 * stock_errors.mean(), instructions
+        assert (errors <= 1.3 * stock_errors).all(), instructions
+        assert not all(np.array_equal(a, b) for (a, _), (b, _) in zip(computed, stock, strict=True)), instructions
+
+
+@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+def test_same_with_any_number_of_threads(ggml, name):
+    one, two, again = (in_process(products(ggml, name, shapes_of(name), n_threads), "on") for n_threads in (1, 2, 2))
+    for (a, _), (b, _), (c, _) in zip(one, two, again, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(b, c)
+
+
+@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+def test_few_rows_stay_with_ggml(ggml, name):
+    asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(1, MIN_ROWS)))
+    for (a, _), (b, _) in zip(in_process(asked, "on"), in_process(asked, "off"), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ("Q4_0", "Q4_K"))
+def test_input_of_more_dimensions(ggml, name):
+    (flat,) = products(ggml, name, ((3 * 2 * 7, 40, 512),))
+    stacked = Product(flat.kind, flat.weights, flat.input.reshape(3, 2, 7, 512))
+    (a, _), (b, _) = in_process([flat, stacked], "on")
+    assert np.array_equal(a, b.reshape(a.shape))
+
+
+@pytest.mark.parametrize("outputs", (40, 35))  # ggml rearranges the weights of the first
+@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+def test_experts(ggml, name, outputs):
+    kind, chance, n_experts = GGMLQuantizationType[name], np.random.default_rng(6), 5
+    weights = np.stack([ggml.quantize(kind, chance.standard_normal((outputs, 512))) for _ in range(n_experts)])
+    values = chance.standard_normal((60, 1, 512)).astype(np.float32)
+    experts = np.stack([chance.permutation(4)[:2] for _ in range(60)])  # nobody meets the last one
+    one, two = (Product(int(kind), weights, values, n, experts=experts) for n in (1, 2))
+    (output, _), (again, _) = in_process([one, two], "on")
+    ((stock, _),) = in_process([one], "off")
+    exact = np.stack([dequantize(w, kind).astype(np.float64) for w in weights])[experts] @ values[..., None]
+    errors = [((x - exact[..., 0]) ** 2).sum() for x in (output, stock)]
+    assert errors[0] <= 1.05 * errors[1]
+    assert np.array_equal(output, again) and not np.array_equal(output, stock)
+
+
+@pytest.mark.parametrize("name", ("Q4_0", "Q6_K"))
+def test_zeros_and_tiny_numbers(ggml, name):
+    kind, weights = GGMLQuantizationType[name], np.ones((20, 512))
+    values = np.zeros((12, 512), np.float32)
+    values[1], values[2], values[3, 0] = 1e-38, 1e-42, 1.0
+    ((output, _),) = in_process([Product(int(kind), ggml.quantize(kind, weights), values)], "on")
+    assert np.isfinite(output).all()
+    assert not output[0].any() and not output[4:].any()
+    assert np.allclose(output[3], 1.0, rtol=0.1)
