@@ -216,6 +216,11 @@ static bool load_adapter_beside(llama_context * ctx, const char * path_model, ll
     if (!adapter) {
         return false;
     }
+    const auto boundary = (int32_t) pop_adapter_boundary(*adapter);
+    if (boundary != choice.boundary) {
+        return refuse(path + ": it was fitted for boundary " + std::to_string(boundary) +
+                      ", which its name has to say");
+    }
     if (!add_adapter(ctx, adapter.get())) {
         return refuse(path + ": " + last_error);
     }

@@ -25,6 +25,7 @@ from fuzz import harness
 from fuzz.harness import Failure
 from pypop_gguf import PopError, cli
 from pypop_gguf import boundary_rules as boundary
+from tests.support.adapter_v2 import write_scaled
 from tests.support.gguf_files import UINT32, write_keys, write_model
 
 _NUMBERS = [
@@ -53,6 +54,7 @@ _WORDS = ["", "lossless", "x", "a b", "%s", "{}", "ß", "\udcff", "--", "q8_0", 
 _FILES = [
     "good.gguf",
     "small.gguf",
+    "good.pop-b4.gguf",
     "keys.gguf",
     "cut.gguf",
     "empty.gguf",
@@ -67,7 +69,8 @@ _FILES = [
 
 
 def write_files(directory: Path) -> None:
-    write_model(directory / "good.gguf", ("pop.version", 1, UINT32), ("pop.boundary", 4, UINT32))
+    good = write_model(directory / "good.gguf", ("pop.version", 1, UINT32), ("pop.boundary", 4, UINT32))
+    write_scaled(directory / "good.pop-b4.gguf", good, 4)
     write_model(directory / "small.gguf", n_layer=1)
     write_keys(directory / "keys.gguf")
     (directory / "cut.gguf").write_bytes((directory / "good.gguf").read_bytes()[:5000])
@@ -107,9 +110,9 @@ def command(chance: random.Random, options: dict[str, list[argparse.Action]]) ->
     argv = [name]
     share = chance.choice([0.05, 0.2, 0.4])
     for action in options[name]:
-        n_values = {None: 1, "?": 1, "*": chance.randint(0, 2), argparse.REMAINDER: chance.randint(0, 2), 0: 0}[
-            action.nargs
-        ]
+        least = {None: 1, "?": 1, "+": 1}.get(action.nargs, 0)
+        several = action.nargs in ("*", "+", argparse.REMAINDER)
+        n_values = chance.randint(least, 2) if several else least
         values = [value(chance, action) for _ in range(n_values)]
         if not action.option_strings:
             if chance.random() < 0.97:

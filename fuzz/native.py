@@ -4,8 +4,8 @@
 
 Half of the cases are models with wrong ``pop.*`` keys, some with other damage. If llama.cpp loads such a file, there
 has to be a boundary of 1..L and a decoded batch, or one line of error. If ``read_metadata`` accepts it, the native
-library has to read the same. The other half are adapters for a valid model. Where the process dies, the failed
-assertion is named: one of llama.cpp's own is counted, and one of ours is a failure.
+library has to read the same. The other half are adapters of both versions for a valid model. Where the process dies,
+the failed assertion is named: one of llama.cpp's own is counted, and one of ours is a failure.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from fuzz import harness
 from fuzz.gguf_cases import File, Key, Kind, mutated, number, string, valid
 from fuzz.harness import Failure
 from pypop_gguf import PopError, library
-from pypop_gguf.fitting.adapter_file import write_pairs
+from pypop_gguf.fitting.adapter_file import write_replacements
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import read_metadata
+from tests.support.adapter_v1 import write_pairs
 from tests.support.gguf_files import N_EMBD, write_model
 
 WORKER = Path(__file__).with_name("native_worker.py")
@@ -95,15 +96,22 @@ def base_of(path: Path) -> File:
     return File(keys, header.tensor_infos, header.n_tensors, raw[header.data_offset :])
 
 
-def write_adapter(path: Path, fingerprint: str, rank: int = 2) -> Path:
-    """As ``pop-gguf convert --fit-kv`` writes it, for boundary 2 of the model."""
+def write_adapters(directory: Path, fingerprint: str, rank: int = 2) -> list[Path]:
+    """Writes adapters of versions 1 and 2 for boundary 2 of the model."""
     chance = np.random.default_rng(3)
-    pairs = {
-        f"blk.3.{name}.weight": (chance.normal(size=(rank, N_EMBD)), chance.normal(size=(N_EMBD, rank)))
-        for name in ("attn_k", "attn_v")
+    names = [f"blk.3.{name}.weight" for name in ("attn_k", "attn_v")]
+    options = {"architecture": "llama", "boundary": 2, "fingerprint": fingerprint}
+    pairs = {name: (chance.normal(size=(rank, N_EMBD)), chance.normal(size=(N_EMBD, rank))) for name in names}
+    write_pairs(directory / "v1.gguf", pairs, **options)
+    replacements = {
+        name: (
+            chance.normal(size=(N_EMBD, N_EMBD)).astype(np.float32),
+            chance.normal(size=N_EMBD).astype(np.float32),
+        )
+        for name in names
     }
-    write_pairs(path, pairs, architecture="llama", boundary=2, fingerprint=fingerprint)
-    return path
+    write_replacements(directory / "v2.gguf", replacements, **options)
+    return [directory / "v1.gguf", directory / "v2.gguf"]
 
 
 def model_case(chance: random.Random, worker: Worker, base: File, path: Path) -> str:
@@ -187,14 +195,14 @@ def main() -> int:
     with harness.directory() as directory, tempfile.TemporaryFile() as errors:
         good = write_model(directory / "good.gguf", n_layer=N_LAYER)
         base = base_of(good)
-        adapter = base_of(write_adapter(directory / "adapter.gguf", library.fingerprint(good)))
+        adapters = [base_of(path) for path in write_adapters(directory, library.fingerprint(good))]
         worker, path = Worker(good, errors), directory / "case.gguf"
 
         def one(chance: random.Random) -> str:
             try:
                 if chance.random() < 0.5:
                     return model_case(chance, worker, base, path)
-                return adapter_case(chance, worker, adapter, path)
+                return adapter_case(chance, worker, chance.choice(adapters), path)
             except Failure:
                 if arguments.keep:
                     arguments.keep.mkdir(exist_ok=True)

@@ -46,8 +46,8 @@ class PopLlama(llama_cpp.Llama):
             else 1.
         pop_min_tokens: Prompts with fewer new tokens are not pruned; tokens that are found in the cache are not new.
             Default: the file's ``pop.min_tokens``, else 0.
-        pop_adapter: A file with fitted K/V projections (``pop-gguf convert --fit-kv``), files for several boundaries,
-            or False for none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, if there is one.
+        pop_adapter: A file with fitted K/V projections (``pop-gguf prepare``), files for several boundaries, or False
+            for none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, if there is one.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes. What it took once is dropped, as it does itself.
 
     Raises:

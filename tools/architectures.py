@@ -4,7 +4,10 @@ llama.cpp's own test generator writes a tiny random model of each architecture. 
 lossless boundary gives the logits of the whole model. A boundary below gives what stock llama.cpp gives from a copy of
 the file whose layers from the boundary on are the identity: their output projections are zero, but they still fill
 their caches. Stock reads the prompt with the copy, its state goes to stock with the original file, and there the last
-prompt token and three more are decoded.
+prompt token and three more are decoded. The states are compared too: they hold the caches.
+
+Then keys and values are fitted through the engine, as ``pop-gguf prepare`` does. The reference of a pruned pass with
+the fit is made in the same way: the fitted weights take the place of the model's own in the identity copy.
 
 ``make architectures`` writes the table: ``python -m tools.architectures docs/architectures.md``.
 """
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +48,13 @@ _OUTPUTS = re.compile(
     r"|blk\.(\d+)\.(post_attention_norm|post_ffw_norm|attn_post_norm|ffn_post_norm|layer_output_norm|attn_output_norm)"
     r"\.bias$"
 )
+_FIT_RESOLUTION = 1e-3  # An error has to be below this share of what the fit changes, or it would prove nothing.
 # The hyper-connections of DeepSeek 4 and GLM 5 read 4 streams with 8 numbers, and mix them with a matrix of 16.
 _STREAM_MIX = re.compile(r"blk\.(\d+)\.hc_(attn|ffn)_(base|scale)\.weight$")
 # The layers of these architectures do more than add to the residual stream.
 _NO_IDENTITY = {
     "minimax-01": "normalizes its residual stream: no copy of it is the identity, so deep boundaries are not compared"
 }
-
 _INTRODUCTION = """\
 # Architectures
 
@@ -60,21 +64,32 @@ writes them.
 {models} models: {served} served, {refused} refused with the reason, {failing} failing. {compared} of the served models
 were compared with a reference that stock llama.cpp makes alone, with a third and with half of the layers skipped
 (tolerance {tolerance} normalized squared error; {exact} agree bit for bit). In {continued} models continuation is used:
-the last prompt token reuses what the layers below the boundary have computed for it.
+the last prompt token reuses what the layers below the boundary have computed for it. Weights were fitted in
+{fitted} models, in each layer above the boundary in {fitted_everywhere} of them; {fit_compared} of the fits were
+compared with stock llama.cpp, and the largest error is {fit_error:.0e}.
 
 - *Lossless*: the lowest lossless boundary, which is the last layer that writes to the cache. *Error there*: the error
   against the whole model over the last prompt token and three decoded ones.
-- *Deep*: the largest error with a third and with half of the layers skipped. *POP's effect*: the change that pruning
-  itself makes there.
+- *Deep*: the largest error of logits and caches with a third and with half of the layers skipped. *POP's effect*: the
+  change that pruning itself makes in the logits there.
 - *Continued*: the difference that continuation makes (tolerance {continued_tolerance}). *repeats*: the last prompt
   token runs the layers below the boundary again. That is so for recurrent states, and for caches where continuation was
   not proven correct.
+- *Fitted*: how many weights were fitted at boundary 1, as `pop-gguf prepare` does it. The layers above the boundary
+  fill their caches by them. Where layers have hyper-connections (deepseek4, glm5-next, hy_v4, qwen4exp), they are the
+  weights that mix the streams: keys and values come after those, and stay as they are. *Held out*: the mean squared
+  error on other texts, as a share of the variance of what the whole model writes, before and after. Random models and
+  texts say nothing about the gain in a real model.
+- *Fit's error*: the larger error of logits and caches with the fit, stored as F32, against stock llama.cpp whose own
+  weights were overwritten by the fitted ones. The tolerance is {tolerance}, and a thousandth of *Fit's effect*: the
+  change that the fit makes in the caches. Shifts take part where stock can add them to a bias of the model.
 - *Limit*: FLOPs of the whole graph over those of the pruned one, with a third of the layers skipped, for 512 tokens.
   The output layer and attention have a large share in tiny models; real models lie nearer to 1.5. Hybrids gain less,
   because a skipped recurrent layer still computes its state.
 
-| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Limit | |
-|---|---|---|---|---|---|---|---|---|
+| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Fitted | Held out | Fit's error | \
+Fit's effect | Limit | |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -89,6 +104,11 @@ class Row:
         errors: Error at each lower boundary against the reference.
         effect: Difference that POP makes at the lowest boundary, to judge the error against.
         continued: Difference that continuation makes, None where it is not used.
+        n_fitted: Number of fitted weights.
+        fit_layers: Number of layers that have them.
+        held_out: Mean error of the model's own weights and of the fitted ones on texts that were held out.
+        fit_error: Error with the fit against the reference.
+        fit_effect: Difference that the fit makes in the caches.
         refusal: Why POP refuses the model, None where it does not.
     """
 
@@ -100,6 +120,11 @@ class Row:
     errors: dict[int, float] = field(default_factory=dict)
     effect: float = float("nan")
     continued: float | None = None
+    n_fitted: int = 0
+    fit_layers: int = 0
+    held_out: tuple[float, float] | None = None
+    fit_error: float | None = None
+    fit_effect: float = float("nan")
     refusal: str | None = None
     note: str = ""
     failures: list[str] = field(default_factory=list)
@@ -140,12 +165,29 @@ def identity_copy(path: Path, boundary: int, copy: Path) -> None:
             file.write(values.tobytes()[: int(tensor.n_bytes)])
 
 
+def put_fit(adapter: Path, copy: Path) -> None:
+    """Puts an adapter's weights in the place of the model's own, and adds its shifts to the biases."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(copy).tensors}
+    with copy.open("r+b") as file:
+        for fitted in gguf.GGUFReader(adapter).tensors:
+            name, values = fitted.name, np.asarray(fitted.data, np.float32)
+            if name.endswith(".shift"):
+                stem = name.removesuffix("weight.shift")
+                name = stem + "bias"
+                if name not in tensors:
+                    continue  # the worker has left this shift zero
+                scale = tensors[stem + "scale"].data if stem + "scale" in tensors else 1.0
+                values = np.asarray(tensors[name].data + values * scale, np.float32)
+            file.seek(tensors[name].data_offset)
+            file.write(values.tobytes())
+
+
 def _run(environment: dict, *arguments: object) -> dict:
     done = subprocess.run(
         [sys.executable, WORKER, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **environment},
     )
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
@@ -164,7 +206,8 @@ def check(path: Path) -> Row:
 
 
 def _check(path: Path, row: Row, scratch: Path) -> None:
-    found = _run({}, "engine", path, scratch / "engine.npz")
+    adapter = scratch / "adapter.gguf"
+    found = _run({}, "engine", path, scratch / "engine.npz", adapter)
     row.n_layer, row.lossless, row.refusal = found["n_layer"], found["lossless"], found["refusal"]
     if row.refusal:
         return
@@ -177,6 +220,10 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
         row.continued = max(squared_error(logits, engine[boundary]) for boundary, logits in continued.items())
         if not row.continued <= CONTINUED_TOLERANCE:
             row.failures.append(f"continued differs from repeated by {row.continued:.0e}")
+    caches = {name.split()[0]: engine.pop(name) for name in list(engine) if name.endswith("cache")}
+    fitted = engine.pop("fitted", None)
+    engine.pop("unfitted", None)  # only its cache is of use
+    _check_fit(row, found["fit"])
     row.lossless_error = squared_error(engine.pop(str(row.lossless)), full)
     if not row.lossless_error <= TOLERANCE:
         row.failures.append(f"lossless boundary differs by {row.lossless_error:.0e}")
@@ -191,13 +238,37 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     for boundary in deep:
         identity_copy(path, boundary, scratch / f"{boundary}.gguf")
     copies = [f"{boundary}={scratch / f'{boundary}.gguf'}" for boundary in deep]
+    if fitted is not None:
+        identity_copy(path, found["fit_boundary"], scratch / "fitted.gguf")
+        put_fit(adapter, scratch / "fitted.gguf")
+        copies.append(f"fitted={scratch / 'fitted.gguf'}")
     _run({"PYTHONPATH": str(STOCK / "package")}, "stock", path, scratch / "stock.npz", *copies)
     reference = np.load(scratch / "stock.npz")
     for boundary, logits in deep.items():
-        row.errors[boundary] = squared_error(logits, reference[str(boundary)])
+        row.errors[boundary] = _error(logits, caches, reference, str(boundary))
         if not row.errors[boundary] <= TOLERANCE:
             row.failures.append(f"b = {boundary} differs from stock's reference by {row.errors[boundary]:.0e}")
+    if fitted is not None:
+        row.fit_error = _error(fitted, caches, reference, "fitted")
+        row.fit_effect = squared_error(caches["fitted"], caches["unfitted"])
+        if not row.fit_error <= min(TOLERANCE, _FIT_RESOLUTION * row.fit_effect):
+            row.failures.append(f"with a fit it differs from stock's reference by {row.fit_error:.0e}")
     row.effect = squared_error(reference[str(min(deep))], full)
+
+
+def _check_fit(row: Row, fit: dict | None) -> None:
+    if fit is None or fit["weights"] == 0:
+        row.failures.append("no weight was fitted")
+        return
+    row.n_fitted, row.fit_layers, row.held_out = fit["weights"], fit["layers"], tuple(fit["held_out"])
+    before, after = row.held_out
+    if not after <= before:
+        row.failures.append(f"the fit errs by {after:.0e} on held-out texts, the model's own weights by {before:.0e}")
+
+
+def _error(logits: np.ndarray, caches: dict, reference: Mapping[str, np.ndarray], name: str) -> float:
+    """The larger one of the errors of the logits and of the caches."""
+    return max(squared_error(logits, reference[name]), squared_error(caches[name], reference[f"{name} cache"]))
 
 
 def check_all() -> list[Row]:
@@ -216,6 +287,8 @@ def table(rows: list[Row]) -> str:
     continued = sum(row.continued is not None for row in served)
     compared = [row for row in served if row.errors]
     exact = sum(max(row.errors.values()) == 0 for row in compared)
+    fitted = [row for row in served if row.n_fitted]
+    fit_errors = [row.fit_error for row in fitted if row.fit_error is not None]
     page = _INTRODUCTION.format(
         models=len(rows),
         served=len(served),
@@ -226,17 +299,32 @@ def table(rows: list[Row]) -> str:
         continued_tolerance=f"{CONTINUED_TOLERANCE:.0e}",
         exact=exact,
         continued=continued,
+        fitted=len(fitted),
+        fitted_everywhere=sum(row.fit_layers == row.n_layer - 2 for row in fitted),
+        fit_compared=len(fit_errors),
+        fit_error=max(fit_errors, default=float("nan")),
     )
     lines = []
     for row in rows:
         if row.refusal:
-            lines.append(f"| {row.name} | {row.n_layer} | | | | | | | refused: {row.refusal} |")
+            lines.append(f"| {row.name} | {row.n_layer} |{' |' * 10} refused: {row.refusal} |")
             continue
         deep = f"{max(row.errors.values()):.0e}" if row.errors else "N/A"
         effect = f"{row.effect:.0e}" if row.errors else "N/A"
         note = "; ".join(row.failures) or row.note
         continued = "repeats" if row.continued is None else f"{row.continued:.0e}"
-        cells = [row.name, row.n_layer, row.lossless, f"{row.lossless_error:.0e}", deep, effect, continued]
+        cells = [
+            row.name,
+            row.n_layer,
+            row.lossless,
+            f"{row.lossless_error:.0e}",
+            deep,
+            effect,
+            continued,
+            row.n_fitted,
+        ]
+        cells.append("N/A" if row.held_out is None else " to ".join(f"{error:.0e}" for error in row.held_out))
+        cells += ["N/A"] * 2 if row.fit_error is None else [f"{row.fit_error:.0e}", f"{row.fit_effect:.0e}"]
         lines.append(f"| {' | '.join(map(str, cells))} | {row.flop_limit:.2f} | {note} |")
     return page + "\n".join(lines) + "\n"
 

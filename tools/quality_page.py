@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,55 +17,28 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
 
 @dataclass
-class Fits:
-    """Adapters of one model, by boundary.
-
-    Attributes:
-        closed_form: Qualities with the fitted values, by task.
-        distilled: Qualities after distillation, by task.
-        seconds: Time of the fit and of the distillation.
-        sizes: Bytes of the distilled adapter.
-    """
-
-    closed_form: dict[str, list[Quality]]
-    distilled: dict[str, list[Quality]]
-    seconds: dict[int, tuple[float, float]]
-    sizes: dict[int, int]
-
-
-@dataclass
 class Figures:
     """All that was measured. A task or a file type is the key of most dictionaries.
 
     Attributes:
         curves: Qualities of the bundled model by file type and task, the whole model first.
         exact: Share of exact answers by task and boundary.
-        fits: Adapters of the bundled model.
         ends: Qualities by (head, tail) and task.
         whole_recall: Share of recall texts that the whole model answers exactly.
         ablations: By a text such as "4 of 12 layers": name of the variant, KL divergence by task, exact recall.
         profiles: Scores of each layer by kind, [L].
-        other: Name, qualities by task, and adapters of a second model, if there is one.
+        other: Name and qualities by task of a second model, if there is one.
         samples: Texts of each task.
-        calibration_texts: Texts that the adapters were fitted on.
-        rank: Rank of the adapters.
-        distill_steps: Steps of gradient descent for the distilled adapters.
-        cores: Number of cores of the machine.
     """
 
     curves: dict[str, dict[str, list[Quality]]]
     exact: dict[str, dict[int, Mean]]
-    fits: Fits
     ends: dict[tuple[int, int], dict[str, list[Quality]]]
     whole_recall: Mean
     ablations: dict[str, list[tuple[str, list[Mean], Mean]]]
     profiles: dict[str, np.ndarray]
-    other: tuple[str, dict[str, list[Quality]], Fits] | None
+    other: tuple[str, dict[str, list[Quality]]] | None
     samples: int
-    calibration_texts: int
-    rank: int
-    distill_steps: int
-    cores: int
 
 
 def page(found: Figures, reading: str) -> str:
@@ -86,7 +58,8 @@ def page(found: Figures, reading: str) -> str:
         f"{found.samples} codes to recall from a text. The prompt is read with boundary b. The whole model then scores "
         "the continuation on that cache. The cells are the KL divergence from the whole model in nats per token: the "
         "mean over samples with a 95% bootstrap interval. This is a toy model: judge your own model with "
-        "`pop-gguf eval`.",
+        "`pop-gguf eval`. No keys and values are fitted here; [fitted projections](fitted-projections.md) are measured "
+        "on pretrained models.",
         "## The curve, and whether quantization changes it",
         "![KL divergence over the boundary, by file type](quality/curves.png)",
         _curve_table(found.curves, n_layer),
@@ -104,20 +77,6 @@ def page(found: Figures, reading: str) -> str:
             f"The other model, `{found.other[0]}`, can only tell stories:",
             _one_curve(found.other[1]["stories"]),
         ]
-    parts += [
-        "## Fitted projections",
-        f"Measured with the F16 file. The adapters come from `pop-gguf convert --fit-kv --rank {found.rank} "
-        f"--calibration calibration.jsonl` with {found.calibration_texts} texts, none of which is measured on: "
-        f"in closed form, and with `--distill-steps {found.distill_steps}`. "
-        "The cells are the KL divergence without an adapter / in closed form / distilled, with the interval of the "
-        f"distilled one. The times are those of the fit and of the distillation on {found.cores} cores. "
-        "The size is that of the distilled adapter.",
-        _fits_table(plain, found.fits, TASKS),
-        f"The share of the KL divergence that the fit takes away with half of the layers skipped: "
-        f"{_fit_reading(plain, found.fits, n_layer // 2)}.",
-    ]
-    if found.other:
-        parts += [f"`{found.other[0]}`:", _fits_table(found.other[1], found.other[2], ("stories",))]
     parts += [
         "## Head and tail",
         "Measured with the Q8_0 file; the cells are the KL divergence. A tail of T tokens gives back T / N of what "
@@ -143,26 +102,6 @@ def page(found: Figures, reading: str) -> str:
 
 def _kl_at(qualities: list[Quality], boundary: int) -> Mean:
     return next(quality.kl for quality in qualities if quality.boundary == boundary)
-
-
-def _fits_table(plain: dict, fits: Fits, names: Iterable[str]) -> str:
-    rows = []
-    for boundary, (fit_seconds, distill_seconds) in sorted(fits.seconds.items(), reverse=True):
-        cells = []
-        for name in names:
-            kl = [_kl_at(kind[name], boundary) for kind in (plain, fits.closed_form, fits.distilled)]
-            cells.append(" / ".join(f"{mean.value:.3f}" for mean in kl) + f" [{kl[2].low:.3f}, {kl[2].high:.3f}]")
-        times = f"{fit_seconds:.0f} s, {distill_seconds:.0f} s"
-        rows.append([boundary, *cells, f"{fits.sizes[boundary] / 1e3:.0f} kB", times])
-    return _table(["b", *(f"{name} [distilled]" for name in names), "size", "time"], rows)
-
-
-def _fit_reading(plain: dict, fits: Fits, boundary: int) -> str:
-    parts = []
-    for name in TASKS:
-        kl = [_kl_at(kind[name], boundary).value for kind in (plain, fits.closed_form, fits.distilled)]
-        parts.append(f"{name} {1 - kl[1] / kl[0]:.0%} closed form, {1 - kl[2] / kl[0]:.0%} distilled")
-    return "; ".join(parts)
 
 
 def _cell(mean: Mean) -> str:

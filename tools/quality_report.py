@@ -10,17 +10,12 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import library
 from pypop_gguf.cli import main as pop_gguf
-from pypop_gguf.fitting.distill import distill
-from pypop_gguf.fitting.fit import fit_values
-from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.importance.calibration import load_samples
 from pypop_gguf.importance.decoder import find_decoder_layers
 from pypop_gguf.importance.load_model import load_for_importance
@@ -34,11 +29,10 @@ from pypop_gguf.terminal import available_cores
 from tests.support.paths import BUNDLED as MODEL
 from tests.support.paths import ROOT
 from tools.ablations import Variant, block_influence, continuation_log_probs, variants, wanda
-from tools.quality_page import BUDGET, TASKS, TYPES, Figures, Fits, page, plot_curves, plot_importance
+from tools.quality_page import BUDGET, TASKS, TYPES, Figures, page, plot_curves, plot_importance
 
 ENDS = ((0, 1), (0, 4), (0, 16), (8, 1))  # head, tail
 N_SAMPLES, CONTEXT = 40, 512
-RANK, DISTILL_STEPS, N_CALIBRATION = 32, 200, 360
 
 
 def main() -> int:
@@ -65,43 +59,31 @@ def _measure(arguments: argparse.Namespace, plots: Path, scratch: Path) -> Figur
         assert pop_gguf(command) == 0
     other = None
     if path := arguments.other:
-        qualities = _engine(path, arguments.data, range(1, 5), only=("stories",))
-        other = path.stem, qualities, _fits(path, path, arguments.data, range(1, 4), scratch, only=("stories",))
+        other = path.stem, _engine(path, arguments.data, range(1, 5), only=("stories",))
     command = ["tune", str(files["q8_0"]), "--text", str(arguments.data / "stories.jsonl"), "--max-kl", str(BUDGET)]
     assert pop_gguf([*command, "--plot", str(plots / "tune.png")]) == 0
     whole_recall, ablations, profiles = _torch(arguments.data)
     return Figures(
         curves={outtype: _engine(path, arguments.data, range(3, 12)) for outtype, path in files.items()},
         exact=_exact_answers(files["q8_0"], arguments.data, (10, 9, 8, 7, 6, 5, 4)),
-        fits=_fits(MODEL, files["f16"], arguments.data, range(3, 11), scratch),
         ends={pair: _engine(files["q8_0"], arguments.data, (6, 8), *pair) for pair in ENDS},
         whole_recall=whole_recall,
         ablations=ablations,
         profiles=profiles,
         other=other,
         samples=N_SAMPLES,
-        calibration_texts=N_CALIBRATION,
-        rank=RANK,
-        distill_steps=DISTILL_STEPS,
-        cores=available_cores(),
     )
 
 
 def _engine(
-    path: Path,
-    data: Path,
-    boundaries: Iterable[int],
-    head: int = 0,
-    tail: int = 1,
-    only=TASKS,
-    adapters: Iterable[Path] = (),
+    path: Path, data: Path, boundaries: Iterable[int], head: int = 0, tail: int = 1, only=TASKS
 ) -> dict[str, list[Quality]]:
     llm = PopLlama(
         str(path),
         pop_boundary=1,
         pop_head=head,
         pop_tail=tail,
-        pop_adapter=list(adapters),
+        pop_adapter=False,
         n_ctx=CONTEXT,
         n_batch=CONTEXT,
         n_threads=available_cores(),
@@ -117,35 +99,6 @@ def _engine(
         result[name] = summarize(list(score_samples(llm, task.samples, boundaries)))
     llm.close()
     return result
-
-
-def _fits(source: Path, engine_file: Path, data: Path, boundaries: Iterable[int], scratch: Path, only=TASKS) -> Fits:
-    """Fits adapters for each boundary and measures them in the engine."""
-    model, tokenizer = load_for_importance(source)
-    calibration, _ = load_samples(tokenizer, data / "calibration.jsonl", max_samples=N_CALIBRATION, max_tokens=CONTEXT)
-    fingerprint = library.fingerprint(engine_file)
-    written, times = {"closed form": [], "distilled": []}, {}
-    for boundary in boundaries:
-        started = time.perf_counter()
-        fitted = fit_values(model, calibration, boundary, rank=RANK)
-        fit_seconds = time.perf_counter() - started
-        paths = {kind: scratch / f"{source.stem}-{kind[:4]}-{boundary}.gguf" for kind in written}
-        write_adapter(paths["closed form"], model, boundary, fitted, fingerprint)
-        started = time.perf_counter()
-        trained = distill(model, calibration, boundary, fitted, steps=DISTILL_STEPS, rank=RANK)
-        times[boundary] = fit_seconds, time.perf_counter() - started
-        write_adapter(paths["distilled"], model, boundary, trained, fingerprint)
-        for kind, path in paths.items():
-            written[kind].append(path)
-        print(
-            f"{source.stem}: fitted {boundary} in {times[boundary][0]:.0f} and {times[boundary][1]:.0f} s",
-            file=sys.stderr,
-        )
-    qualities = {
-        kind: _engine(engine_file, data, boundaries, only=only, adapters=paths) for kind, paths in written.items()
-    }
-    sizes = {b: path.stat().st_size for b, path in zip(boundaries, written["distilled"], strict=True)}
-    return Fits(qualities["closed form"], qualities["distilled"], times, sizes)
 
 
 def _exact_answers(path: Path, data: Path, boundaries: Iterable[int]) -> dict[str, dict[int, Mean]]:

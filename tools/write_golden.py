@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 
 from pypop_gguf import library, native
-from pypop_gguf.fitting.adapter_file import write_pairs
 from pypop_gguf.gguf_files.metadata import VERSION, Curve, PopMetadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
+from tests.support.adapter_v1 import write_pairs
 from tests.support.paths import ROOT
 
 N_LAYER, N_EMBD, N_VOCAB, BOUNDARY = 3, 8, 16, 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pypop_gguf import PopLlama
+from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.terminal import Progress, available_cores, progress
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to talk with")
+    add_prepare_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message, which tells the model how to answer")
     parser.add_argument(
         "--context",
@@ -61,8 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give at least 1")
     threads = arguments.threads or available_cores()
+    model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
     llm = PopLlama(
-        str(arguments.model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
     )
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)
     if not sys.stdin.isatty():
@@ -70,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not question:
             raise PopError("nothing to read on stdin: pipe a question in, or start it in a terminal")
         return chat.answer(question)
-    print(f"{arguments.model.stem}, {_describe_reading(llm, None)}. /help lists commands.", file=sys.stderr)
+    print(f"{model.stem}, {_describe_reading(llm, None)}. /help lists commands.", file=sys.stderr)
     while (line := _read_line()) is not None:
         if line.startswith("/"):
             if line == "/bye":

@@ -1,7 +1,8 @@
 """``pop-gguf convert``: turns a Hugging Face model or a GGUF into a GGUF with a boundary.
 
 llama.cpp itself converts and quantizes. This adds layer importance (pypop_gguf/importance/estimate.py), the boundary
-(pypop_gguf/boundary_rules.py) and the ``pop.*`` keys (pypop_gguf/gguf_files/writer.py).
+(pypop_gguf/boundary_rules.py), the ``pop.*`` keys (pypop_gguf/gguf_files/writer.py), and fitted keys and values
+(pypop_gguf/fitting/steps.py).
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, check_support, choose_boundary
 from pypop_gguf.errors import PopError
+from pypop_gguf.fitting import steps
+from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files import hf_to_gguf, quantize
+from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.writer import (
@@ -29,12 +32,9 @@ from pypop_gguf.gguf_files.writer import (
     write_copy,
     writing,
 )
-from pypop_gguf.importance.estimate import Calibration, CalibrationOptions
+from pypop_gguf.importance.estimate import CalibrationOptions, estimate_importance
 from pypop_gguf.memory import peak_bytes
-from pypop_gguf.terminal import progress
-
-if TYPE_CHECKING:
-    from pypop_gguf.fitting.fit import Difference
+from pypop_gguf.terminal import available_cores, progress
 
 DESCRIPTION = """\
 Writes a GGUF with pop.* metadata: the boundary, which is the first layer that prefill skips, and the importance of the
@@ -45,8 +45,7 @@ and runs all of its layers."""
 EPILOG = """\
 To estimate importance, torch takes one forward and one backward pass for each sample. It needs memory for the model in
 its --dtype and for the activations of --calibration-tokens tokens. A GGUF with --boundary and --no-importance needs no
-torch. --fit-kv keeps sums in float64 beside the model, 16 n_in (n_in + n_out) bytes for each fitted layer, which is
-5.0 GB for half of an 8B Llama."""
+torch, and neither does --fit-kv."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,20 +128,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights in torch; auto is float32 on the CPU (default: auto)",
     )
 
-    fit = parser.add_argument_group("fitted projections")
-    fit.add_argument(
+    parser.add_argument(
         "--fit-kv",
         action="store_true",
-        help="fit projections for the caches of the skipped layers to the calibration texts, and write the adapter "
-        "beside OUTFILE, with a name that ends in .pop-bN.gguf",
-    )
-    fit.add_argument("--rank", type=int, default=32, metavar="R", help="rank of the fitted corrections (default: 32)")
-    fit.add_argument(
-        "--distill-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="improve the fit by N steps of gradient descent on the KL divergence to the whole model (default: 0)",
+        help="fit the keys and values of the skipped layers through the engine, as prepare does, to the calibration "
+        "texts or to the bundled prompts; the adapter goes beside OUTFILE, with a name that ends in .pop-bN.gguf",
     )
 
 
@@ -202,9 +192,12 @@ def run(arguments: argparse.Namespace) -> int:
             max_importance_loss=arguments.max_importance_loss,
         )
         # This refuses a boundary that the model does not have before the work begins.
-        choose(importance=np.ones(support.n_layer))
-        calibration = Calibration(
-            CalibrationOptions(
+        first = choose(importance=np.ones(support.n_layer))
+        if arguments.fit_kv and arguments.max_importance_loss is None:
+            steps.check_boundary(first.boundary, support.lossless_boundary)
+        metadata = _read_stored(source) if is_gguf else PopMetadata()
+        if _wants_importance(arguments, is_gguf, metadata):
+            options = CalibrationOptions(
                 source,
                 device=arguments.device,
                 dtype=arguments.dtype,
@@ -214,24 +207,10 @@ def run(arguments: argparse.Namespace) -> int:
                 max_tokens=arguments.calibration_tokens,
                 seed=arguments.seed,
             )
-        )
-        metadata = _read_stored(source) if is_gguf else PopMetadata()
-        if _wants_importance(arguments, is_gguf, metadata):
-            metadata = calibration.estimate_importance(support.n_layer)
+            metadata = estimate_importance(options, support.n_layer)
         choice = choose(importance=metadata.importance_prefill)
         metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 
-        adapter = native.adapter_path(target, choice.boundary)
-        fits: list[Difference] = []
-        if arguments.fit_kv:
-            companions[adapter] = part_path(target, "adapter")
-            fits = calibration.fit_projections(
-                choice.boundary,
-                companions[adapter],
-                rank=arguments.rank,
-                distill_steps=arguments.distill_steps,
-                fingerprint=library.fingerprint(plain),
-            )
         if arguments.outtype in quantize.QUANTIZER_TYPES and (
             is_gguf or arguments.outtype not in quantize.CONVERTER_TYPES
         ):
@@ -240,23 +219,40 @@ def run(arguments: argparse.Namespace) -> int:
             quantize.quantize(plain, quantized, arguments.outtype)
             metadata = dataclasses.replace(metadata, curve=None)  # It was measured on other weights.
             plain = quantized
+        adapter = native.adapter_path(target, choice.boundary)
+        if arguments.fit_kv:
+            steps.check_boundary(choice.boundary, support.lossless_boundary)
+            companions[adapter] = part_path(target, "adapter")
+            _fit(plain, arguments.calibration, choice.boundary, companions[adapter])
+            # A stored curve was measured without this adapter.
+            metadata = dataclasses.replace(metadata, head=max(steps.HEAD, metadata.head or 0), curve=None)
         with progress(total=plain.stat().st_size, description=f"writing {target.name}", unit="B") as bar:
             write_copy(plain, target, metadata, bar.update_to)
-        replace_together({target: part, **companions})
-    _print_summary(target, support.n_layer, choice, time.perf_counter() - started)
-    if arguments.fit_kv:
-        _print_fits(adapter, fits)
+        # The adapters of another model would be refused; those of the same weights still fit.
+        stale = [] if target.exists() and target.samefile(source) else find_adapters(target).values()
+        replace_together({target: part, **companions}, stale)
+    _print_summary(
+        target, adapter if arguments.fit_kv else None, support.n_layer, choice, time.perf_counter() - started
+    )
     return 0
 
 
+def _fit(model: Path, texts: Path | None, boundary: int, adapter: Path) -> None:
+    """Fits one boundary, writes the adapter and prints a table of what the boundary costs."""
+    llm = steps.open_whole(model, available_cores())
+    to_fit, to_measure = read_prompts(llm, texts, steps.CONTEXT)
+    steps.fit(llm, model, to_fit, {boundary: adapter})
+    costs = steps.measure(llm, to_measure[: steps.SAMPLES], {boundary: adapter})
+    print(steps.format_costs(llm, costs, boundary), flush=True)
+    llm.close()
+
+
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8), ("rank", 1), ("distill_steps", 0)):
+    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8)):
         if getattr(arguments, name) < least:
             raise PopError(
                 f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least {least}"
             )
-    if arguments.distill_steps and not arguments.fit_kv:
-        raise PopError("--distill-steps goes on from fitted projections: give --fit-kv too")
     if not 0 <= arguments.seed < 2**32:
         raise PopError(f"--seed {arguments.seed} is out of range: give 0 to {2**32 - 1}")
     if arguments.importance is False and (
@@ -314,7 +310,7 @@ def _read_stored(source: Path) -> PopMetadata:
         return PopMetadata()
 
 
-def _print_summary(target: Path, n_layer: int, choice: BoundaryChoice, seconds: float) -> None:
+def _print_summary(target: Path, adapter: Path | None, n_layer: int, choice: BoundaryChoice, seconds: float) -> None:
     skipped = n_layer - choice.boundary
     lost = (
         "unknown, because importance was not estimated"
@@ -323,14 +319,9 @@ def _print_summary(target: Path, n_layer: int, choice: BoundaryChoice, seconds: 
     )
     peak = peak_bytes(children=True)
     print(f"file             {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    if adapter:
+        print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.1f} MB)")
     print(f"boundary         layer {choice.boundary} of {n_layer}: prefill skips {skipped} ({choice.rule})")
     print(f"importance lost  {lost}")
     print(f"took             {seconds:.1f} s" + (f", peak memory {peak / 1e9:.2f} GB" if peak else ""))
     print(f"next             pop-gguf inspect {target}")
-
-
-def _print_fits(adapter: Path, fits: list[Difference]) -> None:
-    print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.2f} MB)")
-    for fit in fits:
-        errors = f"{fit.error_before:.3f} -> {fit.error_after:.3f}"
-        print(f"  {fit.projection.name}: error on held-out texts {errors} (lambda {fit.lam:g})")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from pypop_gguf import library
+from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.terminal import available_cores
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="model to serve")
+    add_prepare_argument(parser)
     parser.add_argument(
         "--boundary",
         type=int,
@@ -92,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     for file in (arguments.mmproj, arguments.api_key_file):
         if file is not None and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
+    if arguments.prepare:
+        arguments.model = prepared(arguments.model, arguments.threads or available_cores())
     command = [str(server_program()), *server_options(arguments)]
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)

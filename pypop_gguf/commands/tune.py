@@ -10,33 +10,35 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import PopLlama, library, native
+from pypop_gguf import PopLlama, library
 from pypop_gguf.boundary_rules import check_budget, choose_by_curve
 from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.adapters import find_adapters, write_adapter_copies
+from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import Curve, PopMetadata, read_metadata
-from pypop_gguf.gguf_files.writer import copy_with_metadata
+from pypop_gguf.gguf_files.writer import replace_together, write_copy, writing
 from pypop_gguf.plotting import check_plot
 from pypop_gguf.quality.model import add_model_arguments, label_boundary, open_model
 from pypop_gguf.quality.plot import plot_curve
 from pypop_gguf.quality.score import Quality, Score, Tokenizer, score_samples, summarize
 from pypop_gguf.quality.tasks import read_task, report_skipped
+from pypop_gguf.speedup_limit import N_TOKENS, speedup_limits
 from pypop_gguf.terminal import aligned, integer_list, progress
 
 DESCRIPTION = """\
 Measures quality at each boundary, as `pop-gguf eval` does, and computes the limit of the speed-up there. Then it
 chooses the lowest boundary within the budget. --outfile writes this boundary and the measured curve into the metadata
-of a copy, or of the model file itself. No torch is needed."""
+of a copy, or of the model file itself. A copy also gets copies of the adapters. No torch is needed."""
 
 EPILOG = """\
 The chosen boundary and every measured boundary above it keep the budget, as means over the samples. The limit is the
 operations of the whole model, divided by those that are left, for a prompt of 512 tokens. --measure times this machine;
 `pop-gguf bench` does so with more care, against stock llama.cpp."""
-
-_SPEEDUP_TOKENS = 512  # one micro-batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--outfile",
         type=Path,
         metavar="FILE.gguf",
-        help="file to write the boundary and the curve into; it may be MODEL.gguf itself",
+        help="file to write the boundary and the curve into; it may be MODEL.gguf itself, whose adapters stay as they "
+        "are",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="file to plot the curve into")
     parser.add_argument("--json", action="store_true", help="print the curve as JSON")
@@ -144,26 +147,16 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     if arguments.outfile:
         curve = _make_curve(n_layer, qualities, limits, arguments.text.name)
-        _write(arguments.model, arguments.outfile, llm, choice.boundary, curve)
+        _write(arguments.model, arguments.outfile, llm, choice.boundary, curve, _list_adapters(arguments))
     return 0
 
 
 def _count_limits(model: Path, boundaries: list[int]) -> dict[int, float]:
     """Returns the limit of the speed-up at each boundary, for a prompt of one micro-batch."""
-    sized = PopLlama(str(model), pop=False, n_ctx=_SPEEDUP_TOKENS, n_batch=_SPEEDUP_TOKENS, verbose=False)
-    n_layer, context = sized.pop.n_layer, sized.ctx
-
-    def flops(boundary: int, n_tokens: int, n_outputs: int) -> float:
-        return native.graph_flops(context, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=n_outputs)
-
-    whole, last = flops(n_layer, _SPEEDUP_TOKENS, 1), flops(n_layer, 1, 1)
-    result = {
-        boundary: whole / (flops(boundary, _SPEEDUP_TOKENS, 0) + last * (n_layer - boundary) / n_layer)
-        for boundary in boundaries
-        if boundary != n_layer
-    }
+    sized = PopLlama(str(model), pop=False, n_ctx=N_TOKENS, n_batch=N_TOKENS, verbose=False)
+    limits = speedup_limits(sized, boundaries)
     sized.close()
-    return {**result, n_layer: 1.0}
+    return limits
 
 
 def _measure_speedups(llm: PopLlama, boundaries: list[int], rounds: int) -> dict[int, list[float]]:
@@ -209,7 +202,14 @@ def _make_curve(n_layer: int, qualities: list[Quality], limits: dict[int, float]
     )
 
 
-def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve) -> None:
+def _list_adapters(arguments: argparse.Namespace) -> dict[int, Path]:
+    """Returns the adapters that the curve holds with, by boundary: those beside the model unless others were named."""
+    if arguments.adapter:  # The engine has read them, so they have this key.
+        return {read_header(path).fields["pop.boundary"].contents(): path for path in arguments.adapter}
+    return {} if arguments.no_adapter else find_adapters(arguments.model)
+
+
+def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve, adapters: Mapping[int, Path]) -> None:
     metadata = dataclasses.replace(
         read_metadata(model) or PopMetadata(),
         boundary=boundary,
@@ -218,8 +218,13 @@ def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve
         head=llm.pop.head or None,
         tail=llm.pop.tail if llm.pop.tail > 1 else None,
     )
-    with progress(total=model.stat().st_size, description=f"writing {target.name}", unit="B", in_log=False) as bar:
-        copy_with_metadata(model, target, metadata, bar.update_to)
+    with writing(target) as part:
+        with progress(total=model.stat().st_size, description=f"writing {target.name}", unit="B", in_log=False) as bar:
+            write_copy(model, target, metadata, bar.update_to)
+        if target.exists() and target.samefile(model):
+            replace_together({target: part})  # What lies beside the model stays as it is.
+        else:
+            replace_together({target: part, **write_adapter_copies(adapters, target)}, find_adapters(target).values())
     print(f"wrote {target}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
 
 

@@ -2,68 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from pypop_gguf import library, native
+from pypop_gguf.errors import PopError
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality.score import Score, compare, log_softmax
 
+llama_cpp = library.load()
+
 
 @dataclass(frozen=True)
-class Answer:
-    """A prompt, the whole model's greedy answer to it, and the log-probabilities that it gave to the answer.
+class Cost:
+    """What one boundary costs one answer: its scores without the adapter and with it."""
 
-    Attributes:
-        prompt: Token ids.
-        tokens: Token ids of the answer, at least one.
-        log_p: F32 [len(tokens), n_vocab].
-    """
-
-    prompt: list[int]
-    tokens: list[int]
-    log_p: np.ndarray
+    plain: Score
+    fitted: Score
 
 
-def write_answers(
-    llm: PopLlama, prompts: Sequence[list[int]], n_tokens: int, progress: Callable[[], object] = lambda: None
-) -> list[Answer]:
-    """Lets the whole model answer each prompt.
+class Meter:
+    """Lets the whole model answer a prompt, and scores that answer after pruned prompts."""
 
-    Args:
-        llm: The model.
-        prompts: Token ids of each prompt.
-        n_tokens: Tokens of an answer; an answer that ends itself is shorter.
-        progress: Called after each answer.
-    """
-    answers = []
-    for prompt in prompts:
-        tokens = []
-        for token in llm.generate(prompt, temp=0.0):
-            tokens.append(token)
-            if len(tokens) == n_tokens or token == llm.token_eos():
+    def __init__(self, llm: PopLlama, adapters: Mapping[int, Path]) -> None:
+        """Loads the adapters.
+
+        Args:
+            llm: The model, opened with ``pop=False`` and without adapters.
+            adapters: The adapter file of each boundary that is measured.
+
+        Raises:
+            PopError: An adapter cannot be read, or is not for this model.
+        """
+        self._llm = llm
+        self._adapters = {boundary: native.adapter_init(llm.model, path) for boundary, path in adapters.items()}
+
+    def measure(self, prompt: Sequence[int], n_tokens: int) -> dict[int, Cost]:
+        """Measures one prompt.
+
+        Args:
+            prompt: Token ids.
+            n_tokens: Tokens of the answer that is scored. An answer that ends itself is shorter.
+
+        Returns:
+            The cost at each boundary.
+
+        Raises:
+            PopError: The model's predictions are not finite.
+        """
+        answer = self._answer(prompt, n_tokens)
+        # The whole model scores the answer in one batch, as the pruned ones do: single tokens take other products,
+        # whose rounding alone would cost 0.002 nats a token in a model of 4 bits.
+        whole = log_softmax(self._llm.score(prompt, answer, pop=False))
+        if not np.isfinite(whole).all():
+            raise PopError("the model predicts values that are not finite: the file is damaged")
+
+        def score(boundary: int) -> Score:
+            return compare(log_softmax(self._llm.score(prompt, answer, boundary=boundary)), whole, answer)
+
+        plain = {boundary: score(boundary) for boundary in self._adapters}
+        for adapter in self._adapters.values():
+            native.add_adapter(self._llm.ctx, adapter)
+        return {boundary: Cost(plain[boundary], score(boundary)) for boundary in self._adapters}
+
+    def _answer(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+        """Returns the greedy answer of the whole model."""
+        native.clear_adapters(self._llm.ctx)
+        self._llm.reset()
+        vocabulary = llama_cpp.llama_model_get_vocab(self._llm.model)
+        answer: list[int] = []
+        for token in self._llm.generate(prompt, temp=0.0):
+            answer.append(token)
+            if len(answer) == n_tokens or llama_cpp.llama_vocab_is_eog(vocabulary, token):
                 break
-        log_p = log_softmax(llm.score(prompt, tokens, pop=False)).astype(np.float32)
-        answers.append(Answer(prompt, tokens, log_p))
-        progress()
-    return answers
-
-
-def score_answers(
-    llm: PopLlama, answers: Sequence[Answer], boundary: int, progress: Callable[[], object] = lambda: None
-) -> list[Score]:
-    """Scores the answers after prompts that were pruned at a boundary, with the adapters that the context has.
-
-    Args:
-        llm: The model.
-        answers: From :func:`write_answers`.
-        boundary: 1..L.
-        progress: Called after each answer.
-    """
-    scores = []
-    for answer in answers:
-        log_p = log_softmax(llm.score(answer.prompt, answer.tokens, boundary=boundary))
-        scores.append(compare(log_p, answer.log_p.astype(np.float64), answer.tokens))
-        progress()
-    return scores
+        return answer

@@ -45,31 +45,43 @@ def relate(base: np.ndarray, x: np.ndarray) -> Relation | None:
 
 
 class InputSums:
-    """Sums over one input: the number of tokens, x, and x x' [n_in, n_in]."""
+    """Weighted sums over one input: the weights of the tokens, x, and x x' [n_in, n_in].
+
+    Attributes:
+        origin: The mean of the tokens that were added first. It is subtracted from every x, because float32 sums of
+            squares would lose the small differences of numbers that are far from zero.
+    """
 
     def __init__(self, n_in: int) -> None:
-        self.n_tokens, self.sum = 0, np.zeros(n_in)
+        self.weight, self.sum = 0.0, np.zeros(n_in)
+        self.origin = np.zeros(n_in, dtype=np.float32)
         self.gram = np.zeros((n_in, n_in), dtype=np.float32)
 
-    def add(self, x: np.ndarray) -> None:
-        """Adds the inputs of some tokens, F32 [n_tokens, n_in]."""
-        self.n_tokens += len(x)
-        self.sum += x.sum(axis=0, dtype=np.float64)
-        self.gram += x.T @ x
+    def add(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Adds the inputs of some tokens, F32 [n_tokens, n_in], with a weight F32 for each. Returns them less the
+        origin."""
+        if self.weight == 0:
+            self.origin = x.mean(axis=0)
+        x = x - self.origin
+        self.weight += float(weights.sum(dtype=np.float64))
+        self.sum += weights.astype(np.float64) @ x
+        self.gram += (x * weights[:, None]).T @ x
+        return x
 
 
 class OutputSums:
-    """Sums over one output together with an input: y, x y' [n_in, n_out], and the square of y."""
+    """Weighted sums over one output and an input less its origin: y, x y' [n_in, n_out], and the square of y."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         self.sum, self.square = np.zeros(n_out), 0.0
         self.cross = np.zeros((n_in, n_out), dtype=np.float32)
 
-    def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Adds some tokens: F32 [n_tokens, n_in] and F32 [n_tokens, n_out]."""
-        self.sum += y.sum(axis=0, dtype=np.float64)
-        self.square += float(np.square(y, dtype=np.float64).sum())
-        self.cross += x.T @ y
+    def add(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> None:
+        """Adds some tokens: F32 [n_tokens, n_in], F32 [n_tokens, n_out], and a weight F32 for each token."""
+        weighted = y * weights[:, None]
+        self.sum += weights.astype(np.float64) @ y
+        self.square += float(weights.astype(np.float64) @ np.square(y, dtype=np.float64).sum(axis=1))
+        self.cross += x.T @ weighted
 
 
 @dataclass(frozen=True)
@@ -77,15 +89,15 @@ class Moments:
     """What the regression needs of some tokens, in float64, after the relation has been applied to the input.
 
     Attributes:
-        n_tokens: Number of tokens.
-        xx: Covariance of the input times ``n_tokens``, [n_in, n_in].
+        weight: Weights of the tokens, added up.
+        xx: Covariance of the input times ``weight``, [n_in, n_in].
         xy: The same of input and output, [n_in, n_out].
         yy: Squared deviation of the output from its mean, over all tokens and rows.
         mean_x: [n_in].
         mean_y: [n_out].
     """
 
-    n_tokens: int
+    weight: float
     xx: np.ndarray
     xy: np.ndarray
     yy: float
@@ -94,18 +106,18 @@ class Moments:
 
     @classmethod
     def from_sums(cls, inputs: InputSums, outputs: OutputSums, relation: Relation) -> Moments:
-        n, scale = inputs.n_tokens, relation.scale
+        n, scale = inputs.weight, relation.scale
         mean_x, mean_y = inputs.sum / n, outputs.sum / n
         xx = (inputs.gram - n * np.outer(mean_x, mean_x)) * np.outer(scale, scale)
         xy = (outputs.cross - n * np.outer(mean_x, mean_y)) * scale[:, None]
         yy = outputs.square - n * float(mean_y @ mean_y)
-        return cls(n, xx, xy, yy, mean_x * scale + relation.offset, mean_y)
+        return cls(n, xx, xy, yy, (inputs.origin + mean_x) * scale + relation.offset, mean_y)
 
     def error(self, weight: np.ndarray, shift: np.ndarray) -> float:
         """Squared error of ``W x + s``, as a share of the output's squared deviation from its mean."""
         bias = weight @ self.mean_x + shift - self.mean_y
         squared = self.yy - 2 * float((weight.T * self.xy).sum()) + float((weight @ self.xx * weight).sum())
-        return (squared + self.n_tokens * float(bias @ bias)) / max(self.yy, 1e-30)
+        return (squared + self.weight * float(bias @ bias)) / max(self.yy, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -136,18 +148,19 @@ def solve(fitted: Moments, held_out: Moments, weight: np.ndarray) -> FittedWeigh
         weight: The model's own weight, F32 [n_out, n_in].
 
     Returns:
-        The replacement. If no solution is better than the model's own weight, that weight with the best shift.
+        The replacement. If no solution is better than the model's own weight, that weight, with a shift if one helps.
     """
     own = weight.astype(np.float64)
-    best_weight, best_shift, best_penalty = own, fitted.mean_y - own @ fitted.mean_x, np.inf
-    best_error = held_out.error(best_weight, best_shift)
+    before = held_out.error(own, np.zeros(len(own)))
+    best = FittedWeight(weight, np.zeros(len(own), dtype=np.float32), np.inf, before, before)
     level = np.trace(fitted.xx) / len(fitted.xx)
-    for penalty in LAMBDAS:
-        ridge = fitted.xx + penalty * level * np.eye(len(fitted.xx))
-        solution = np.linalg.solve(ridge, fitted.xy + penalty * level * own.T).T
+    solution = own  # to which an infinite penalty leads
+    for penalty in (np.inf, *LAMBDAS):
+        if np.isfinite(penalty):
+            ridge = fitted.xx + penalty * level * np.eye(len(fitted.xx))
+            solution = np.linalg.solve(ridge, fitted.xy + penalty * level * own.T).T
         shift = fitted.mean_y - solution @ fitted.mean_x
         error = held_out.error(solution, shift)
-        if error < best_error:
-            best_weight, best_shift, best_penalty, best_error = solution, shift, penalty, error
-    before = held_out.error(own, np.zeros(len(own)))
-    return FittedWeight(best_weight.astype(np.float32), best_shift.astype(np.float32), best_penalty, before, best_error)
+        if error < best.error_after:
+            best = FittedWeight(solution.astype(np.float32), shift.astype(np.float32), penalty, before, error)
+    return best

@@ -6,7 +6,9 @@ languages. They were written for this package and share its license. No text is 
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality.score import Tokenizer
 
 FEWEST = 16  # prompts in a user's own file
+FIT_TOKENS = 40_000  # More text hardly improves a linear fit.
+_SAMPLED = 20_000  # letters of a file whose tokens are counted
 _DATA = Path(__file__).with_name("data")
 _MEASURED = 4  # every fourth prompt of a user's own file is measured on
 
@@ -30,23 +34,41 @@ def read_prompts(llm: PopLlama, path: Path | None, max_tokens: int) -> tuple[lis
         max_tokens: A longer prompt is left out: a part of it would not be what its end asks about.
 
     Returns:
-        The token ids of each prompt to fit on, and of each to measure on.
+        The token ids of each prompt to fit on, at most ``FIT_TOKENS`` tokens in all, and of each to measure on.
 
     Raises:
         PopError: The file cannot be read, or has too few prompts.
     """
     if path is None:
         fitted, measured = (_read_bundled(_DATA / name) for name in ("fit.jsonl", "measure.jsonl"))
-        return _encode(llm, fitted, max_tokens), _encode(llm, measured, max_tokens)
+        return _cut(encode_chats(llm, fitted, max_tokens)), encode_chats(llm, measured, max_tokens)
     chats = [_as_chat(record.content) for record in read_records(path, max_tokens)[0]]
-    prompts = _encode(llm, chats, max_tokens)
+    prompts = encode_chats(llm, chats, max_tokens)
     if len(prompts) < FEWEST:
         raise PopError(
             f"{path}: {len(prompts)} texts of at most {max_tokens} tokens are too few to fit and to measure on: "
             f"give at least {FEWEST}"
         )
+    _warn_of_unknown_language(llm, path, chats)
     to_fit = [prompt for i, prompt in enumerate(prompts) if i % _MEASURED != _MEASURED - 1]
-    return to_fit, prompts[_MEASURED - 1 :: _MEASURED]
+    return _cut(to_fit), prompts[_MEASURED - 1 :: _MEASURED]
+
+
+def _cut(prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the first prompts, as many as ``FIT_TOKENS`` allow."""
+    ends = itertools.accumulate(map(len, prompts))
+    return [prompt for prompt, end in zip(prompts, ends, strict=True) if end <= FIT_TOKENS]
+
+
+def _warn_of_unknown_language(llm: PopLlama, path: Path, chats: Iterable[list[dict[str, str]]]) -> None:
+    text = "\n".join(message["content"] for chat in chats for message in chat)[:_SAMPLED]
+    tokens_per_character = len(Tokenizer(llm)(text)["input_ids"]) / max(1, len(text))
+    if tokens_per_character > 1:  # Most letters are then spelled byte by byte; in a known language it is 0.2 to 0.7.
+        print(
+            f"{path} needs {tokens_per_character:.1f} tokens for each letter: the model hardly knows its language, so "
+            "this fit and its costs say little about others",
+            file=sys.stderr,
+        )
 
 
 def _read_bundled(file: Path) -> list[list[dict[str, str]]]:
@@ -60,7 +82,7 @@ def _as_chat(content: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": content if isinstance(content, str) else content[0]}]
 
 
-def _encode(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
+def encode_chats(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
     tokenizer = Tokenizer(llm)
     prompts = []
     for chat in chats:

@@ -125,11 +125,15 @@ def _remove_others(target: Path, keep: Collection[Path] = ()) -> None:
                 path.unlink()
 
 
-def replace_together(parts: Mapping[Path, Path]) -> None:
+def replace_together(parts: Mapping[Path, Path], stale: Collection[Path] = ()) -> None:
     """Renames written files to their targets, given as target -> part, so that no old file is ever beside a new one.
 
     First all targets but the first are removed, then the files are renamed in their order. So whenever a run is killed,
     the first target has the companions that it came with, or none.
+
+    Args:
+        parts: The files, the first of them being the model.
+        stale: Files that belong to what stood at the first target before. They are removed too.
 
     Raises:
         PopError: A file cannot be written to the disk or renamed.
@@ -140,7 +144,7 @@ def replace_together(parts: Mapping[Path, Path]) -> None:
             os.fsync(file)
     _remove_others(first, keep=parts.values())
     try:
-        for target in companions:
+        for target in {*companions, *stale}:
             with _naming(target):
                 target.unlink(missing_ok=True)
         for target, part in parts.items():

@@ -1,4 +1,4 @@
-"""Find and call the text decoder of a Transformers model. Layer importance and fitting both build on this."""
+"""Find and call the text decoder of a Transformers model, for layer importance."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pypop_gguf import PopLlama, library
 from pypop_gguf.boundary_rules import check_support, default_boundary
 from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.terminal import available_cores
 
@@ -36,14 +37,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="number of last prompt tokens that run every layer (default: the file's, or 1)",
     )
-    parser.add_argument(
+    adapters = parser.add_mutually_exclusive_group()
+    adapters.add_argument(
         "--adapter",
         type=Path,
-        nargs="*",
-        default=[],
+        nargs="+",
         metavar="FILE.gguf",
-        help="adapters with fitted projections, one file for each boundary that shall use one (default: none)",
+        help="adapters with fitted projections, one file for each boundary that shall use one (default: those beside "
+        "the model, for the boundaries that are measured)",
     )
+    adapters.add_argument("--no-adapter", action="store_true", help="measure without adapters")
     parser.add_argument("--seed", type=int, default=0, help="seed for choosing samples (default: 0)")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
@@ -64,7 +67,7 @@ def open_model(
         The model, and the boundaries to measure.
 
     Raises:
-        PopError: The model cannot be read or pruned there, or a number is out of range.
+        PopError: The model cannot be read or pruned there, an adapter is not for it, or a number is out of range.
     """
     for name, least in (("samples", 1), ("context", 16), ("threads", 1)):
         value = getattr(arguments, name)
@@ -81,13 +84,15 @@ def open_model(
     if mmproj and not mmproj.is_file():
         raise PopError(f"--mmproj {mmproj}: no such file; give the model's projector")
     chat_format = library.load().llama_chat_format
+    beside = {} if arguments.adapter or arguments.no_adapter else find_adapters(arguments.model)
+    beside = {at: path for at, path in beside.items() if at in boundaries}
     llm = PopLlama(
         str(arguments.model),
         pop_boundary=boundaries[-1],
         pop_head=arguments.head,
         pop_tail=arguments.tail,
         pop_min_tokens=0,
-        pop_adapter=arguments.adapter,
+        pop_adapter=arguments.adapter or list(beside.values()),
         n_ctx=arguments.context,
         n_batch=arguments.context,
         n_threads=threads,
@@ -95,6 +100,8 @@ def open_model(
         chat_handler=chat_format.MTMDChatHandler(str(mmproj), verbose=False) if mmproj else None,
         verbose=False,
     )
+    for at in sorted(set(beside) - set(llm.pop.adapters)):
+        raise PopError(f"{beside[at]} was fitted for another boundary than its name says: give --no-adapter")
     trained = int(llm.metadata.get(f"{support.architecture}.context_length", arguments.context))
     if arguments.context > trained:
         raise PopError(

@@ -58,6 +58,15 @@ class Tokenizer:
     """The tokenizer of a model file, with the methods of a Hugging Face tokenizer that importance.calibration uses."""
 
     def __init__(self, llm: PopLlama) -> None:
+        """Takes the tokenizer of an opened model.
+
+        Raises:
+            PopError: The file has none.
+        """
+        llama_cpp = library.load()
+        vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+        if llama_cpp.llama_vocab_type(vocabulary) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            raise PopError(f"{llm.model_path} has no tokenizer, so it reads no text: take a file that has one")
         self._llm = llm
         self.bos_token_id = llm.token_bos()
         self.model_max_length = llm.n_ctx()

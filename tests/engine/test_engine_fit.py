@@ -1,18 +1,20 @@
 """Keys and values fitted through the engine: what it observes, the regression, and adapters of whole weights."""
 
+import collections
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from pypop_gguf import PopError, PopLlama, library, native
-from pypop_gguf.fitting import engine_fit, fit
+from pypop_gguf.fitting import engine_fit
 from pypop_gguf.fitting.adapter_file import write_replacements
-from pypop_gguf.fitting.regression import Relation, relate
+from pypop_gguf.fitting.regression import InputSums, Moments, OutputSums, Relation, relate, solve
 from pypop_gguf.gguf_files.tensors import read_matrices
-from pypop_gguf.importance.calibration import Sample
 from tests.support import pop_reference
 from tests.support.engine import Engine
+from tests.support.projections import find_projections, record
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2"]
 B, N_PROMPT, N_TOKENS = 2, 40, 44
@@ -26,16 +28,15 @@ def make_texts(model, n: int = 24, length: int = 40) -> list[list[int]]:
 
 def torch_products(model, text: list[int], projections: list) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What each projection reads in a pruned pass and writes in a whole one, in PyTorch, without the first position."""
-    sample = Sample(tuple(text), 1)
-    found = fit._record_projections(model.torch_model, model.layers, sample, B, projections)
-    return {p.name: (x[1:].numpy(), y[1:].numpy()) for p, (x, y) in zip(projections, found, strict=True)}
+    found = record(model.torch_model, text, B, projections)
+    return {name: (x[1:].numpy(), y[1:].numpy()) for name, (x, y) in found.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_observed_inputs_and_outputs_are_pytorchs(reference_models, name):
     model = reference_models[name]
     text = model.tokens(40)
-    projections = [p for p in fit.find_projections(model.torch_model, B) if p.kind != "key"]
+    projections = [p for p in find_projections(model.torch_model, B) if p.kind != "key"]
     expected = torch_products(model, text, projections)
     llm = PopLlama(str(model.gguf), pop=False, **EXACT)
     with engine_fit.observing(llm, B) as products:
@@ -61,7 +62,7 @@ def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name
     [sums] = engine_fit.collect(llm, texts, [B])
     assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
     weights = read_matrices(model.gguf, sums.relations.keys())
-    for projection in fit.find_projections(model.torch_model, B):
+    for projection in find_projections(model.torch_model, B):
         part = {"key": "attn_k", "value": "attn_v"}[projection.kind]
         found = sums.solve(f"blk.{projection.layer}.{part}.weight", weights[f"blk.{projection.layer}.{part}.weight"])
         pairs = [
@@ -70,12 +71,15 @@ def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name
         x, y = (np.concatenate(column).astype(np.float64) for column in zip(*pairs, strict=True))
         if np.isinf(found.penalty):
             continue
-        centred = x - x.mean(axis=0)
+        counts = collections.Counter(token for text in texts for token in text)
+        w = np.array([counts[token] ** -0.25 for i, text in enumerate(texts) if i % 8 != 7 for token in text[1:]])
+        mean_x, mean_y = np.average(x, axis=0, weights=w), np.average(y, axis=0, weights=w)
+        centred, weighted = x - mean_x, (x - mean_x).T * w
         own = projection.module.weight.detach().double().numpy()
-        level = found.penalty * np.trace(centred.T @ centred) / x.shape[1]
-        ridge = centred.T @ centred + level * np.eye(x.shape[1])
-        expected = np.linalg.solve(ridge, centred.T @ (y - y.mean(axis=0)) + level * own.T).T
-        shift = y.mean(axis=0) - expected @ x.mean(axis=0)
+        level = found.penalty * np.trace(weighted @ centred) / x.shape[1]
+        ridge = weighted @ centred + level * np.eye(x.shape[1])
+        expected = np.linalg.solve(ridge, weighted @ (y - mean_y) + level * own.T).T
+        shift = mean_y - expected @ mean_x
         assert pop_reference.squared_error(x @ found.weight.T + found.shift, x @ expected.T + shift) <= 1e-6
         assert found.error_after <= found.error_before
 
@@ -86,7 +90,7 @@ def test_pruned_passes_use_the_replaced_weights_and_whole_ones_do_not(reference_
     tokens = model.tokens(N_TOKENS)
     generator = torch.Generator().manual_seed(1)
     replacements, added = {}, {}
-    for projection in fit.find_projections(model.torch_model, B):
+    for projection in find_projections(model.torch_model, B):
         if projection.kind == "value":
             weight = projection.module.weight.detach()
             # These numbers survive the rounding of the file: eighths, the largest of each block being 127 of them.
@@ -145,6 +149,46 @@ def test_input_that_follows_from_another_is_recognized():
     assert isinstance(found, Relation)
     assert np.allclose(found.scale, scale, atol=1e-4) and np.allclose(found.offset, offset, atol=1e-4)
     assert relate(base, base[:, ::-1].copy()) is None
+
+
+def test_weight_that_a_whole_pass_uses_twice_is_not_fitted(shared_cache_models):
+    model = shared_cache_models["gemma3n"]
+    llm = PopLlama(str(model.gguf), pop=False, **EXACT)
+    [sums] = engine_fit.collect(llm, make_texts(model, 8), [B])
+    assert not any("altup_router" in name for name in sums.relations)
+
+
+def test_fit_is_accurate_far_from_zero():
+    chance = np.random.default_rng(0)
+    weight = chance.standard_normal((3, 8), dtype=np.float32)
+    parts = []
+    for _ in range(2):
+        inputs, outputs = InputSums(8), OutputSums(8, 3)
+        for _ in range(4):
+            x = 1000 + chance.standard_normal((50, 8), dtype=np.float32)
+            ones = np.ones(50, np.float32)
+            outputs.add(inputs.add(x, ones), (x.astype(np.float64) @ weight.T).astype(np.float32) + 5, ones)
+        parts.append(Moments.from_sums(inputs, outputs, Relation(np.ones(8), np.zeros(8))))
+    assert np.allclose(parts[0].xx / parts[0].weight, np.eye(8), atol=0.3)
+    found = solve(*parts, np.zeros((3, 8), np.float32))
+    assert 0 <= found.error_after <= 1e-5
+    assert np.allclose(found.weight, weight, atol=1e-2)
+
+
+def test_weight_that_no_fit_improves_stays_as_it_is():
+    chance = np.random.default_rng(0)
+    weight = chance.standard_normal((3, 8), dtype=np.float32)
+    fitted, held_out = InputSums(8), InputSums(8)
+    parts = []
+    for inputs, noise in ((fitted, 10), (held_out, 0)):
+        x, outputs = chance.standard_normal((12, 8), dtype=np.float32), OutputSums(8, 3)
+        y = x @ weight.T + noise * chance.standard_normal((12, 3), dtype=np.float32)
+        ones = np.ones(12, np.float32)
+        outputs.add(inputs.add(x, ones), y, ones)
+        parts.append(Moments.from_sums(inputs, outputs, Relation(np.ones(8), np.zeros(8))))
+    found = solve(*parts, weight)
+    assert found.error_after == found.error_before
+    assert np.array_equal(found.weight, weight) and not found.shift.any()
 
 
 def test_too_few_texts_are_refused(reference_models):

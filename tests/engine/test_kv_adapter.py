@@ -1,4 +1,4 @@
-"""Fitted projections: the engine with an adapter against PyTorch, the graphs it changes, and the files it refuses."""
+"""Adapters of version 1: the engine against PyTorch, the graphs that they change, and the files that it refuses."""
 
 import shutil
 
@@ -10,15 +10,12 @@ import torch
 
 from pypop_gguf import PopError, PopLlama, library, native
 from pypop_gguf.call import Call
-from pypop_gguf.cli import main
-from pypop_gguf.fitting import distill, fit
-from pypop_gguf.fitting.hf_to_adapter import write_adapter
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.gguf_files.writer import copy_with_metadata
-from pypop_gguf.importance.calibration import Sample
 from tests.support import pop_reference, tiny_models
 from tests.support.engine import Engine
-from tests.support.paths import ROOT
+from tests.support.pair_adapter import Difference, write_adapter
+from tests.support.projections import find_projections
 from tests.support.server import serve
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "phi3"]
@@ -32,18 +29,18 @@ def models(reference_models, tmp_path_factory):
     return {**reference_models, **tiny_models.write(tmp_path_factory.mktemp("fused"), tiny_models.fused_configs())}
 
 
-def make_differences(model, boundary: int, rank: int = 3) -> list[fit.Difference]:
+def make_differences(model, boundary: int, rank: int = 3) -> list[Difference]:
     """Make large random differences of keys and values, of numbers that float16 holds exactly."""
     generator = torch.Generator().manual_seed(boundary)
     result = []
-    for projection in fit.find_projections(model.torch_model, boundary):
+    for projection in find_projections(model.torch_model, boundary):
         n_out, n_in = projection.module.weight.shape
         a = torch.randint(-8, 9, (rank, n_in), generator=generator) / 32
         b = torch.zeros(n_out, rank)
         b[projection.rows] = (
             torch.randint(-8, 9, (projection.rows.stop - projection.rows.start, rank), generator=generator) / 32
         )
-        result.append(fit.Difference(projection, a, b))
+        result.append(Difference(projection, a, b))
     return result
 
 
@@ -53,19 +50,12 @@ def write(model, target, boundary: int) -> dict:
     if key not in _written:  # Writing takes seconds, so each file is kept.
         differences = make_differences(model, boundary)
         write_adapter(target, model.torch_model, boundary, differences, library.fingerprint(model.gguf))
-        _written[key] = target.read_bytes(), round_as_written(differences)
+        added: dict = {}
+        for d in differences:
+            added[d.projection.module] = added.get(d.projection.module, 0) + d.b @ d.a
+        _written[key] = target.read_bytes(), added
     content, added = _written[key]
     target.write_bytes(content)
-    return added
-
-
-def round_as_written(differences: list[fit.Difference]) -> dict:
-    """Return the product of each difference's matrices as the file holds them: balanced, then rounded to float16."""
-    added = {}
-    for d in differences:
-        balance = (d.b.norm(dim=0) / d.a.norm(dim=1)).sqrt()
-        a, b = (d.a * balance[:, None]).half().float(), (d.b / balance).half().float()
-        added[d.projection.module] = added.get(d.projection.module, 0) + b @ a
     return added
 
 
@@ -267,128 +257,3 @@ model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.lla
 print(json.dumps(bool(llama_cpp.llama_adapter_lora_init(model, sys.argv[2].encode()))))
 """
     assert stock(code, model.gguf, tmp_path / "fit.gguf") is False
-
-
-def samples_of(model, count=20) -> list[Sample]:
-    return [Sample(tuple(model.tokens(40, seed)), 24) for seed in range(count)]
-
-
-def test_closed_form_is_ridge_regression_towards_the_weights(models):
-    model = models["qwen3"]
-    samples = samples_of(model)
-    (first, *_), n_layer = fit.fit_values(model.torch_model, samples, B, rank=999), len(model.layers)
-    projection = first.projection
-    assert projection.name == f"model.layers.{B + 1}.self_attn.v_proj" and n_layer == 6
-    x, y = [], []
-    for i, sample in enumerate(samples):
-        if i % 10 == 9:
-            continue  # This text is held out of the fit.
-        with torch.no_grad():
-            states = model.torch_model(torch.tensor([sample.tokens]), output_hidden_states=True).hidden_states
-            norm = model.layers[B + 1].input_layernorm
-            x.append(norm(states[B])[0].double())
-            y.append(projection.module(norm(states[B + 1]))[0].double())
-    x, y, w = torch.cat(x), torch.cat(y), projection.module.weight.double()
-    ridge = first.lam * (x * x).sum() / x.shape[1]
-    stacked_x = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1])])
-    expected = (torch.linalg.lstsq(stacked_x, torch.cat([y, ridge.sqrt() * w.T])).solution.T - w).detach()
-    assert torch.allclose(first.b.double() @ first.a.double(), expected, atol=1e-4 * float(expected.abs().max()))
-    assert first.lam in fit.LAMBDAS and first.error_after <= first.error_before
-
-
-def test_distillation_lowers_the_divergence(models):
-    model = models["llama"]
-    samples = samples_of(model, 12)
-    start = fit.fit_values(model.torch_model, samples, B, rank=8)
-
-    def divergence(differences):
-        with torch.no_grad():
-            return sum(
-                float(distill._compute_divergence(model.torch_model, model.layers, sample, B, differences))
-                for sample in samples
-            )
-
-    before = divergence(start)
-    trained = distill.distill(model.torch_model, samples, B, start, steps=30, rank=8)
-    assert divergence(trained) < 0.9 * before
-    assert {d.projection.kind for d in trained} == {"key", "value"} and not any(d.a.requires_grad for d in trained)
-
-
-def test_projections_that_the_model_does_not_use_are_left_out(models):
-    model = models["llama"]
-    samples = samples_of(model, 10)
-    unused = torch.nn.ModuleDict({name: torch.nn.Linear(64, 8) for name in ("k_proj", "v_proj")})
-    model.layers[-1].register_module("unused", unused)
-    try:
-        projections = fit.find_projections(model.torch_model, B)
-        start = fit.fit_values(model.torch_model, samples, B, rank=2)
-        trained = distill.distill(model.torch_model, samples, B, start, steps=2, rank=2)
-    finally:
-        del model.layers[-1].unused
-    assert sum(".unused." in projection.name for projection in projections) == 2
-    assert trained and not any(".unused." in difference.projection.name for difference in [*start, *trained])
-
-
-def test_convert_writes_both_files_and_quantized_ones_take_the_adapter(tmp_path, capsys):
-    source = ROOT / "models" / "lab-llama-12l"
-    common = ["--boundary", "6", "--no-importance", "--calibration-samples", "20", "--calibration-tokens", "128"]
-    target = tmp_path / "fitted-q8.gguf"
-    assert (
-        main(
-            ["convert", str(source), *common, "--outtype", "q8_0", "--fit-kv", "--rank", "4", "--outfile", str(target)]
-        )
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "fitted-q8.pop-b6.gguf" in out and "model.layers.7.self_attn.v_proj: error on held-out texts" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted-q8.gguf", "fitted-q8.pop-b6.gguf"]
-    assert (
-        main(
-            [
-                "convert",
-                str(source),
-                "--boundary",
-                "6",
-                "--no-importance",
-                "--outtype",
-                "q4_k_m",
-                "--outfile",
-                str(tmp_path / "q4.gguf"),
-            ]
-        )
-        == 0
-    )
-    llm = PopLlama(str(tmp_path / "q4.gguf"), pop_adapter=tmp_path / "fitted-q8.pop-b6.gguf", n_ctx=64, verbose=False)
-    assert llm.pop.adapters == (6,)
-    llm.close()
-    text = tmp_path / "text.txt"
-    text.write_text("Once upon a time there was a little girl who had a red ball. " * 20)
-    command = [
-        "eval",
-        str(target),
-        str(text),
-        "--context",
-        "64",
-        "--samples",
-        "2",
-        "--threads",
-        "1",
-        "--boundary",
-        "6,8",
-    ]
-    assert main([*command, "--adapter", str(tmp_path / "fitted-q8.pop-b6.gguf")]) == 0
-    assert "6 (fitted)" in capsys.readouterr().out
-
-
-def test_fitting_refuses_what_it_cannot_do(models, capsys, tmp_path):
-    model = models["llama"]
-    with pytest.raises(PopError, match="9 texts are too few"):
-        fit.fit_values(model.torch_model, samples_of(model, 9), B, rank=4)
-    with pytest.raises(PopError, match="no key and value projections to fit above layer 5"):
-        fit.find_projections(model.torch_model, 5)
-    for options, message in (
-        (["--distill-steps", "5"], "give --fit-kv too"),
-        (["--fit-kv", "--rank", "0"], "--rank 0 is out of range"),
-    ):
-        assert main(["convert", str(tmp_path), *options]) == 1
-        assert message in capsys.readouterr().err

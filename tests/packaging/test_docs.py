@@ -29,6 +29,12 @@ MODELS = {
     "1B, Q8_0": "llama-3.2-1b-q8_0",
     "8B, Q4_K_M": "llama-3.1-8b-q4_k_m",
 }
+KERNEL_MODELS = {
+    "SmolLM2-135M-Instruct, Q4_1": "SmolLM2-135M-Instruct.Q4_1",
+    "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M",
+    "Qwen2.5-Coder-1.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M",
+    "Random weights, 1B, Q4_K_M": "1b",
+}
 
 
 def name_of(path: Path) -> str:
@@ -108,15 +114,20 @@ def speedup_and_limit(case) -> list[str]:
     return [f"{ratio.value:.2f} {interval}", f"{case.limit:.2f}"]
 
 
-def test_readme_speeds_match_the_raw_runs(measured):
-    rows = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / "README.md").read_text(), re.MULTILINE)]
-    rows = [row for row in rows if row[0] in MODELS]
-    assert rows
-    for model, prompt, *shown in rows:
-        case = find_case(measured, model, prompt)
-        digits = 1 if case.baseline_ms >= 40_000 else 2
-        seconds = [f"{ms / 1e3:.{digits}f} s" for ms in (case.baseline_ms, case.pop_ms)]
-        assert shown == seconds + speedup_and_limit(case), (model, prompt)
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_speeds_with_kernels_match_the_raw_runs(page):
+    cases = {
+        (setting.model, case.n_prompt, f"{setting.n_layer - case.boundary} of {setting.n_layer}"): case
+        for setting, found in summarize(read_csv(ROOT / "bench" / "kernels-epyc-2-cores.csv")).items()
+        for case in found
+    }
+    rows = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
+    rows = [row for row in rows if row[0] in KERNEL_MODELS and len(row) == 7]
+    assert len(rows) >= 10
+    for model, n_prompt, skipped, *shown in rows:
+        case = cases[KERNEL_MODELS[model], int(n_prompt), skipped]
+        times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
+        assert shown == [*times, speedup_and_limit(case)[0], f"{case.off_before.value:.2f}"], (model, n_prompt)
 
 
 def test_speed_page_matches_the_raw_runs(measured):
@@ -137,18 +148,13 @@ def test_speed_page_has_every_case_of_the_raw_runs(measured):
         assert re.search(rf"^\| {prompt} \|", text, re.MULTILINE), prompt
 
 
-def test_readme_costs_match_the_quality_page():
-    page = (ROOT / "docs" / "quality.md").read_text()
-    rows = [cells(row) for row in re.findall(r"^\|.+\|$", page, re.MULTILINE)]
-    header = next(row for row in rows if "stories Q8_0" in row)
-    columns = [header.index(f"{text} Q8_0") for text in ("stories", "arithmetic", "recall")]
-    exact = next(row for row in rows if row[:2] == ["b", "recall"])
-    shown = re.findall(r"^\| (\d+) of 12 \| (.+) \|$", section("README.md", "What it costs"), re.MULTILINE)
-    assert shown
-    for skipped, values in shown:
-        kl = next(row for row in rows if row[0] == str(12 - int(skipped)) and len(row) == len(header))
-        recalled = next(row for row in rows[rows.index(exact) :] if row[0] == str(12 - int(skipped)))
-        assert cells(values) == [kl[at].split()[0] for at in columns] + [recalled[1].split()[0]], skipped
+def test_readme_costs_are_those_of_the_page_about_the_fit():
+    def rows(text: str) -> list[list[str]]:
+        return [cells(row)[:5] for row in re.findall(r"^\| *(\S.*? of \d+ \| .+) \|$", text, re.MULTILINE)]
+
+    shown = rows(section("README.md", "What it costs"))
+    assert len(shown) >= 9
+    assert shown == rows(section("docs/fitted-projections.md", "What it brings"))
 
 
 def test_reading_beside_writing_is_of_the_raw_runs(measured):

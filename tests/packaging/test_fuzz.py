@@ -54,7 +54,7 @@ def test_native_library_reads_or_refuses_any_keys_and_adapters():
 
 
 def test_command_line_ends_in_one_line_for_any_arguments():
-    outcomes = fuzz("arguments", 150)
+    outcomes = fuzz("arguments", 200)
     assert outcomes["inspect done"] > 3 and outcomes["eval refused"] > 3 and outcomes["boundary chosen"] > 5
 
 

@@ -223,10 +223,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_disk_that_is_too_small_is_told_before_anything_is_written(bundled_gguf, small_disk):
+@pytest.mark.parametrize("name", ["convert", "prepare"])
+def test_disk_that_is_too_small_is_told_before_anything_is_written(bundled_gguf, small_disk, name):
     (small_disk / "filler").write_bytes(bytes(20 << 20))
     done = subprocess.run(
-        command("convert", bundled_gguf, "--boundary", 7, "--outfile", small_disk / "a.gguf"),
+        command(name, bundled_gguf, "--boundary", 7, "--outfile", small_disk / "a.gguf"),
         capture_output=True,
         text=True,
     )

@@ -10,12 +10,12 @@ import torch
 
 from pypop_gguf import PopError, PopLlama, library, states
 from pypop_gguf.call import Call
-from pypop_gguf.fitting import fit as fit_kv
-from pypop_gguf.fitting import hf_to_adapter as kv_adapter
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from pypop_gguf.gguf_files.tensors import list_tensors
 from pypop_gguf.gguf_files.writer import copy_with_metadata
+from tests.support import pair_adapter
+from tests.support.projections import find_projections
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 2
 ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)
@@ -255,12 +255,12 @@ def write_adapter(model, target, seed: int):
     """Writes an adapter for boundary 2 with large random differences."""
     generator = torch.Generator().manual_seed(seed)
     differences = []
-    for projection in fit_kv.find_projections(model.torch_model, 2):
+    for projection in find_projections(model.torch_model, 2):
         n_out, n_in = projection.module.weight.shape
         b = torch.zeros(n_out, 2)
         b[projection.rows] = torch.randn(len(b[projection.rows]), 2, generator=generator)
-        differences.append(fit_kv.Difference(projection, torch.randn(2, n_in, generator=generator), b))
-    kv_adapter.write_adapter(target, model.torch_model, 2, differences, library.fingerprint(model.gguf))
+        differences.append(pair_adapter.Difference(projection, torch.randn(2, n_in, generator=generator), b))
+    pair_adapter.write_adapter(target, model.torch_model, 2, differences, library.fingerprint(model.gguf))
     return target
 
 

@@ -1,23 +1,35 @@
 """Runs a tiny random model for tools/architectures.py, in a process with our library or with stock.
 
-``engine MODEL OUT.npz`` reads a prompt at several boundaries. ``stock MODEL OUT.npz BOUNDARY=IDENTITY_COPY...``
-computes the logits that POP has to give at each boundary. Both print their other results as JSON on their last line.
+``engine MODEL OUT.npz ADAPTER`` reads a prompt at several boundaries, then fits keys and values at the lowest boundary,
+writes them to the adapter file and reads the prompt with it. ``stock MODEL OUT.npz NAME=IDENTITY_COPY...`` computes the
+logits and the cache that POP has to give at each boundary and with the fit. Both print their other results as JSON on
+their last line.
 """
 
 import ctypes
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
 if sys.argv[1] == "engine":
-    from pypop_gguf import library, native
+    from gguf import GGMLQuantizationType
+
+    from pypop_gguf import PopLlama, library, native
+    from pypop_gguf.fitting.adapter_file import write_replacements
+    from pypop_gguf.fitting.engine_fit import collect, layer_of
+    from pypop_gguf.gguf_files.header import read_header
+    from pypop_gguf.gguf_files.tensors import list_tensors, read_matrices
 
     llama_cpp = library.load()
 else:
     import llama_cpp
 
 N_PROMPT, N_DECODE = 41, 3
+N_TEXTS, N_TEXT = 24, 40  # to fit keys and values on
+FIT_BOUNDARY = 1  # the fit then has layers of every kind
+N_CTX, N_UBATCH = 128, 16
 F32 = 0
 
 
@@ -31,7 +43,7 @@ def load(path: str):
     return model
 
 
-def new_context(model, n_ctx=128, n_ubatch=16):
+def new_context(model, n_ctx=N_CTX, n_ubatch=N_UBATCH):
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = n_ctx
     parameters.n_ubatch = n_ubatch
@@ -84,26 +96,92 @@ def last_logits(model, context, tokens, last_alone=True) -> np.ndarray:
     return np.stack(rows)
 
 
-def engine(path: str, out: str) -> dict:
+def cache(context) -> np.ndarray:
+    """Returns what llama.cpp saves of the cache: F32 keys, values and recurrent states, and a few integers as F32."""
+    size = llama_cpp.llama_state_seq_get_size(context, 0)
+    state = (ctypes.c_uint8 * size)()
+    size = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
+    return np.frombuffer(state, np.float32, size // 4).copy()
+
+
+def prune(model, context, boundary: int, name: str, results: dict[str, np.ndarray]) -> None:
+    """Reads the prompt pruned, and puts what follows from it into the results."""
+    tokens = tokens_for(model)
+    memory = llama_cpp.llama_get_memory(context)
+    llama_cpp.llama_memory_clear(memory, True)
+    native.set_boundary(context, boundary)
+    decode(context, tokens[: N_PROMPT - 1], 0, False)
+    results[f"{name} cache"] = cache(context)
+    results[name] = last_logits(model, context, tokens)
+    if native.continues(context):
+        llama_cpp.llama_memory_clear(memory, True)
+        results[f"{name} continued"] = last_logits(model, context, tokens, last_alone=False)
+
+
+def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) -> dict:
+    """Fits keys and values as ``pop-gguf prepare`` does, but to random texts and stored as F32."""
+    llm = PopLlama(
+        path,
+        pop=False,
+        n_ctx=N_CTX,
+        n_batch=N_CTX,
+        n_ubatch=N_UBATCH,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=F32,
+        type_v=F32,
+        verbose=False,
+    )
+    texts = np.random.default_rng(4).integers(0, min(llm.n_vocab(), 128), (N_TEXTS, N_TEXT)).tolist()
+    [sums] = collect(llm, texts, [boundary])
+    weights = read_matrices(path, sums.relations)
+    fits = {name: sums.solve(name, weights[name]) for name in sums.relations}
+    found = {"weights": len(fits), "layers": len({layer_of(name) for name in fits})}
+    if not fits:
+        return found
+    found["held_out"] = [
+        float(np.mean([getattr(fit, name) for fit in fits.values()])) for name in ("error_before", "error_after")
+    ]
+    architecture = llm.metadata["general.architecture"]
+    # The reference can add a shift only to a bias.
+    biases = {tensor.name for tensor in list_tensors(read_header(path)) if tensor.name.endswith(".bias")}
+    if architecture in ("kimi-k3", "kimi-linear", "mimo2"):
+        biases = set()  # llama.cpp loads them, but its graph does not add all of them
+    replacements = {
+        name: (fit.weight, fit.shift * (name.removesuffix("weight") + "bias" in biases)) for name, fit in fits.items()
+    }
+    write_replacements(
+        Path(adapter),
+        replacements,
+        architecture=architecture,
+        boundary=boundary,
+        fingerprint=library.fingerprint(path),
+        kind=GGMLQuantizationType.F32,
+    )
+    prune(llm.model, llm.ctx, boundary, "unfitted", results)
+    native.load_adapter(llm.ctx, llm.model, adapter)
+    prune(llm.model, llm.ctx, boundary, "fitted", results)
+    return found
+
+
+def engine(path: str, out: str, adapter: str) -> dict:
     model = load(path)
     n_layer, lossless = native.n_layer(model), native.lossless_boundary(model)
     found = {"n_layer": n_layer, "lossless": lossless, "refusal": native.refusal(model), "pruned": {}, "errors": {}}
+    found |= {"fit": None, "fit_boundary": FIT_BOUNDARY}
     if found["refusal"]:
         return found
-    tokens, results = tokens_for(model), {}
+    results = {}
     for boundary in sorted({n_layer, lossless, max(1, n_layer - n_layer // 3), max(1, n_layer // 2)}):
         context = new_context(model)
         try:
-            native.set_boundary(context, boundary)
-            decode(context, tokens[: N_PROMPT - 1], 0, False)
-            results[str(boundary)] = last_logits(model, context, tokens)
+            prune(model, context, boundary, str(boundary), results)
             found["pruned"][boundary] = native.n_pruned(context)
-            if native.continues(context):
-                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-                results[f"{boundary} continued"] = last_logits(model, context, tokens, last_alone=False)
         except (RuntimeError, ValueError) as error:
             found["errors"][boundary] = str(error)
         llama_cpp.llama_free(context)
+    if lossless > FIT_BOUNDARY:
+        found["fit"] = fit(path, FIT_BOUNDARY, adapter, results)
     np.savez(out, **results)
     context = new_context(model, n_ctx=512, n_ubatch=512)
     full = native.graph_flops(context, boundary=n_layer, n_tokens=512, n_seqs=1, n_outputs=1)
@@ -115,22 +193,21 @@ def engine(path: str, out: str) -> dict:
 def stock(path: str, out: str, copies: list[str]) -> dict:
     results = {}
     for copy in copies:
-        boundary, identity_copy = copy.split("=", 1)
+        name, identity_copy = copy.split("=", 1)
         model = load(identity_copy)
         tokens = tokens_for(model)
         context = new_context(model)
         decode(context, tokens[: N_PROMPT - 1], 0, False)
-        size = llama_cpp.llama_state_seq_get_size(context, 0)
-        state = (ctypes.c_uint8 * size)()
-        size = llama_cpp.llama_state_seq_get_data(context, state, size, 0)
+        state = results[f"{name} cache"] = cache(context)
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
 
         model = load(path)
         context = new_context(model)
-        if not llama_cpp.llama_state_seq_set_data(context, state, size, 0):
+        data = (ctypes.c_uint8 * state.nbytes).from_buffer(state)
+        if not llama_cpp.llama_state_seq_set_data(context, data, state.nbytes, 0):
             sys.exit("the state does not fit the original file")
-        results[boundary] = last_logits(model, context, tokens)
+        results[name] = last_logits(model, context, tokens)
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
     np.savez(out, **results)
