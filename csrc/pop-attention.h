@@ -96,7 +96,7 @@ static inline void pop_add_products(const float * a, int a_step, int a_stride, c
     }
 }
 
-// What the mask does to a tile of keys
+// These values say what the mask does to a tile of keys.
 struct pop_tile_mask {
     uint64_t keep;    // bit i: key i is seen
     bool     is_bits; // the other keys have -infinity, and those that are seen have zero

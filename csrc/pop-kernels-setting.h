@@ -1,4 +1,5 @@
-// Which kernels run: the best for the processor, none, or those of a lower instruction set, for tests.
+// This setting says which kernels run: the best for the processor, none, or, for tests, those of a lower instruction
+// set.
 
 #pragma once
 

@@ -48,7 +48,7 @@ struct pop_product_job {
 
     float * output_row(int64_t r) const { return row(output, r); }
 
-    // Whether the rows of the output are equally far apart
+    // Returns whether the rows of the output are equally far apart.
     bool is_regular() const { return !ids && output->ne[1] == n_rows; }
 
     void sort_pairs() {
@@ -327,7 +327,8 @@ bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, 
     for (int64_t e = 0; job.ids && e < n_experts; e++) {
         most_rows = std::max<int64_t>(most_rows, job.starts[e + 1] - job.starts[e]);
     }
-    // Parts of the rows times tiles, so that each thread gets several. A part unpacks its weights anew.
+    // The work is divided into tiles times parts of the rows, so that each thread gets several. A part unpacks its
+    // weights anew.
     const int64_t n_tiles = (job.n_out + kernel->outputs - 1) / kernel->outputs;
     int64_t       n_parts = (most_rows + MAX_PASS_ROWS - 1) / MAX_PASS_ROWS;
     while (n_experts * n_tiles * n_parts < 4 * nth && most_rows / n_parts > 96) {

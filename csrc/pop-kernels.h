@@ -18,7 +18,8 @@ struct ggml_compute_params;
 // Chooses as POP_KERNELS in the environment does; null: the best kernels. Call it while nothing is computed.
 void pop_kernels_choose(const char * setting);
 
-// in_groups: ggml has rearranged the weights at load, so that 8 rows stand together and take turns after 8 bytes
+// The argument in_groups says that ggml has rearranged the weights at load: 8 rows stand together and take turns after
+// 8 bytes.
 
 // The bytes of work buffer that the product, GGML_OP_MUL_MAT or GGML_OP_MUL_MAT_ID, needs here; 0 if ggml computes it.
 size_t pop_kernels_work_size(int n_threads, const struct ggml_tensor * dst, bool in_groups);
@@ -26,7 +27,7 @@ size_t pop_kernels_work_size(int n_threads, const struct ggml_tensor * dst, bool
 // Computes the product, called by all threads; false if ggml is to compute it.
 bool pop_kernels_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, bool in_groups);
 
-// The same for attention (GGML_OP_FLASH_ATTN_EXT) of many queries
+// These two functions do the same for attention (GGML_OP_FLASH_ATTN_EXT) of many queries.
 size_t pop_kernels_attention_work_size(int n_threads, const struct ggml_tensor * dst);
 bool   pop_kernels_attention(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 

@@ -265,7 +265,7 @@ def observer_weight(observer, i: int) -> str | None:
 
 
 def observer_get(observer, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """What the products of a weight have read and written: copies, F32 [n_tokens, n_in] and [n_tokens, n_out]."""
+    """Returns copies of what the products of a weight have read and written, F32 [n, n_in] and [n, n_out]."""
     ffi, functions = _bound()
     product = ffi.new("struct llama_pop_product *")
     _check(functions.llama_pop_observer_get(observer, weight.encode(), product))

@@ -73,7 +73,7 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
         llama_cpp.llama_synchronize(context)
         return time.perf_counter() - started
 
-    # Of each run the time of the prompt and of the tokens after it, without the adapter and with it.
+    # The times of each run, without the adapter and with it: of the prompt, and of the tokens after it.
     times = np.zeros((arguments.runs + 1, 2, 2))
     for run in range(arguments.runs + 1):
         for with_adapter in (0, 1) if run % 2 else (1, 0):

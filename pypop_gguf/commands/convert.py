@@ -103,14 +103,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the bundled texts)",
     )
     importance.add_argument(
-        "--calibration-samples", type=int, default=200, metavar="N", help="largest number of samples (default: 200)"
+        "--calibration-samples",
+        type=int,
+        default=CalibrationOptions.max_samples,
+        metavar="N",
+        help="largest number of samples (default: %(default)s)",
     )
     importance.add_argument(
         "--calibration-tokens",
         type=int,
-        default=512,
+        default=CalibrationOptions.max_tokens,
         metavar="N",
-        help="length of the longest sample in tokens (default: 512)",
+        help="length of the longest sample in tokens (default: %(default)s)",
     )
     importance.add_argument(
         "--seed", type=int, default=0, help="seed for choosing samples and drawing labels (default: 0)"

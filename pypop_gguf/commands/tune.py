@@ -222,7 +222,7 @@ def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve
         with progress(total=model.stat().st_size, description=f"writing {target.name}", unit="B", in_log=False) as bar:
             write_copy(model, target, metadata, bar.update_to)
         if target.exists() and target.samefile(model):
-            replace_together({target: part})  # What lies beside the model stays as it is.
+            replace_together({target: part})  # The adapters beside the model stay as they are.
         else:
             replace_together({target: part, **write_adapter_copies(adapters, target)}, find_adapters(target).values())
     print(f"wrote {target}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)

@@ -53,7 +53,7 @@ class Products:
             llama_cpp.llama_batch_free(batch)
 
     def get(self, weight: str) -> tuple[np.ndarray, np.ndarray]:
-        """What the product has read and written, without the first position: F32 [n - 1, n_in], F32 [n - 1, n_out]."""
+        """Returns what the product has read and written but for position 0, F32 [n - 1, n_in] and [n - 1, n_out]."""
         x, y = native.observer_get(self._observer, weight)
         return x[_FIRST:], y[_FIRST:]
 

@@ -18,7 +18,7 @@ llama_cpp = library.load()
 
 @dataclass(frozen=True)
 class Cost:
-    """What one boundary costs one answer: its scores without the adapter and with it."""
+    """The scores of one answer at one boundary, without the adapter and with it."""
 
     plain: Score
     fitted: Score
@@ -55,7 +55,7 @@ class Meter:
         """
         answer = self._answer(prompt, n_tokens)
         # The whole model scores the answer in one batch, as the pruned ones do: single tokens take other products,
-        # whose rounding alone would cost 0.002 nats a token in a model of 4 bits.
+        # whose rounding alone cost 0.002 nats a token on SmolLM2-135M in Q4_1.
         whole = log_softmax(self._llm.score(prompt, answer, pop=False))
         if not np.isfinite(whole).all():
             raise PopError("the model predicts values that are not finite: the file is damaged")

@@ -86,7 +86,7 @@ class OutputSums:
 
 @dataclass(frozen=True)
 class Moments:
-    """What the regression needs of some tokens, in float64, after the relation has been applied to the input.
+    """The sums over tokens that the regression needs, in float64, after the relation was applied to the input.
 
     Attributes:
         weight: Weights of the tokens, added up.

@@ -1,4 +1,4 @@
-"""Which adapters ``eval`` and ``tune`` measure with, and which of them ``tune`` writes beside another file."""
+"""``eval`` and ``tune`` measure with the adapters beside a model, and ``tune`` writes them beside another file."""
 
 import json
 import shutil

@@ -27,7 +27,7 @@ def make_texts(model, n: int = 24, length: int = 40) -> list[list[int]]:
 
 
 def torch_products(model, text: list[int], projections: list) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What each projection reads in a pruned pass and writes in a whole one, in PyTorch, without the first position."""
+    """Returns what each projection reads in a pruned pass and writes in a whole one, by PyTorch, but for position 0."""
     found = record(model.torch_model, text, B, projections)
     return {name: (x[1:].numpy(), y[1:].numpy()) for name, (x, y) in found.items()}
 
