@@ -54,13 +54,21 @@ static void append_rows(const ggml_tensor * t, std::vector<float> & to) {
     }
 }
 
+// The name of the weight that a product reads. Where the product runs on another device than its weight lies on, it reads
+// a copy, which the scheduler of llama.cpp has named DEVICE#WEIGHT#NUMBER.
+static std::string weight_name(const ggml_tensor * product) {
+    const std::string name  = product->src[0]->name;
+    const size_t      first = name.find('#');
+    return first == std::string::npos ? name : name.substr(first + 1, name.rfind('#') - first - 1);
+}
+
 pop_product_observer::pop_product_observer(std::vector<std::string> weights) : weights(std::move(weights)) {
     clear();
 }
 
 bool pop_product_observer::observe(ggml_tensor * t, bool ask) {
     const bool is_product = t->op == GGML_OP_MUL_MAT && ggml_is_matrix(t) && t->src[1]->type == GGML_TYPE_F32;
-    const auto it         = is_product ? products.find(t->src[0]->name) : products.end();
+    const auto it         = is_product ? products.find(weight_name(t)) : products.end();
     if (ask) {
         return it != products.end();
     }

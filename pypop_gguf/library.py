@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -95,6 +96,9 @@ def _load() -> ModuleType:
 def _broken(vendor: Path, reason: str) -> str:
     library = vendor / "llama_cpp" / "lib"
     advice = "build it again with `pip install .` in the source tree"
+    if missing := re.search(r"(lib(cuda|cublas|vulkan|amdhip|hipblas|rocblas)\S*): cannot open", reason):
+        reason = f"it was built for a graphics device, and {missing[1]} is missing"
+        advice = f"install the driver and the libraries of the device, or {advice}"
     return f"the native library in {library} cannot be used ({reason}): {advice}"
 
 

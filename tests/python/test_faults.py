@@ -370,6 +370,11 @@ FAULTS = {
     "part missing": ("(lib / 'libggml-cpu.so').unlink()", "build it again"),
     "damaged": ("(lib / 'libllama.so').write_bytes(b'not a library')", "build it again"),
     "all missing": ("shutil.rmtree(lib)", "build it again"),
+    # The library asks the loader for this file in place of one that it needs and has: same length, another name.
+    "no driver": (
+        "file = lib / 'libllama.so'; file.write_bytes(file.read_bytes().replace(b'libggml.so\\0', b'libcuda.so\\0'))",
+        "libcuda.so is missing): install the driver",
+    ),
 }
 
 

@@ -18,14 +18,18 @@ class Engine:
         boundary: 1..L; None leaves POP off.
         load_mtp: Whether to load the layers that predict further tokens, too.
         model: The model of another engine, which has to live longer than this one. Default: a model of its own.
+        n_gpu_layers: Number of layers on the graphics device, counted from the last, the output among them; 0 keeps all
+            of the computation on the CPU. None is llama.cpp's default: all layers, if there is a device.
         parameters: Fields of ``llama_context_params``.
     """
 
-    def __init__(self, path, boundary=None, load_mtp=False, model=None, **parameters):
+    def __init__(self, path, boundary=None, load_mtp=False, model=None, n_gpu_layers=None, **parameters):
         llama_cpp._logger.set_verbose(False)
         llama_cpp.llama_backend_init()
         model_parameters = llama_cpp.llama_model_default_params()
         model_parameters.load_mtp = load_mtp
+        if n_gpu_layers is not None:
+            model_parameters.n_gpu_layers = n_gpu_layers
         self.owns_model = model is None
         self.model = model or llama_cpp.llama_model_load_from_file(str(path).encode(), model_parameters)
         assert self.model
@@ -39,6 +43,8 @@ class Engine:
             type_v=F32,
             flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
         )
+        if n_gpu_layers == 0:
+            defaults |= dict(offload_kqv=False, op_offload=False)
         context_parameters = llama_cpp.llama_context_default_params()
         for name, value in {**defaults, **parameters}.items():
             setattr(context_parameters, name, value)
