@@ -141,11 +141,11 @@ static const pop_attention_kernel * find_kernel(const ggml_tensor * dst) {
     float params[3]; // scale, factor of a mask that depends on the distance, cap of the products
     memcpy(params, dst->op_params, sizeof(params));
 
-    if (pop_setting() == POP_KERNELS_OFF || q->type != GGML_TYPE_F32 || k->type != GGML_TYPE_F16 ||
-        v->type != GGML_TYPE_F16 || dst->type != GGML_TYPE_F32 || q->ne[1] < MIN_QUERIES || params[1] != 0.0f ||
-        params[2] != 0.0f || k->ne[0] % 16 != 0 || v->ne[0] % 16 != 0 || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
-        q->nb[0] != sizeof(float) || k->nb[0] != sizeof(ggml_fp16_t) || v->nb[0] != sizeof(ggml_fp16_t) ||
-        (mask && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) {
+    if (pop_setting() == POP_KERNELS_OFF || dst->op_params[POP_KERNELS_OFF_PARAM] || q->type != GGML_TYPE_F32 ||
+        k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || dst->type != GGML_TYPE_F32 || q->ne[1] < MIN_QUERIES ||
+        params[1] != 0.0f || params[2] != 0.0f || k->ne[0] % 16 != 0 || v->ne[0] % 16 != 0 || k->ne[2] != v->ne[2] ||
+        k->ne[3] != v->ne[3] || q->nb[0] != sizeof(float) || k->nb[0] != sizeof(ggml_fp16_t) ||
+        v->nb[0] != sizeof(ggml_fp16_t) || (mask && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) {
         return nullptr;
     }
 #    if defined(POP_KERNELS_HAS_AVX512_VNNI)

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "pop-kernels-unpack.h"
+#include "pop-kernels-unpack-k.h"
 
 struct pop_q4_0_groups : pop_q4_0 {
     static constexpr int group_rows = 8;

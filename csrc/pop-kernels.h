@@ -1,6 +1,7 @@
 // Products of quantized weights with many rows, such as the tokens of a prompt, and attention of many queries, on x86
 // processors with AVX2 or more. ggml's CPU backend calls these functions. POP_KERNELS=off in the environment leaves all
-// of it to ggml, whose results are then those of stock llama.cpp bit for bit.
+// of it to ggml, whose results are then those of stock llama.cpp bit for bit. A mark in an operation leaves it alone to
+// ggml, for contexts that shall not use these kernels.
 
 #pragma once
 
@@ -8,12 +9,16 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 struct ggml_compute_params;
+
+// The place of the mark among the op_params of an operation. No product or attention of ggml uses the last one.
+enum { POP_KERNELS_OFF_PARAM = GGML_MAX_OP_PARAMS / sizeof(int32_t) - 1 };
 
 // Chooses as POP_KERNELS in the environment does; null: the best kernels. Call it while nothing is computed.
 void pop_kernels_choose(const char * setting);
