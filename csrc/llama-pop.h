@@ -7,9 +7,9 @@
 //   pruned    a token is pruned when only the layers below the boundary run it; the layers from the boundary on still
 //             write their keys and values of it to the cache, computed from the state at the boundary
 //
-// A token that asks for logits is always run whole. A new context prunes nothing: with POP_KERNELS=off in the
-// environment, its logits are bit for bit those of stock llama.cpp in the cases that tests/engine/test_stock.py
-// compares. Some fixes of upstream faults are always active; third_party/README.md lists them.
+// A token that asks for logits is always run whole. A new context prunes nothing: after llama_pop_set_kernels() with
+// false, its logits are bit for bit those of stock llama.cpp in the cases that tests/engine/test_stock.py compares.
+// Some fixes of upstream faults are always active; third_party/README.md lists them.
 //
 // Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
 // comment names, changes nothing, and leaves the reason in llama_pop_last_error().
@@ -108,6 +108,12 @@ LLAMA_API bool llama_pop_set_sequence(struct llama_context * ctx, llama_seq_id s
 // the second way.
 // Returns false if ctx is NULL.
 LLAMA_API bool llama_pop_set_continuation(struct llama_context * ctx, bool continues);
+
+// Sets whether the context uses the kernels of pypop_gguf on a CPU, from the next llama_decode() or llama_encode() on.
+// With false, llama.cpp's own kernels compute everything. They are used by default, unless POP_KERNELS=off in the
+// environment forbids them in the whole process.
+// Returns false if ctx is NULL.
+LLAMA_API bool llama_pop_set_kernels(struct llama_context * ctx, bool enabled);
 
 // Returns true if tokens that run whole use continuation at the boundary in force; false also if ctx is NULL.
 LLAMA_API bool llama_pop_continues(const struct llama_context * ctx);

@@ -159,6 +159,14 @@ bool llama_pop_set_continuation(llama_context * ctx, bool continues) {
     return true;
 }
 
+bool llama_pop_set_kernels(llama_context * ctx, bool enabled) {
+    if (!given(ctx)) {
+        return false;
+    }
+    ctx->pop.kernels = enabled;
+    return true;
+}
+
 bool llama_pop_continues(const llama_context * ctx) {
     return given(ctx) && ctx->pop.continues();
 }

@@ -6,6 +6,7 @@
 #include "llama-graph.h"
 #include "llama-model.h"
 #include "pop-adapter.h"
+#include "pop-kernels.h"
 #include "pop-memory.h"
 
 #include <algorithm>
@@ -53,6 +54,17 @@ pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
         res = { label.part, boundary, n_rows, label.first_state, states, adapter_for(label.part, boundary) };
     }
     return res;
+}
+
+// The marks are set before each computation, because a graph may be used again after the setting has changed.
+void pop_context::choose_kernels(ggml_cgraph * gf) {
+    marked = marked || !kernels;
+    for (int i = 0; marked && i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * t = ggml_graph_node(gf, i);
+        if (t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID || t->op == GGML_OP_FLASH_ATTN_EXT) {
+            t->op_params[POP_KERNELS_OFF_PARAM] = !kernels;
+        }
+    }
 }
 
 void pop_context::ubatch_done(const llama_ubatch & ubatch, const llm_graph_result & res) {

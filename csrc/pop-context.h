@@ -1,7 +1,8 @@
 // A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
 //
 // llama_context (patch pop/0003) holds a pop_context: decode() calls begin_batch() before it splits a batch and
-// ubatch_done() after each micro-batch, graph_params() calls graph_params_for().
+// ubatch_done() after each micro-batch, graph_params() calls graph_params_for(), and process_ubatch() calls
+// choose_kernels() before it computes a graph.
 
 #pragma once
 
@@ -24,6 +25,7 @@ struct pop_settings {
     int32_t  n_head       = 0;
     int32_t  n_tail       = 1;
     bool     continuation = true;
+    bool     kernels      = true; // of pop-kernels.h
 
     std::set<llama_seq_id> whole_seqs; // sequences that are not pruned
 
@@ -56,8 +58,12 @@ struct pop_context : pop_settings {
                                       llm_graph_type        gtype,
                                       const llama_ubatch &  ubatch) const;
 
+    // Marks what pop-kernels.h has to leave to ggml, or takes the marks away.
+    void choose_kernels(ggml_cgraph * gf);
+
     void ubatch_done(const llama_ubatch & ubatch, const llm_graph_result & res);
 
 private:
     bool states_kept = false; // by the last pruned pass
+    bool marked      = false; // by choose_kernels(): a graph may have marks
 };

@@ -48,6 +48,11 @@ class PopLlama(llama_cpp.Llama):
             Default: the file's ``pop.min_tokens``, else 0.
         pop_adapter: A file with fitted K/V projections (``pop-gguf prepare``), files for several boundaries, or False
             for none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, if there is one.
+        pop_kernels: False leaves all products and attention of this object to llama.cpp's own kernels. With
+            ``pop=False`` its logits are then bit for bit those of stock llama.cpp. ``POP_KERNELS=off`` in the
+            environment does so for the whole process, and also for projectors of images.
+        flash_attn: Whether attention is flash attention. Default: wherever llama.cpp can compute it on the model's
+            devices, which is faster for prompts. The parent's default is False.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes. What it took once is dropped, as it does itself.
 
     Raises:
@@ -66,6 +71,8 @@ class PopLlama(llama_cpp.Llama):
         pop_tail: int | None = None,
         pop_min_tokens: int | None = None,
         pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None = None,
+        pop_kernels: bool = True,
+        flash_attn: bool | None = None,
         **llama_kwargs,
     ) -> None:
         parent.let_close(self)
@@ -78,7 +85,9 @@ class PopLlama(llama_cpp.Llama):
             pop_tail=pop_tail,
             pop_min_tokens=pop_min_tokens,
             pop_adapter=pop_adapter,
+            pop_kernels=pop_kernels,
         )
+        self._flash_attn = flash_attn
         self._pid = os.getpid()
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
         self._keeps_scores = self._logits_everywhere or llama_kwargs.get("draft_model") is not None
@@ -114,6 +123,17 @@ class PopLlama(llama_cpp.Llama):
                 super().__init__(model_path, **llama_kwargs)
             except ValueError as error:
                 raise PopError(library.load_failure(model_path, errors or [str(error)])) from error
+
+    @property
+    def context_params(self):
+        """The parameters of the context, ``llama_cpp.llama_context_params``."""
+        # The parent writes on or off into them before it makes the context of them, and knows no automatic choice.
+        self._context_params.flash_attn_type = opening.flash_attn_type(self._flash_attn)
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, parameters) -> None:
+        self._context_params = parameters
 
     @property
     def pop(self) -> PopStatus:
@@ -401,4 +421,5 @@ class PopLlama(llama_cpp.Llama):
         self.cache = cache
 
     def __getstate__(self):
-        return {**super().__getstate__(), **self._pop_arguments, "logits_all": self._logits_everywhere}
+        own = {**self._pop_arguments, "flash_attn": self._flash_attn, "logits_all": self._logits_everywhere}
+        return {**super().__getstate__(), **own}

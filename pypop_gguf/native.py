@@ -162,6 +162,11 @@ def set_continuation(ctx: int, continues: bool) -> None:
     _check(_functions().llama_pop_set_continuation(_context(ctx), continues))
 
 
+def set_kernels(ctx: int, enabled: bool) -> None:
+    """Sets whether a context uses our kernels, where they are faster, or llama.cpp's alone."""
+    _check(_functions().llama_pop_set_kernels(_context(ctx), enabled))
+
+
 def continues(ctx: int) -> bool:
     """Returns whether tokens that run whole continue from the boundary in force."""
     return _functions().llama_pop_continues(_context(ctx))

@@ -66,6 +66,13 @@ def check_keywords(keywords: Iterable[str]) -> None:
         raise TypeError(f"PopLlama() got an unexpected keyword argument {unknown[0]!r}")
 
 
+def flash_attn_type(flash_attn: bool | None) -> int:
+    """Returns llama.cpp's number for on, off or, for None, its automatic choice."""
+    if flash_attn is None:
+        return llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    return llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
 def open_context(
     llm: llama_cpp.Llama,
     *,
@@ -75,9 +82,12 @@ def open_context(
     pop_tail: int | None,
     pop_min_tokens: int | None,
     pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None,
+    pop_kernels: bool,
     logits_everywhere: bool,
 ) -> Opened:
-    """Gives the context of a model its boundary, ends and adapters. The engine decides them (``llama_pop_open``).
+    """Gives the context of a model its kernels, boundary, ends and adapters.
+
+    The engine decides all but the kernels (``llama_pop_open``).
 
     Args:
         llm: The model with its context.
@@ -87,12 +97,14 @@ def open_context(
         pop_tail: As in ``PopLlama``.
         pop_min_tokens: As in ``PopLlama``.
         pop_adapter: As in ``PopLlama``.
+        pop_kernels: As in ``PopLlama``.
         logits_everywhere: Whether every token asks for logits, so that nothing can be pruned.
 
     Raises:
         PopError: A value is out of range, the model cannot be pruned at the boundary, or an adapter does not fit.
     """
     n_layer = native.n_layer(llm.model)
+    native.set_kernels(llm.ctx, pop_kernels)
     choice = native.open_context(
         llm.ctx,
         llm.model_path if pop_adapter is None else None,

@@ -1,4 +1,4 @@
-"""Progress, tables, lists of numbers as arguments, and the number of cores, for all commands."""
+"""Progress, tables, lists of numbers as arguments, the number of cores and the choice of kernels, for all commands."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ def integer_list(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 20,22") from None
+
+
+def add_kernels_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--kernels``, which :func:`choose_kernels` obeys."""
+    parser.add_argument(
+        "--kernels",
+        choices=("on", "off"),
+        help="who computes prompts on a CPU: kernels of pypop_gguf where they are faster (on), or those of llama.cpp "
+        "alone (default: on, unless POP_KERNELS=off is in the environment)",
+    )
+
+
+def choose_kernels(arguments: argparse.Namespace) -> None:
+    """Chooses the kernels of this process, before its engine starts, and of the processes that it starts."""
+    if arguments.kernels:
+        os.environ["POP_KERNELS"] = arguments.kernels
 
 
 def available_cores() -> int:

@@ -120,7 +120,7 @@ def main() -> int:
     if model is None:
         model = DIRECTORY / "lab-llama-12l-q8_0.gguf"
         pop_gguf("convert", BUNDLED, "--outtype", "q8_0", "--outfile", model)
-    llm = PopLlama(str(model), n_ctx=1024, flash_attn=True, verbose=False)
+    llm = PopLlama(str(model), n_ctx=1024, verbose=False)
     if llm.metadata.get("tokenizer.chat_template"):
         messages = [{"role": "user", "content": f"{PAGE}\n\n{QUESTION}"}]
         print(f"Question             {QUESTION} (asked below a page of text)")

@@ -24,7 +24,7 @@ class Engine:
         stock: Directory with an unpatched llama_cpp package; None for our library.
         n_threads: Threads of prefill and decode.
         n_ubatch: Tokens of a micro-batch.
-        flash_attn: On or off, never llama.cpp's automatic choice.
+        flash_attn: Flash attention: "on", "off", or "auto" for llama.cpp's choice.
         n_prompt: Tokens of each sequence's prompt.
         n_decode: Tokens generated after the prompt.
         n_parallel: Number of sequences.
@@ -42,7 +42,7 @@ class Engine:
         *,
         n_threads: int,
         n_ubatch: int,
-        flash_attn: bool,
+        flash_attn: str,
         n_prompt: int,
         n_decode: int,
         n_parallel: int,

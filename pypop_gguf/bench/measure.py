@@ -114,7 +114,7 @@ class _Case:
             plan.stock if name.startswith("stock") else None,
             n_threads=plan.threads,
             n_ubatch=plan.ubatch,
-            flash_attn=plan.flash_attn == "on",
+            flash_attn=plan.flash_attn,
             n_prompt=self._n_prompt,
             n_decode=max(plan.n_decode, n_mixed),
             n_parallel=self._n_parallel,

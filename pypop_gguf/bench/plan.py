@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -127,6 +128,8 @@ def describe_setting(plan: Plan, baseline_info: dict) -> Setting:
     versions = [f"pypop-gguf {__version__}{_describe_commit()}"]
     if plan.stock:
         versions.append(f"stock llama-cpp-python {baseline_info['version']}")
+    if kernels := os.environ.get("POP_KERNELS"):
+        versions.append(f"POP_KERNELS={kernels}")
     return Setting(
         machine=", ".join([_name_cpu(), f"{available_cores()} cores", *baseline_info["devices"]]),
         model=plan.model.stem,

@@ -24,6 +24,7 @@ import numpy as np
 from pypop_gguf.memory import peak_bytes
 
 _PAUSE_S = 0.02  # Threads of the engine that ran before this one spin for some milliseconds after their last pass.
+_FLASH_ATTN_TYPES = {"auto": -1, "off": 0, "on": 1}  # LLAMA_FLASH_ATTN_TYPE_AUTO, _DISABLED, _ENABLED
 _ACCELERATOR_DEVICES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
@@ -37,7 +38,7 @@ class Worker:
         self.n_vocab = self.n_parallel = 0
         self.tokens: list[list[int]] = []  # the prompt of each sequence
 
-    def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: bool) -> dict:
+    def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: str) -> dict:
         """Loads the model.
 
         Returns:
@@ -85,7 +86,7 @@ class Worker:
         parameters.n_seq_max = n_parallel
         parameters.kv_unified = unified
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
-        parameters.flash_attn_type = int(self.flash_attn)
+        parameters.flash_attn_type = _FLASH_ATTN_TYPES[self.flash_attn]
         self.ctx = self.llama.llama_init_from_model(self.model, parameters)
         if not self.ctx:
             raise RuntimeError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {self._reason()}")

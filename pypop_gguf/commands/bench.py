@@ -18,7 +18,7 @@ from pypop_gguf.bench.plot import plot_speedups
 from pypop_gguf.bench.runs import Recorder, read_csv
 from pypop_gguf.errors import PopError
 from pypop_gguf.plotting import check_plot
-from pypop_gguf.terminal import integer_list
+from pypop_gguf.terminal import add_kernels_argument, choose_kernels, integer_list
 
 DESCRIPTION = """\
 Measures the time to the first token and the time per generated token, with POP and without. In each case, two stock
@@ -80,7 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also measure half of the sequences reading their prompts while the others write",
     )
-    parser.add_argument("--flash-attn", choices=("on", "off"), default="off", help="flash attention (default: off)")
+    parser.add_argument(
+        "--flash-attn",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="flash attention of all engines; auto is wherever llama.cpp can compute it (default: auto)",
+    )
+    add_kernels_argument(parser)
     parser.add_argument(
         "--stock",
         type=Path,
@@ -114,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise PopError("--from-csv measures nothing: drop it, or MODEL.gguf and --csv")
         runs = read_csv(arguments.from_csv)
     else:
+        choose_kernels(arguments)
         plan = make_plan(arguments)
         recorder = Recorder(arguments.csv)
         try:

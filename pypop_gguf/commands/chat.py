@@ -11,7 +11,7 @@ from typing import Any
 from pypop_gguf import PopLlama
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, one_line
-from pypop_gguf.terminal import Progress, available_cores, progress
+from pypop_gguf.terminal import Progress, add_kernels_argument, available_cores, choose_kernels, progress
 
 DESCRIPTION = """\
 Talks with a model. Answers are shown as they come, and stderr shows how far a prompt is read. Ctrl-C stops reading or
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
+    add_kernels_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,11 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give at least 1")
+    choose_kernels(arguments)
     threads = arguments.threads or available_cores()
     model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
-    llm = PopLlama(
-        str(model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
-    )
+    llm = PopLlama(str(model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, verbose=False)
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)
     if not sys.stdin.isatty():
         question = sys.stdin.read().strip()

@@ -15,7 +15,7 @@ from pypop_gguf import library
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
-from pypop_gguf.terminal import available_cores
+from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
 
 DESCRIPTION = """\
 Serves a model over HTTP, with OpenAI-compatible endpoints and several requests at once: /v1/chat/completions,
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
+    add_kernels_argument(parser)
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector of a model that reads images")
     parser.add_argument(
         "--api-key-file",
@@ -94,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     for file in (arguments.mmproj, arguments.api_key_file):
         if file is not None and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
+    choose_kernels(arguments)
     if arguments.prepare:
         arguments.model = prepared(arguments.model, arguments.threads or available_cores())
     command = [str(server_program()), *server_options(arguments)]

@@ -68,7 +68,6 @@ def open_whole(source: Path, n_threads: int) -> PopLlama:
         n_batch=CONTEXT + ANSWER,
         n_threads=n_threads,
         n_threads_batch=n_threads,
-        flash_attn=True,
         verbose=False,
     )
 

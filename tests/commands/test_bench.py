@@ -40,7 +40,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 
 def ask_worker(model: Path, *requests: dict, ours: bool = True) -> list[dict]:
     """Returns a worker's answers to these requests, after it has loaded the model with a context of 40 tokens."""
-    load = {"request": "load", "model": str(model), "ours": ours, "n_threads": 1, "n_ubatch": 512, "flash_attn": False}
+    load = {"request": "load", "model": str(model), "ours": ours, "n_threads": 1, "n_ubatch": 512, "flash_attn": "off"}
     context = {"request": "context", "n_prompt": 32, "n_decode": 8, "n_parallel": 1, "unified": False}
     done = subprocess.run(
         [sys.executable, WORKER],
@@ -133,6 +133,8 @@ def measured(tiny, tmp_path_factory) -> tuple[Path, str]:
             "1",
             "--repeat",
             "--mixed",
+            "--kernels",
+            "off",
             "--csv",
             path,
             *STOCK_OPTIONS,
@@ -154,6 +156,8 @@ def test_bench_records_every_run(measured):
     ways = [(name, boundary) for boundary in ("4", "6") for name in ("pop", "pop-repeat")]
     turns = [[(phase, *way) for way in [(baseline, "0"), *ways, ("pop-off", "0")]] for phase in ("main", "mixed")]
     assert found == control + control[::-1] + before + [way for turn in turns for way in turn + turn[::-1]]
+    assert {row["flash_attn"] for row in rows} == {"auto"}
+    assert all("POP_KERNELS=off" in row["version"] for row in rows)
     assert all(float(row["ttft_ms"]) > 0 and float(row["decode_ms_per_token"]) > 0 for row in rows)
     pruned = [row for row in rows if row["phase"] == "main" and row["engine"] in ("pop", "pop-repeat")]
     assert all(0 < float(row["flops_ratio"]) < 1 for row in pruned)

@@ -79,7 +79,7 @@ def test_default_caches_equal_pytorch(reference_models, name):
 def test_boundary_at_last_layer_is_lossless(reference_models, name):
     model = reference_models[name]
     tokens = model.tokens(N_TOKENS, seed=2)
-    n_layer, exact = len(model.layers), dict(type_k=F32, type_v=F32)
+    n_layer, exact = len(model.layers), dict(type_k=F32, type_v=F32, flash_attn=False)
     pruned = engine_logits(model.gguf, tokens, N_PROMPT, n_layer - 1, **exact)
     assert error_against_whole_model(pruned, model.gguf, tokens, n_layer, **exact) <= 1e-9
 
@@ -91,7 +91,7 @@ def test_lossless_boundary_of_shared_caches_is_low_exact_and_the_default(shared_
     llm = PopLlama(str(model.gguf), n_ctx=256, verbose=False)
     assert (llm.pop.boundary, llm.pop.source, llm.pop.enabled) == (n_writing - 1, "lossless", True)
 
-    exact = dict(type_k=F32, type_v=F32)
+    exact = dict(type_k=F32, type_v=F32, flash_attn=False)
     lossless, lower = (
         error_against_whole_model(logits, model.gguf, tokens, llm.pop.n_layer, **exact)
         for logits in (engine_logits(model.gguf, tokens, N_PROMPT, b, **exact) for b in ("lossless", n_writing - 2))

@@ -85,6 +85,15 @@ def test_open_address_without_a_key_is_told(model, tmp_path, capsys, monkeypatch
     assert ran and ("is open to all who reach it: give --api-key-file" in capsys.readouterr().err) is warned
 
 
+def test_kernels_of_the_server_can_be_off(model, monkeypatch):
+    monkeypatch.setenv("POP_KERNELS", "on")  # so that the test leaves the environment as it was
+    ran = []
+    monkeypatch.setattr(os, "execv", lambda program, command: ran.append(os.environ["POP_KERNELS"]))
+    main(["serve", str(model)])
+    main(["serve", str(model), "--kernels", "off"])
+    assert ran == ["on", "off"]
+
+
 PATHS = ["/props", "/slots", "/metrics", "/models", "/v1/models", "/lora-adapters", "/v1/stream"]
 POSTED = [
     "/completion",
