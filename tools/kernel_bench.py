@@ -3,6 +3,9 @@
 A product's speed is in billions of multiplications and additions per second (GMAC/s). With one thread, the time is that
 of the processor, so that other programs disturb it less. The share is that of the peak of a core, which
 tools/kernel_peak.cpp measures where there is a C++ compiler.
+
+`--model MODEL.gguf` measures whole prompts in the place of single products, and `--peer LLAMA_BENCH` adds another
+engine to them (tools/prompt_bench.py).
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from pypop_gguf import PopError
+from tests.support.paths import STOCK
 from tests.support.products import Ggml, Product, in_process
+from tools import prompt_bench
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 SHAPES = ("896x768", "2048x2048", "2048x8192", "4096x4096")
@@ -34,18 +42,52 @@ def peak() -> float | None:
         return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="OUTPUTSxINPUTS")
     parser.add_argument("--rows", nargs="+", type=int, default=(32, 128, 512))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--settings", nargs="+", default=("off", "on"), help="values of POP_KERNELS")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--model", type=Path, metavar="MODEL.gguf", help="measure prompts of --rows tokens in this model"
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="LLAMA_BENCH",
+        help="with --model: also measure the engine of this llama-bench; options may follow the path",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="with --model: how often each engine reads a prompt")
+    arguments = parser.parse_args(argv)
 
-    ggml, chance, best = Ggml(), np.random.default_rng(0), peak()
+    best = peak()
     if best:
         print(f"peak of a core: {best:.0f} GMAC/s")
+    if not arguments.model:
+        bench_products(arguments, best)
+        return 0
+    if not (STOCK / "llama_cpp").is_dir():
+        print("the unpatched llama-cpp-python is not built: run `make test`", file=sys.stderr)
+        return 1
+    try:
+        table = prompt_bench.compare(
+            arguments.model,
+            arguments.rows,
+            peer=arguments.peer,
+            n_threads=arguments.threads,
+            rounds=arguments.rounds,
+            peak=best,
+        )
+    except PopError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(*table, sep="\n")
+    return 0
+
+
+def bench_products(arguments: argparse.Namespace, best: float | None) -> None:
+    """Prints the speed of each product, row by row."""
+    ggml, chance = Ggml(), np.random.default_rng(0)
     print("type    outputs x inputs  rows  " + "  ".join(f"{setting:>8}" for setting in arguments.settings) + "  share")
     for shape in arguments.shapes:
         outputs, inputs = map(int, shape.split("x"))
@@ -69,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
