@@ -77,6 +77,7 @@ class PopLlama(llama_cpp.Llama):
     ) -> None:
         parent.let_close(self)
         opening.check_keywords(llama_kwargs)
+        opening.check_sizes(llama_kwargs)
         opening.check_boundary_type("pop_boundary", pop_boundary)
         self._pop_arguments = dict(
             pop=pop,
@@ -96,9 +97,7 @@ class PopLlama(llama_cpp.Llama):
         header = read_header(model_path)  # before the model: it tells a bad file from a bad key in one line
         parse_metadata(header, model_path)
         self._load(model_path, llama_kwargs)
-        if self._keeps_scores and not self._logits_everywhere:
-            # The parent keeps scores for n_batch positions only. Memory is taken as it is written.
-            self.scores = np.empty((len(self.input_ids), self.n_vocab()), dtype=np.single)
+        self._size_arrays()
 
         lora = (self.lora_path, self.lora_scale) if self.lora_path else None
         self._digest = states.model_digest(header, model_path, self.context_params, lora, self.kv_overrides)
@@ -110,6 +109,14 @@ class PopLlama(llama_cpp.Llama):
         self._adapters = {at: states.file_digest(path) for at, path in opened.adapters.items()}
         self._record = CacheRecord(len(self.input_ids), self._status.n_layer, opened.lossless, self._status.head)
         self._running = Call(self._status.boundary)  # outside of calls it has the object's own boundary
+
+    def _size_arrays(self) -> None:
+        """Gives the arrays the length of the context that llama.cpp has made: it rounds what was asked for upwards."""
+        self.context_params.n_ctx = n_ctx = self.n_ctx()
+        self.context_params.n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)  # 0 asks for n_batch
+        self.input_ids = np.zeros(n_ctx, dtype=np.intc)
+        if self._keeps_scores:  # else the parent's n_batch rows are enough; memory is taken as it is written
+            self.scores = np.empty((n_ctx, self.n_vocab()), dtype=np.single)
 
     def _load(self, model_path: str, llama_kwargs: dict) -> None:
         handler = llama_kwargs.get("chat_handler")

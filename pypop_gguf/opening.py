@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pypop_gguf import library, native
 from pypop_gguf.errors import PopError
@@ -71,6 +71,18 @@ def flash_attn_type(flash_attn: bool | None) -> int:
     if flash_attn is None:
         return llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
     return llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+def check_sizes(keywords: Mapping[str, Any]) -> None:
+    """Checks the sizes among the arguments that go to ``llama_cpp.Llama``: a negative one would end the process.
+
+    Raises:
+        PopError: A size is out of range.
+    """
+    for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 0)):
+        size = keywords.get(name, least)
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= _INT32_MAX:
+            raise PopError(f"{name} is {size!r}: give a whole number, at least {least}")
 
 
 def open_context(

@@ -221,10 +221,11 @@ def test_state_moves_to_a_context_of_another_length(llm, bundled_gguf):
         longer = other.create_completion(PROMPT + expected, max_tokens=20, temperature=0)
         assert longer["usage"]["completion_tokens"] > 1
         other.close()
-    small = PopLlama(str(bundled_gguf), **{**OPTIONS, "n_ctx": 32})
-    with pytest.raises(PopError, match=r"open the model with n_ctx=[0-9]+ or more"):
-        small.load_state(state)
-    small.close()
+    large = PopLlama(str(bundled_gguf), **{**OPTIONS, "n_ctx": 512})
+    large.eval(list(range(5, 305)))  # llama.cpp has made a context of 256 positions out of 128
+    with pytest.raises(PopError, match=r"holds 300 tokens, the context 256: open the model with n_ctx=300 or more"):
+        llm.load_state(large.save_state())
+    large.close()
 
 
 def test_state_without_logits_is_read_again_where_every_token_needs_them(llm, bundled_gguf):
@@ -317,3 +318,73 @@ def test_shallow_state_of_a_hybrid_is_cleared_and_read_again(reference_models):
     assert answer(other) == expected[1] and other.timings.reused_tokens == 0
     llm.close()
     other.close()
+
+
+# llama.cpp makes a context of 256 positions out of these 100
+
+
+@pytest.fixture(scope="module")
+def rounded_up(bundled_gguf):
+    llm = PopLlama(str(bundled_gguf), **{**OPTIONS, "n_ctx": 100}, logits_all=True)
+    yield llm
+    llm.close()
+
+
+def test_state_that_is_longer_than_the_asked_context_loads(bundled_gguf, rounded_up):
+    """llama.cpp's ``llama_n_ctx`` tells how much fits."""
+    tokens = list(range(5, 104))
+    rounded_up.create_completion(tokens, **CALL)
+    state = rounded_up.save_state()
+    assert llama_cpp.llama_n_ctx(rounded_up.ctx) == 256 and state.n_tokens == 106
+    rounded_up.reset()
+    rounded_up.load_state(state)
+    assert rounded_up.n_tokens == 106 and rounded_up.input_ids[:99].tolist() == tokens
+    pruned = PopLlama(str(bundled_gguf), **{**OPTIONS, "n_ctx": 100})
+    pruned.create_completion(tokens, **CALL)
+    pruned.load_state(pruned.save_state())
+    pruned.create_completion(tokens, **CALL)
+    assert pruned.timings.reused_tokens == 98
+    pruned.close()
+
+
+def test_prompt_scores_and_cache_reach_the_end_of_the_context(bundled_gguf, rounded_up, stock):
+    tokens = [5 + i % 900 for i in range(255)]
+    code = """
+import json, sys, llama_cpp
+one = dict(n_threads=1, n_threads_batch=1, verbose=False)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_batch=32, logits_all=True, **one)
+llm.eval(json.loads(sys.argv[2]))
+print(json.dumps(llm.scores[:255].argmax(axis=1).tolist()))
+"""
+    rounded_up.reset()
+    rounded_up.eval(tokens)
+    assert rounded_up.scores[:255].argmax(axis=1).tolist() == stock(code, bundled_gguf, tokens)
+    rounded_up.set_cache(llama_cpp.LlamaRAMCache())
+    rounded_up.create_completion(tokens, **CALL)
+    rounded_up.reset()
+    rounded_up.create_completion(tokens, **CALL)
+    assert rounded_up.timings.reused_tokens == 254
+    rounded_up.set_cache(None)
+    assert rounded_up.score(tokens[:156], tokens[:100]).shape == (100, rounded_up.n_vocab())
+
+
+def test_copy_of_an_object_has_the_context_that_there_is(rounded_up):
+    copy = pickle.loads(pickle.dumps(rounded_up))
+    copy.load_state(rounded_up.save_state())
+    assert copy.n_ctx() == rounded_up.n_ctx() and len(copy.input_ids) == 256
+    copy.close()
+
+
+def test_micro_batch_of_size_0_is_as_long_as_a_batch(bundled_gguf):
+    llm = PopLlama(str(bundled_gguf), **OPTIONS, n_ubatch=0)
+    reports = []
+    llm.create_completion(list(range(5, 80)), **CALL, progress=lambda done, total: reports.append(done))
+    assert reports == [0, 32, 64, 75]
+    assert llm.score([5, 6], [7, 8, 9]).shape == (3, llm.n_vocab())
+    llm.close()
+
+
+@pytest.mark.parametrize("size", [{"n_ctx": -1}, {"n_batch": 0}, {"n_batch": -5}, {"n_ubatch": -1}, {"n_ctx": 2**40}])
+def test_size_out_of_range_is_refused(bundled_gguf, size):
+    with pytest.raises(PopError, match=rf"^{min(size)} is -?\d+: give a whole number, at least"):
+        PopLlama(str(bundled_gguf), **size, verbose=False)
