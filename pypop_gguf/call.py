@@ -31,6 +31,9 @@ class Call:
         image_total: Positions of a prompt that a chat handler for images is reading piece by piece, 0 until it is cut
             into pieces; None in all other calls.
         image_reused: Number of them that were found in the cache; None if the prompt has no images.
+        in_use: Whether the model computes, or a function of the caller has been called meanwhile.
+        outermost: Whether no other call has made this one.
+        turn: Stands for the outermost call and all those within it.
     """
 
     boundary: int
@@ -43,6 +46,9 @@ class Call:
     read_at: float = 0.0
     image_total: int | None = None
     image_reused: int | None = None
+    in_use: bool = False
+    outermost: bool = dataclasses.field(default=True, compare=False)
+    turn: object = dataclasses.field(default_factory=object, compare=False)
 
     def inner(
         self,
@@ -57,6 +63,7 @@ class Call:
             progress=progress or self.progress,
             cancel=cancel or self.cancel,
             image_total=None,
+            outermost=False,
         )
 
     def begin(self, n_pruned: int) -> None:
@@ -95,9 +102,17 @@ class Call:
         if self.image_total is not None:
             total = self.image_total
         reading = self.reading_prompt or self.image_total is not None
-        stopped = reading and self.progress is not None and self.progress(done, total) is False
+        stopped = reading and self.progress is not None and self._reports(done, total) is False
         if stopped or (self.cancel is not None and self.cancel.is_set()):
             raise Cancelled(done, total)
+
+    def _reports(self, done: int, total: int) -> bool | None:
+        assert self.progress is not None
+        before, self.in_use = self.in_use, True
+        try:
+            return self.progress(done, total)
+        finally:
+            self.in_use = before
 
     def time_prompt(self, timings: Timings, n_pruned: int) -> None:
         """Writes what the prompt took into the call's timings."""
@@ -116,30 +131,39 @@ class Call:
         return 1e3 * (time.perf_counter() - self.began)
 
 
-def with_timings(result, calling: Callable[[], AbstractContextManager], timings: Callable[[], dict]):
-    """Adds timings to the result of a call, or to the last chunk of its stream.
+def streamed_with_timings(
+    chunks: Iterator,
+    stepping: Callable[[], AbstractContextManager],
+    timings: Callable[[], dict],
+    end: Callable[[], None],
+) -> Iterator:
+    """Adds timings to the last chunk of a call's stream.
 
     Args:
-        result: The result, or an iterator over the chunks.
-        calling: Makes a context in which the call is the running one, for each chunk anew.
+        chunks: The stream.
+        stepping: Makes a context in which the call is the running one, for each chunk anew.
         timings: Gives the timings of the call once it has ended.
+        end: Called when the stream has ended, was closed, or is gone, even if no chunk was ever read.
     """
-    if not isinstance(result, Iterator):
-        result["timings"] = timings()
-        return result
 
     def streamed():
-        while True:
-            with calling():
-                try:
-                    chunk = next(result)
-                except StopIteration:
-                    return
-            if any(choice["finish_reason"] for choice in chunk["choices"]):
-                chunk["timings"] = timings()
-            yield chunk
+        try:
+            yield
+            while True:
+                with stepping():
+                    try:
+                        chunk = next(chunks)
+                    except StopIteration:
+                        return
+                if any(choice["finish_reason"] for choice in chunk["choices"]):
+                    chunk["timings"] = timings()
+                yield chunk
+        finally:
+            end()
 
-    return streamed()
+    stream = streamed()
+    next(stream)  # a generator that has not begun would not call end()
+    return stream
 
 
 def pieces(n_tokens: int, n_ubatch: int, n_tail: int) -> Iterator[tuple[int, int]]:

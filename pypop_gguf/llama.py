@@ -19,11 +19,12 @@ import numpy as np
 
 from pypop_gguf import images, library, native, opening, parent, states
 from pypop_gguf.cache_record import CacheRecord
-from pypop_gguf.call import Call, pieces, with_timings
+from pypop_gguf.call import Call, pieces, streamed_with_timings
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
 from pypop_gguf.status import PopStatus, Timings
+from pypop_gguf.turns import WITHIN, Turns
 
 llama_cpp = library.load()
 
@@ -75,6 +76,8 @@ class PopLlama(llama_cpp.Llama):
         flash_attn: bool | None = None,
         **llama_kwargs,
     ) -> None:
+        self._pid = os.getpid()
+        self._turns = Turns()
         parent.let_close(self)
         opening.check_keywords(llama_kwargs)
         opening.check_sizes(llama_kwargs)
@@ -89,7 +92,6 @@ class PopLlama(llama_cpp.Llama):
             pop_kernels=pop_kernels,
         )
         self._flash_attn = flash_attn
-        self._pid = os.getpid()
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
         self._keeps_scores = self._logits_everywhere or llama_kwargs.get("draft_model") is not None
         self.timings = Timings()
@@ -108,7 +110,7 @@ class PopLlama(llama_cpp.Llama):
         self._status = opened.status
         self._adapters = {at: states.file_digest(path) for at, path in opened.adapters.items()}
         self._record = CacheRecord(len(self.input_ids), self._status.n_layer, opened.lossless, self._status.head)
-        self._running = Call(self._status.boundary)  # outside of calls it has the object's own boundary
+        self._running: Call | None = None
 
     def _size_arrays(self) -> None:
         """Gives the arrays the length of the context that llama.cpp has made: it rounds what was asked for upwards."""
@@ -200,11 +202,14 @@ class PopLlama(llama_cpp.Llama):
         call = self._new_call(pop, boundary, progress, cancel)
         if not parent.reads_images(self.chat_handler):
             return self._run(functools.partial(super().create_chat_completion, *args, **kwargs), call)
+        # Also a stream has read its prompt by then, so it keeps its turn until its first chunk.
+        return self._run(functools.partial(self._chat_about_images, call, *args, **kwargs), call, keep_turn=True)
+
+    def _chat_about_images(self, call: Call, *args, **kwargs):
         self._drop_unusable(call.boundary)
         call.begin_images(native.n_pruned(self.ctx))
         with images.reading(self, call, self._record, self._roll_back) as model:
-            chat = functools.partial(llama_cpp.Llama.create_chat_completion, model, *args, **kwargs)
-            return self._run(chat, call)  # also a stream has read the prompt by then
+            return llama_cpp.Llama.create_chat_completion(model, *args, **kwargs)
 
     def score(
         self,
@@ -234,10 +239,10 @@ class PopLlama(llama_cpp.Llama):
                 f"{len(prompt)} and {len(continuation)} tokens: give one each at least, and {self.n_ctx()} at most"
             )
         call = self._new_call(pop, boundary)
-        self.reset()
-        parent.clear_cache(self)
         rows = []
         with self._calling(call):
+            self.reset()
+            parent.clear_cache(self)
             self._eval(prompt, self._logits_everywhere)
             rows.append(self._logits_of(1))
             n_ubatch = self.context_params.n_ubatch  # logits are those of the last micro-batch
@@ -249,35 +254,82 @@ class PopLlama(llama_cpp.Llama):
 
     def embed(self, *args, **kwargs):
         """Computes embeddings as ``llama_cpp.Llama`` does; all layers run for them."""
-        self._check_process()
-        return super().embed(*args, **kwargs)
+        with self._calling(self._new_call()):
+            return super().embed(*args, **kwargs)
 
-    def _new_call(self, pop: bool | None, boundary: int | str | None, progress=None, cancel=None) -> Call:
-        """Makes a call within the running one: ``create_chat_completion`` calls ``create_completion``."""
+    def _new_call(self, pop: bool | None = None, boundary: int | str | None = None, progress=None, cancel=None) -> Call:
+        """Makes a call, within the running one if there is one: ``create_chat_completion`` calls others."""
         self._check_process()
         opening.check_boundary_type("boundary", boundary)
-        number = None
+        if not self._turns.is_mine():
+            call = Call(self._status.boundary, progress, cancel)
+        elif self._running is None or self._running.in_use:
+            raise PopError(WITHIN)
+        else:
+            call = self._running.inner(progress=progress, cancel=cancel)
         if pop is False:
-            number = self._status.n_layer
+            call.boundary = self._status.n_layer
         elif boundary is not None:
-            number = opening.checked_boundary(self, boundary)
-        return self._running.inner(number, progress, cancel)
+            with self._calling(call):
+                call.boundary = opening.checked_boundary(self, boundary)
+        return call
 
     @contextlib.contextmanager
     def _calling(self, call: Call) -> Iterator[None]:
-        self._check_process()
-        outer, self._running = self._running, call
-        native.set_boundary(self.ctx, call.boundary)  # for a chat handler that decodes without eval()
+        """Makes the one step of a call, which begins and ends in this block."""
         try:
-            yield
+            with self._stepping(call):
+                yield
         finally:
-            self._running = outer
+            self._end(call)
 
-    def _run(self, method: Callable, call: Call):
-        """Returns the result of a method of the parent, or its stream, with the call's timings."""
-        with self._calling(call):
-            result = method()
-        return with_timings(result, lambda: self._calling(call), lambda: self.timings.as_dict())
+    @contextlib.contextmanager
+    def _stepping(self, call: Call) -> Iterator[None]:
+        """Makes a step of a call, and waits until the call may."""
+        self._check_process()
+        with self._turns.step(call.turn, call.cancel):
+            outer, self._running = self._running, call
+            native.set_boundary(self.ctx, call.boundary)  # for a chat handler that decodes without eval()
+            try:
+                yield
+            finally:
+                self._running = outer
+
+    @contextlib.contextmanager
+    def _within_call(self) -> Iterator[None]:
+        """Is for methods that calls use, and users as well, who then make a call of their own."""
+        if self._turns.is_mine():
+            yield
+        else:
+            with self._calling(self._new_call()):
+                yield
+
+    def _end(self, call: Call) -> None:
+        if call.outermost:
+            self._turns.end(call.turn)
+
+    def _run(self, method: Callable, call: Call, keep_turn: bool = False):
+        """Returns the result of a method of the parent, or its stream, with the call's timings.
+
+        Args:
+            method: The method.
+            call: The call.
+            keep_turn: Whether a stream has its turn from now on, and not only from its first chunk on.
+        """
+        is_stream = False
+        try:
+            with self._stepping(call):
+                result = method()
+            is_stream = isinstance(result, Iterator)
+            if not is_stream:
+                result["timings"] = self.timings.as_dict()
+                return result
+        finally:
+            if not (is_stream and keep_turn):
+                self._end(call)
+        return streamed_with_timings(
+            result, lambda: self._stepping(call), lambda: self.timings.as_dict(), lambda: self._end(call)
+        )
 
     def _check_process(self) -> None:
         """Refuses to go on in a fork of the process that loaded the model: it would wait for llama.cpp's threads."""
@@ -291,27 +343,34 @@ class PopLlama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *args, **kwargs):
         """Yields token ids as ``llama_cpp.Llama`` does. The prompt is read with the boundary of the running call."""
-        call = self._running.inner()
-        if kwargs.get("reset", True):
-            self._drop_unusable(call.boundary)
-        call.begin_prompt(native.n_pruned(self.ctx))
-        timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=call.boundary)
-        generator = super().generate(tokens, *args, **kwargs)
-        sent = None
+        call = self._new_call()
+        generator = None
         try:
+            with self._stepping(call):
+                if kwargs.get("reset", True):
+                    self._drop_unusable(call.boundary)
+                call.begin_prompt(native.n_pruned(self.ctx))
+                timings = self.timings = Timings(prompt_tokens=len(tokens), boundary=call.boundary)
+            generator = super().generate(tokens, *args, **kwargs)
+            sent = None
             while True:
-                with self._calling(call):
+                with self._stepping(call):
+                    call.in_use = True
                     try:
                         token = generator.send(sent)
                     except StopIteration:
                         return
-                if timings.generated_tokens == 0:
-                    call.time_prompt(timings, native.n_pruned(self.ctx))
-                timings.count_token(call.ms_since_began())
+                    finally:
+                        call.in_use = False
+                    if timings.generated_tokens == 0:
+                        call.time_prompt(timings, native.n_pruned(self.ctx))
+                    timings.count_token(call.ms_since_began())
                 sent = yield token
                 call.check(len(tokens), len(tokens))
         finally:
-            generator.close()
+            if generator:
+                generator.close()
+            self._end(call)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens after the ``n_tokens`` that are cached.
@@ -325,12 +384,14 @@ class PopLlama(llama_cpp.Llama):
         Raises:
             RuntimeError: llama.cpp could not decode, for example because the context is full.
         """
-        self._check_process()
-        drafted = self._keeps_scores and not self._running.reading_prompt
-        self._eval(tokens, self._logits_everywhere or drafted)
+        with self._within_call():
+            assert self._running is not None
+            drafted = self._keeps_scores and not self._running.reading_prompt
+            self._eval(tokens, self._logits_everywhere or drafted)
 
     def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
         call, status = self._running, self._status
+        assert call is not None
         boundary = status.n_layer if len(tokens) < status.min_tokens else call.boundary
         native.set_boundary(self.ctx, boundary)
         parent.drop_cache_from(self, self.n_tokens)
@@ -360,6 +421,18 @@ class PopLlama(llama_cpp.Llama):
             call.check(self.n_tokens, self.n_tokens)
             call.end_prompt(len(tokens))
 
+    def sample(self, *args, **kwargs) -> int:
+        """Chooses the next token as ``llama_cpp.Llama`` does."""
+        with self._turns.pause():
+            if self.ctx and self.n_tokens == 0:
+                raise PopError("there is no token to go on from: evaluate at least one first")
+            return super().sample(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forgets what is cached, as ``llama_cpp.Llama`` does."""
+        with self._within_call():
+            super().reset()
+
     def _logits_of(self, n: int) -> np.ndarray:
         """Returns the logits of the last ``n`` tokens that asked for them, F32 [n, n_vocab]."""
         first = llama_cpp.llama_get_logits_ith(self.ctx, -n)
@@ -383,17 +456,19 @@ class PopLlama(llama_cpp.Llama):
     def save_state(self):
         """Saves a state as ``llama_cpp.Llama`` does, with a digest of the model and the boundary of each position."""
         # Without logits_all nobody reads scores, so they are not kept: a plain Llama spreads the one row over its own.
+        self._check_process()
         zeros = np.zeros((1, self.n_vocab()), dtype=np.single)
-        return states.save(
-            self.ctx,
-            input_ids=self.input_ids,
-            n_tokens=self.n_tokens,
-            scores=self.scores[: self.n_tokens].copy() if self._logits_everywhere else zeros,
-            seed=parent.seed(self),
-            record=self._record,
-            digest=self._digest,
-            adapters=self._adapters,
-        )
+        with self._turns.pause():
+            return states.save(
+                self.ctx,
+                input_ids=self.input_ids,
+                n_tokens=self.n_tokens,
+                scores=self.scores[: self.n_tokens].copy() if self._logits_everywhere else zeros,
+                seed=parent.seed(self),
+                record=self._record,
+                digest=self._digest,
+                adapters=self._adapters,
+            )
 
     def load_state(self, state) -> None:
         """Loads a state, also one of a context of another length. All layers have read what a plain ``Llama`` saved.
@@ -403,6 +478,10 @@ class PopLlama(llama_cpp.Llama):
         Raises:
             PopError: The state is of another model, or it does not fit. In the second case the cache is empty.
         """
+        with self._within_call():
+            self._load_state(state)
+
+    def _load_state(self, state) -> None:
         name, n = os.path.basename(self.model_path), state.n_tokens
         states.check(state, name, digest=self._digest, n_vocab=self.n_vocab(), n_positions=len(self.input_ids))
         try:
@@ -426,6 +505,17 @@ class PopLlama(llama_cpp.Llama):
         if cache is not None:
             cache = states.ModelCache(cache, self._digest, self.context_params, self._logits_everywhere)
         self.cache = cache
+
+    def close(self) -> None:
+        """Frees the model, after the step that another thread is in. A stream that is open then cannot go on."""
+        if os.getpid() != self._pid:
+            super().close()
+            return
+        if self._turns.is_mine():
+            raise PopError(WITHIN)
+        with self._turns.pause():
+            super().close()
+            parent.mark_closed(self)
 
     def __getstate__(self):
         own = {**self._pop_arguments, "flash_attn": self._flash_attn, "logits_all": self._logits_everywhere}

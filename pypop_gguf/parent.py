@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pypop_gguf.errors import PopError
+
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
@@ -45,6 +47,22 @@ def log_callback(llama_cpp: ModuleType) -> Any:
 def let_close(llm: Llama) -> None:
     """Gives the stack of open resources to an object whose ``Llama.__init__`` may never run: ``__del__`` closes it."""
     llm._stack = contextlib.ExitStack()
+
+
+class _Closed:
+    """Stands for what a closed model has freed: each use is an error instead of a crash."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PopError("this model was closed: make a new PopLlama to go on")
+
+
+def mark_closed(llm: Llama) -> None:
+    """Replaces the parts of an object that ``Llama.close`` has freed."""
+    closed: Any = _Closed()
+    llm._ctx = llm._model = llm._batch = closed
+    tokenizer: Any = getattr(llm, "tokenizer_", None)  # one that the user has given has no model
+    if hasattr(tokenizer, "_model"):
+        tokenizer._model = closed
 
 
 def set_requires_eval(llm: Llama, requires_eval: bool) -> None:

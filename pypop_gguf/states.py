@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ else:
     llama_cpp = library.load()
 
 _SAMPLE_BYTES = 256
+_using_a_cache = threading.Lock()  # models in several threads may share one, which changes with each look-up
 # Context parameters that decide what the cache holds for a text.
 _CONTENT = (
     "rope_scaling_type",
@@ -200,10 +202,13 @@ class ModelCache(llama_cpp.llama_cache.BaseLlamaCache):
         return self.shared.cache_size
 
     def __getitem__(self, key: Sequence[int]):
-        return self.shared[self._key(key)]
+        with _using_a_cache:
+            return self.shared[self._key(key)]
 
     def __contains__(self, key: Sequence[int]) -> bool:
-        return self._key(key) in self.shared
+        with _using_a_cache:
+            return self._key(key) in self.shared
 
     def __setitem__(self, key: Sequence[int], value) -> None:
-        self.shared[self._key(key)] = value
+        with _using_a_cache:
+            self.shared[self._key(key)] = value

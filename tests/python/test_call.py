@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pypop_gguf import Cancelled, Timings
-from pypop_gguf.call import Call, pieces, with_timings
+from pypop_gguf.call import Call, pieces, streamed_with_timings
 
 
 def test_progress_is_reported_only_while_the_prompt_is_read():
@@ -123,9 +123,16 @@ def test_last_chunk_of_a_stream_has_the_timings_and_each_chunk_is_made_in_the_ca
             assert running[-1]
             yield {"choices": [{"finish_reason": reason}]}
 
-    found = []
-    for chunk in with_timings(chunks(), calling, lambda: {"boundary": 4}):
-        assert not running[-1]
+    found, ended = [], []
+    for chunk in streamed_with_timings(chunks(), calling, lambda: {"boundary": 4}, lambda: ended.append(True)):
+        assert not running[-1] and not ended
         found.append(chunk.get("timings"))
-    assert found == [None, None, {"boundary": 4}]
-    assert with_timings({"choices": []}, calling, lambda: {"boundary": 4})["timings"] == {"boundary": 4}
+    assert found == [None, None, {"boundary": 4}] and ended == [True]
+
+
+def test_stream_that_nobody_reads_ends_when_it_is_gone():
+    ended = []
+    stream = streamed_with_timings(iter([]), contextlib.nullcontext, dict, lambda: ended.append(True))
+    assert not ended
+    del stream
+    assert ended == [True]

@@ -63,6 +63,7 @@ def test_every_private_name_exists(plain, handler):
         "_seed": plain,
         "_batch": plain,
         "_ctx": plain,
+        "_model": plain,
         "_mtmd_cpp": handler,
         "_init_mtmd_context": handler,
     }
