@@ -32,6 +32,7 @@ class Call:
             into pieces; None in all other calls.
         image_reused: Number of them that were found in the cache; None if the prompt has no images.
         in_use: Whether the model computes, or a function of the caller has been called meanwhile.
+        tokens: The prompt that ``generate()`` has read last, and then the tokens that it has generated.
         outermost: Whether no other call has made this one.
         turn: Stands for the outermost call and all those within it.
     """
@@ -47,6 +48,7 @@ class Call:
     image_total: int | None = None
     image_reused: int | None = None
     in_use: bool = False
+    tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
     outermost: bool = dataclasses.field(default=True, compare=False)
     turn: object = dataclasses.field(default_factory=object, compare=False)
 

@@ -14,10 +14,11 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from pypop_gguf import images, library, native, opening, parent, states
+from pypop_gguf import images, library, logprobs, native, opening, parent, states
 from pypop_gguf.cache_record import CacheRecord
 from pypop_gguf.call import Call, pieces, streamed_with_timings
 from pypop_gguf.errors import PopError
@@ -100,6 +101,8 @@ class PopLlama(llama_cpp.Llama):
         parse_metadata(header, model_path)
         self._load(model_path, llama_kwargs)
         self._size_arrays()
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self._has_tokenizer = llama_cpp.llama_vocab_type(vocabulary) != llama_cpp.LLAMA_VOCAB_TYPE_NONE
 
         lora = (self.lora_path, self.lora_scale) if self.lora_path else None
         self._digest = states.model_digest(header, model_path, self.context_params, lora, self.kv_overrides)
@@ -174,15 +177,42 @@ class PopLlama(llama_cpp.Llama):
             PopError: The model cannot be pruned at that boundary.
             ValueError: The object keeps no logits for the ``logprobs`` that were asked for.
         """
-        if self._keeps_scores and not self._logits_everywhere:
-            given = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments
-            if given.get("echo") and given.get("logprobs") is not None:
-                raise ValueError(
-                    "logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no "
-                    "logits"
-                )
+        given = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments
+        echo, asks_logprobs = bool(given.get("echo")), given.get("logprobs") is not None
+        if echo and asks_logprobs and self._keeps_scores and not self._logits_everywhere:
+            raise ValueError(
+                "logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no "
+                "logits"
+            )
+        if echo and asks_logprobs and given.get("stream"):
+            raise PopError("a stream has no logprobs of an echoed prompt: leave out stream, or echo")
         call = self._new_call(pop, boundary, progress, cancel)
+        if echo or (asks_logprobs and self._keeps_scores and not given.get("stream")):
+            return self._run(functools.partial(self._complete, call, given), call)
         return self._run(functools.partial(super().create_completion, *args, **kwargs), call)
+
+    def _complete(self, call: Call, given: dict[str, Any]):
+        """Lets the parent complete a prompt, and adds the echo and the log-probabilities."""
+        echo, n_top, prompt = given.pop("echo", False), given.get("logprobs"), given["prompt"]
+        text = prompt if isinstance(prompt, str) else logprobs.text_of(self, prompt)
+        if given.get("stream"):
+            return logprobs.echoed(super().create_completion(**given), text)  # type: ignore[arg-type]
+        if self._keeps_scores:  # else the parent has to refuse the log-probabilities
+            given["logprobs"] = None
+        result: Any = super().create_completion(**given)
+        n_prompt = result["usage"]["prompt_tokens"]
+        choice = result["choices"][0]
+        if n_top is not None:
+            vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+            generated = [
+                token for token in call.tokens[n_prompt:] if not llama_cpp.llama_vocab_is_eog(vocabulary, token)
+            ]
+            choice["logprobs"] = logprobs.completion_logprobs(
+                self, call.tokens[:n_prompt], generated, n_top, echo=echo, n_characters=len(text)
+            )
+        if echo:
+            choice["text"] = text + choice["text"]
+        return result
 
     def __call__(self, *args, **kwargs):
         """Does the same as :meth:`create_completion`."""
@@ -252,10 +282,21 @@ class PopLlama(llama_cpp.Llama):
                 rows.append(self._logits_of(len(chunk)))
         return np.concatenate(rows)
 
-    def embed(self, *args, **kwargs):
-        """Computes embeddings as ``llama_cpp.Llama`` does; all layers run for them."""
+    def embed(self, input: str | Sequence[str], *args, **kwargs):
+        """Computes embeddings as ``llama_cpp.Llama`` does; all layers run for them.
+
+        Raises:
+            PopError: There is no text, or one has no tokens.
+        """
+        texts = [input] if isinstance(input, str) else list(input)
+        if not texts:
+            raise PopError("there is nothing to embed: give at least one text")
+        for i, text in enumerate(texts):
+            if not self.tokenize(text.encode()):
+                which = "the text" if isinstance(input, str) else f"text {i}"
+                raise PopError(f"{which} is empty, and this model adds no token of its own: give at least one letter")
         with self._calling(self._new_call()):
-            return super().embed(*args, **kwargs)
+            return super().embed(input if isinstance(input, str) else texts, *args, **kwargs)
 
     def _new_call(self, pop: bool | None = None, boundary: int | str | None = None, progress=None, cancel=None) -> Call:
         """Makes a call, within the running one if there is one: ``create_chat_completion`` calls others."""
@@ -341,9 +382,35 @@ class PopLlama(llama_cpp.Llama):
 
     # Tokens
 
+    def tokenize(self, *args, **kwargs):
+        """Does the same as ``llama_cpp.Llama.tokenize``.
+
+        Raises:
+            PopError: The file has no tokenizer.
+        """
+        self._check_tokenizer()
+        return super().tokenize(*args, **kwargs)
+
+    def detokenize(self, *args, **kwargs):
+        """Does the same as ``llama_cpp.Llama.detokenize``.
+
+        Raises:
+            PopError: The file has no tokenizer.
+        """
+        self._check_tokenizer()
+        return super().detokenize(*args, **kwargs)
+
+    def _check_tokenizer(self) -> None:
+        """Refuses what would end the process."""
+        if not self._has_tokenizer and type(self.tokenizer_) is llama_cpp.LlamaTokenizer:
+            raise PopError(f"{self.model_path} has no tokenizer, so it reads no text: take a file that has one")
+
     def generate(self, tokens: Sequence[int], *args, **kwargs):
         """Yields token ids as ``llama_cpp.Llama`` does. The prompt is read with the boundary of the running call."""
+        if len(tokens) == 0:
+            raise PopError("the prompt is empty, and this model adds no token of its own: give at least one token")
         call = self._new_call()
+        call.tokens[:] = tokens
         generator = None
         try:
             with self._stepping(call):
@@ -365,6 +432,7 @@ class PopLlama(llama_cpp.Llama):
                     if timings.generated_tokens == 0:
                         call.time_prompt(timings, native.n_pruned(self.ctx))
                     timings.count_token(call.ms_since_began())
+                    call.tokens.append(token)
                 sent = yield token
                 call.check(len(tokens), len(tokens))
         finally:
@@ -392,6 +460,9 @@ class PopLlama(llama_cpp.Llama):
     def _eval(self, tokens: Sequence[int], every_token: bool) -> None:
         call, status = self._running, self._status
         assert call is not None
+        n_vocab = self.n_vocab()
+        if unknown := [token for token in tokens if not 0 <= token < n_vocab]:
+            raise PopError(f"the model has no token {unknown[0]}: give numbers from 0 to {n_vocab - 1}")
         boundary = status.n_layer if len(tokens) < status.min_tokens else call.boundary
         native.set_boundary(self.ctx, boundary)
         parent.drop_cache_from(self, self.n_tokens)
