@@ -152,7 +152,8 @@ class _Reader:
     def _read(self, mtmd_ctx, ctx, chunk, start: int, seq_id, n_batch: int, new_n_past, ids: np.ndarray) -> int:
         llm, mtmd, call = self._llm, self._mtmd, self._call
         n_tokens, n_ubatch = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk)), int(llm.context_params.n_ubatch)
-        if not mtmd.mtmd_decode_use_non_causal(mtmd_ctx, chunk):
+        causal = not mtmd.mtmd_decode_use_non_causal(mtmd_ctx, chunk)
+        if causal:
             n_batch = n_ubatch  # llama.cpp cuts larger batches into these anyway; a call can be stopped between them
         elif n_tokens > min(n_batch, n_ubatch):
             raise PopError(
@@ -193,5 +194,5 @@ class _Reader:
             raise
         if status == 0:
             llm.input_ids[start : start + len(ids)] = ids
-            self._record.mark(start, start + len(ids), call.boundary)
+            self._record.mark(start, start + len(ids), call.boundary if causal else native.n_layer(llm.model))
         return status

@@ -110,7 +110,7 @@ class PopLlama(llama_cpp.Llama):
         if not llama_kwargs.get("vocab_only", False):
             everywhere = self._logits_everywhere
             opened = opening.open_context(self, **self._pop_arguments, logits_everywhere=everywhere)
-        self._status = opened.status
+        self._status, self._runs_whole = opened.status, opened.runs_whole
         self._adapters = {at: states.file_digest(path) for at, path in opened.adapters.items()}
         self._record = CacheRecord(len(self.input_ids), self._status.n_layer, opened.lossless, self._status.head)
         self._running: Call | None = None
@@ -308,11 +308,11 @@ class PopLlama(llama_cpp.Llama):
             raise PopError(WITHIN)
         else:
             call = self._running.inner(progress=progress, cancel=cancel)
-        if pop is False:
-            call.boundary = self._status.n_layer
-        elif boundary is not None:
+        if boundary is not None and pop is not False:
             with self._calling(call):
                 call.boundary = opening.checked_boundary(self, boundary)
+        if pop is False or self._runs_whole:
+            call.boundary = self._status.n_layer
         return call
 
     @contextlib.contextmanager
@@ -431,6 +431,9 @@ class PopLlama(llama_cpp.Llama):
                         call.in_use = False
                     if timings.generated_tokens == 0:
                         call.time_prompt(timings, native.n_pruned(self.ctx))
+                        n_whole = self._record.usable(len(tokens), self._status.n_layer)
+                        if timings.pruned_tokens == 0 and n_whole == len(tokens):  # short, or read whole before
+                            timings.boundary = self._status.n_layer
                     timings.count_token(call.ms_since_began())
                     call.tokens.append(token)
                 sent = yield token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pypop_gguf import library, native
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.status import PopStatus
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ class Opened:
         status: What ``PopLlama.pop`` shows.
         lossless: Boundary from which on pruning changes nothing.
         adapters: The adapter files in use, by the boundary that each is for.
+        runs_whole: Whether no prompt can be pruned, whatever a call asks for.
     """
 
     status: PopStatus
     lossless: int
     adapters: dict[int, str]
+    runs_whole: bool = False
 
 
 def check_boundary_type(name: str, boundary: int | str | None) -> None:
@@ -117,24 +120,25 @@ def open_context(
     """
     n_layer = native.n_layer(llm.model)
     native.set_kernels(llm.ctx, pop_kernels)
+    reason = _why_whole(llm, logits_everywhere)
     choice = native.open_context(
         llm.ctx,
-        llm.model_path if pop_adapter is None else None,
+        llm.model_path if pop_adapter is None and not reason else None,
         boundary=_requested_boundary(llm, pop_boundary) if pop else native.OFF,
         n_head=_requested_number("pop_head", pop_head, f"0 to {_INT32_MAX}"),
         n_tail=_requested_number("pop_tail", pop_tail, f"1 to {llm.n_batch} (n_batch)"),
         min_tokens=_requested_number("pop_min_tokens", pop_min_tokens, f"0 to {_INT32_MAX}"),
     )
-    if choice.boundary < n_layer and logits_everywhere:  # the default of llama-cpp-python's own server
-        print(
-            "pypop_gguf: logits_all=True asks every token of a prompt for logits, so all "
-            f"{n_layer} layers read it; set it to False",
-            file=sys.stderr,
-        )
     unset = pop and pop_boundary is None and choice.source == "off" and "pop.boundary" not in llm.metadata
-    if unset and native.refusal(llm.model) is None:
+    if reason and choice.boundary < n_layer:
+        if logits_everywhere or pop_boundary is not None:  # logits_all is the default of llama-cpp-python's own server
+            advice = "; set it to False" if logits_everywhere else ""
+            print(f"pypop_gguf: {reason}, so all {n_layer} layers read it{advice}", file=sys.stderr)
+        native.set_boundary(llm.ctx, native.OFF)
+        choice = dataclasses.replace(choice, boundary=n_layer, source="off")
+    elif unset and not reason and native.refusal(llm.model) is None:
         print(
-            f"pypop_gguf: {os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all "
+            f"pypop_gguf: {one_line(os.path.basename(llm.model_path))} has no pop.boundary, so prompts are read by all "
             f"{n_layer} layers; `pop-gguf prepare` makes its prompts faster",
             file=sys.stderr,
         )
@@ -144,7 +148,23 @@ def open_context(
         adapters = _add_adapters(llm, pop_adapter, choice.boundary)
     ends = choice.n_head, choice.n_tail, choice.min_tokens
     status = PopStatus(choice.boundary < n_layer, choice.boundary, n_layer, choice.source, *ends, tuple(adapters))
-    return Opened(status, native.lossless_boundary(llm.model), adapters)
+    return Opened(status, native.lossless_boundary(llm.model), adapters, bool(reason))
+
+
+def _why_whole(llm: llama_cpp.Llama, logits_everywhere: bool) -> str | None:
+    """Returns why the engine can prune no prompt of this context, or None. csrc/pop-context.cpp has the same rules."""
+    if logits_everywhere:
+        return "logits_all=True asks every token of a prompt for logits"
+    if llm.context_params.embeddings:
+        return "embedding=True asks every token of a prompt for an embedding"
+    attention = llm.context_params.attention_type
+    architecture = llm.metadata.get("general.architecture")
+    causal = llm.metadata.get(f"{architecture}.attention.causal") != "false"
+    if attention == llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL or (
+        attention == llama_cpp.LLAMA_ATTENTION_TYPE_UNSPECIFIED and not causal
+    ):
+        return "the attention is not causal, and lets each token of a prompt see those after it"
+    return None
 
 
 def checked_boundary(llm: llama_cpp.Llama, boundary: int | str) -> int:

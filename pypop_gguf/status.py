@@ -45,7 +45,7 @@ class Timings:
         prefill_ms: Time to read the part of the prompt that was not reused.
         time_to_first_token_ms: Time from the start of the call to the first token, sampling included.
         decode_ms_per_token: Mean time of the tokens after the first.
-        boundary: Boundary that the prompt was read with.
+        boundary: Boundary that the prompt was read with; L if all layers have read all of it.
     """
 
     prompt_tokens: int = 0

@@ -125,6 +125,41 @@ def test_logits_all_runs_the_whole_model_and_gives_the_parents_scores(bundled_gg
     assert results[0]["choices"][0]["logprobs"] == results[1]["choices"][0]["logprobs"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"embedding": True}, {"logits_all": True}, {"attention_type": llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL}],
+)
+def test_object_that_cannot_prune_says_so(bundled_gguf, options, capfd):
+    """The number of pruned tokens is counted in the engine."""
+    llm = PopLlama(str(bundled_gguf), pop_boundary=6, n_ctx=512, verbose=False, **options)
+    advice = capfd.readouterr().err
+    assert advice.count("\n") == 1 and "so all 12 layers read it" in advice
+    assert (llm.pop.enabled, llm.pop.boundary, llm.pop.source) == (False, 12, "off")
+    for asked in ({}, {"boundary": 4}):
+        timings = llm.create_completion(PROMPT, max_tokens=2, **asked)["timings"]
+        assert (timings["pruned_n"], timings["boundary"]) == (0, 12)
+    with pytest.raises(PopError, match="out of range"):
+        llm.create_completion(PROMPT, boundary=99)
+    llm.close()
+
+
+@pytest.mark.parametrize("options", [{"pop_min_tokens": 60}, {"pop_head": 60}, {"pop_tail": 60}])
+def test_timings_of_a_prompt_that_was_too_short_to_prune_say_so(bundled_gguf, options):
+    llm = PopLlama(str(bundled_gguf), pop_boundary=6, n_ctx=512, verbose=False, **options)
+    for prompt, boundary in ((PROMPT[:100], 12), (PROMPT, 6), (PROMPT[:100], 12)):
+        llm.reset()
+        timings = llm.create_completion(prompt, max_tokens=1)["timings"]
+        assert (timings["pruned_n"] > 0) == (prompt == PROMPT) and timings["boundary"] == boundary
+    llm.close()
+
+
+def test_timings_of_a_cached_prompt_tell_the_boundary_that_it_was_read_with(llm):
+    for first, boundary in (({}, 8), ({"pop": False}, 12)):
+        fresh(llm, **first)
+        complete(llm)
+        assert llm.timings.reused_tokens > 20 and llm.timings.boundary == boundary
+
+
 def test_draft_model_leaves_the_prompt_pruned(bundled_gguf):
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
