@@ -105,8 +105,9 @@ def _broken(vendor: Path, reason: str) -> str:
 # The log
 #
 # llama.cpp has one log callback for the whole process. Ours is installed when the library is loaded and stays: it keeps
-# the lines of threads that capture, and passes all others to the callback that it has replaced. Where somebody sets a
-# callback later, the next capture puts ours before that one.
+# the error lines of threads that capture, and passes all lines on to the callback that it has replaced. Only
+# llama-cpp-python's own callback, which prints, does not get what a thread captures. Where somebody sets a callback
+# later, the next capture puts ours before that one.
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
@@ -120,13 +121,12 @@ _callback = None
 
 def _on_log(level: int, text: bytes, index: int | None) -> None:
     captures = getattr(_capturing, "stack", None)
-    if captures:
-        if level == _ERROR:
-            captures[-1].append(text.decode("utf-8", "replace").strip())
-        return
+    if captures and level == _ERROR:
+        captures[-1].append(text.decode("utf-8", "replace").strip())
     # another index: a callback that was set at this moment, whose user data came with it
     callback, user_data = _replaced[index or 0] if (index or 0) < len(_replaced) else _replaced[-1]
-    callback(level, text, user_data)
+    if not captures or _address(callback) != _address(parent.log_callback(load())):
+        callback(level, text, user_data)
 
 
 def _install_callback() -> None:
@@ -153,7 +153,7 @@ def _address(callback) -> int | None:
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """Keeps what llama.cpp logs on this thread from the log; yields the list of its error lines."""
+    """Keeps what llama.cpp logs on this thread from being printed; yields the list of its error lines."""
     _install_callback()
     stack = _capturing.__dict__.setdefault("stack", [])
     errors: list[str] = []

@@ -8,6 +8,7 @@ them. This module does not import ``llama_cpp``, because the module that loads t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -127,8 +128,16 @@ def mtmd(handler: Any) -> Any:
 
 
 def share_log(llama_cpp: ModuleType, handler: Any) -> None:
-    """Gives the log of mtmd to the callback of llama.cpp's log: by itself mtmd prints where ``verbose`` is off too."""
-    handler._mtmd_cpp.mtmd_helper_log_set(log_callback(llama_cpp), None)
+    """Gives the log of mtmd to the callback of llama.cpp's log: by itself mtmd prints where ``verbose`` is off too.
+
+    This happens once, so that a callback of the user's is not replaced by the next model.
+    """
+    _share_log_once(llama_cpp, handler._mtmd_cpp)
+
+
+@functools.cache
+def _share_log_once(llama_cpp: ModuleType, mtmd: Any) -> None:
+    mtmd.mtmd_helper_log_set(log_callback(llama_cpp), None)
 
 
 def load_projector(handler: Any, llm: Llama) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,8 @@ def writing(target: Path) -> Iterator[Path]:
         raise PopError(f"cannot write to {target.absolute().parent}: {error.strerror or error}") from error
     with file:
         try:
+            if target.exists():
+                _copy_permissions(target, part, stat.S_IWUSR)  # before the first byte: what is private stays private
             _remove_others(target)
             yield part
         finally:
@@ -128,7 +131,8 @@ def _remove_others(target: Path, keep: Collection[Path] = ()) -> None:
 def replace_together(parts: Mapping[Path, Path], stale: Collection[Path] = ()) -> None:
     """Renames written files to their targets, given as target -> part, so that no old file is ever beside a new one.
 
-    First all targets but the first are removed, then the files are renamed in their order. So whenever a run is killed,
+    A file keeps the permissions of the one that it replaces; a new companion gets those of the first target. First all
+    targets but the first are removed, then the files are renamed in their order. So whenever a run is killed,
     the first target has the companions that it came with, or none.
 
     Args:
@@ -141,6 +145,7 @@ def replace_together(parts: Mapping[Path, Path], stale: Collection[Path] = ()) -
     first, *companions = parts
     for target, part in parts.items():
         with _naming(target), part.open("rb+") as file:
+            _copy_permissions(target if target.exists() else parts[first], part)
             os.fsync(file)
     _remove_others(first, keep=parts.values())
     try:
@@ -154,6 +159,18 @@ def replace_together(parts: Mapping[Path, Path], stale: Collection[Path] = ()) -
         for target in companions:
             with contextlib.suppress(OSError):
                 parts[target].unlink(missing_ok=True)
+
+
+def _copy_permissions(source: Path, target: Path, extra: int = 0) -> None:
+    """Gives a file the owner, the mode with ``extra`` bits and the attributes of another one, as far as users may."""
+    status = source.stat()
+    with contextlib.suppress(OSError, AttributeError):  # Windows has no owners.
+        os.chown(target, status.st_uid, status.st_gid)
+    with contextlib.suppress(OSError):  # Some file systems have no modes to change.
+        os.chmod(target, stat.S_IMODE(status.st_mode) | extra)
+    with contextlib.suppress(OSError, AttributeError):  # Only Linux has these; access control lists are among them.
+        for name in os.listxattr(source):
+            os.setxattr(target, name, os.getxattr(source, name))
 
 
 @contextlib.contextmanager
@@ -221,7 +238,11 @@ def write_copy(
     header = _build_header(old_header, metadata)
     total = len(header) + max(0, old_header.file_bytes - old_header.data_offset)
     check_free_space(target.absolute().parent, total)
-    with _naming(target), source.open("rb") as old, part_path(target).open("wb") as new:
+    part = part_path(target)
+    with _naming(target), source.open("rb") as old, part.open("wb") as new:
+        if not target.exists():  # then its permissions are those of the source, as far as the umask allows
+            with contextlib.suppress(OSError):
+                os.chmod(part, stat.S_IMODE(part.stat().st_mode & source.stat().st_mode) | stat.S_IWUSR)
         new.write(header)
         old.seek(old_header.data_offset)
         while chunk := old.read(_CHUNK_BYTES):

@@ -1,5 +1,8 @@
 """A copy with other pop.* keys keeps everything else byte for byte, also in files that are out of the ordinary."""
 
+import contextlib
+import os
+import stat
 import struct
 import subprocess
 import sys
@@ -10,7 +13,14 @@ import pytest
 
 from pypop_gguf import PopError, PopLlama, cli
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
-from pypop_gguf.gguf_files.writer import check_free_space, copy_with_metadata, replacing, writing
+from pypop_gguf.gguf_files.writer import (
+    check_free_space,
+    copy_with_metadata,
+    part_path,
+    replace_together,
+    replacing,
+    writing,
+)
 from tests.support.gguf_files import (
     ARRAY,
     FLOAT32,
@@ -181,3 +191,44 @@ def test_link_that_leads_nowhere_is_removed_like_what_a_killed_run_has_left(tmp_
     code += "with replacing(Path(sys.argv[1])) as part: part.write_text('whole')"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.gguf")], check=True, timeout=60)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
+    path = write_model(tmp_path / "a.gguf")
+    path.chmod(mode)
+    with contextlib.suppress(OSError, AttributeError):  # not every file system has them
+        os.setxattr(path, "user.colour", b"red")
+    before = path.stat(), _attributes(path)
+    seen = []
+    copy_with_metadata(path, path, METADATA, lambda *_: seen.append((tmp_path / "a.gguf.part").stat().st_mode & 0o077))
+    after = path.stat()
+    assert stat.S_IMODE(after.st_mode) == mode and (after.st_uid, after.st_gid) == (before[0].st_uid, before[0].st_gid)
+    assert _attributes(path) == before[1]
+    assert seen and {bits | mode for bits in seen} == {mode}  # nobody else could read it meanwhile
+    assert read_metadata(path).boundary == 4
+
+
+def _attributes(path):
+    return {name: os.getxattr(path, name) for name in os.listxattr(path)} if hasattr(os, "listxattr") else {}
+
+
+def test_copy_and_adapter_of_a_private_model_are_private(tmp_path):
+    source, target = write_model(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    source.chmod(0o600)
+    copy_with_metadata(source, target, METADATA)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    adapter = tmp_path / "b.pop-b4.gguf"
+    with writing(target) as part:
+        part.write_bytes(target.read_bytes())
+        part_path(target, "adapter").write_bytes(b"new")
+        replace_together({target: part, adapter: part_path(target, "adapter")})
+    assert stat.S_IMODE(adapter.stat().st_mode) == 0o600 and adapter.read_bytes() == b"new"
+
+
+def test_copy_of_a_public_model_has_the_permissions_of_a_new_file(tmp_path):
+    source = write_model(tmp_path / "a.gguf")
+    (tmp_path / "new").touch()
+    source.chmod(0o666)
+    copy_with_metadata(source, tmp_path / "b.gguf", METADATA)
+    assert (tmp_path / "b.gguf").stat().st_mode == (tmp_path / "new").stat().st_mode
