@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
-import os
 import sys
 from collections.abc import Sequence
 
-from pypop_gguf import PopError, __version__
+from pypop_gguf import PopError, __version__, streams
+from pypop_gguf.errors import one_line
 
 # The name of each subcommand -> (its module in pypop_gguf.commands, one line of help).
 COMMANDS = {
@@ -34,7 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for an error that the user can mend, 2 for wrong usage, 130 after Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with streams.prepared():
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # removes a line of progress
+        try:
+            try:
+                return _run(list(sys.argv[1:] if argv is None else argv))
+            finally:
+                sys.stdout.flush()
+        except (PopError, ImportError) as error:  # An ImportError says that the native library is missing or another.
+            print(f"{clear}pop-gguf: error: {one_line(str(error))}", file=sys.stderr)
+            if isinstance(error, streams.StdoutError):
+                streams.leave_stdout()
+            return 1
+        except KeyboardInterrupt:
+            print(f"{clear}pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            streams.leave_stdout()
+            return 0
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="pop-gguf", description="Prefill-only pruning for GGUF models.")
     parser.add_argument("--version", action="version", version=f"pop-gguf {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,21 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # A terminal may lack letters that a model file contains.
-            stream.reconfigure(errors="replace")
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # removes a line of progress
-    try:
-        return arguments.run(arguments)
-    except (PopError, ImportError) as error:  # An ImportError says that the native library is missing or another one.
-        print(f"{clear}pop-gguf: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{clear}pop-gguf: interrupted; no file was left half-written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # The reader of a pipe has left. The interpreter must not flush into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

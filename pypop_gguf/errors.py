@@ -1,5 +1,7 @@
-"""The exception for problems that users can mend, and the function that puts any text on one line."""
+"""The exception for problems that users can mend, a notice, and the function that puts any text on one line."""
 
+import contextlib
+import sys
 import unicodedata
 
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: control, surrogate, line and paragraph separator
@@ -10,6 +12,13 @@ class PopError(ValueError):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+def notice(text: str) -> None:
+    """Prints one line on stderr. Where there is no stderr, or nobody reads it, nothing happens."""
+    if sys.stderr is not None:  # print() would take stdout in its place
+        with contextlib.suppress(OSError):
+            print(f"pypop_gguf: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str, allowed: str = "") -> str:

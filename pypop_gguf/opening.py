@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pypop_gguf import library, native
-from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.errors import PopError, notice
 from pypop_gguf.status import PopStatus
 
 if TYPE_CHECKING:
@@ -133,14 +132,13 @@ def open_context(
     if reason and choice.boundary < n_layer:
         if logits_everywhere or pop_boundary is not None:  # logits_all is the default of llama-cpp-python's own server
             advice = "; set it to False" if logits_everywhere else ""
-            print(f"pypop_gguf: {reason}, so all {n_layer} layers read it{advice}", file=sys.stderr)
+            notice(f"{reason}, so all {n_layer} layers read it{advice}")
         native.set_boundary(llm.ctx, native.OFF)
         choice = dataclasses.replace(choice, boundary=n_layer, source="off")
     elif unset and not reason and native.refusal(llm.model) is None:
-        print(
-            f"pypop_gguf: {one_line(os.path.basename(llm.model_path))} has no pop.boundary, so prompts are read by all "
-            f"{n_layer} layers; `pop-gguf prepare` makes its prompts faster",
-            file=sys.stderr,
+        notice(
+            f"{os.path.basename(llm.model_path)} has no pop.boundary, so prompts are read by all {n_layer} layers; "
+            "`pop-gguf prepare` makes its prompts faster"
         )
     if choice.has_adapter:
         adapters = {choice.boundary: str(native.adapter_path(llm.model_path, choice.boundary))}

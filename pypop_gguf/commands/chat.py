@@ -11,6 +11,7 @@ from typing import Any
 from pypop_gguf import PopLlama
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.streams import StdoutError, check_text, read_question
 from pypop_gguf.terminal import Progress, add_kernels_argument, available_cores, choose_kernels, progress
 
 DESCRIPTION = """\
@@ -64,12 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give at least 1")
     choose_kernels(arguments)
+    if arguments.system:
+        check_text("--system", arguments.system)
     threads = arguments.threads or available_cores()
     model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
     llm = PopLlama(str(model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, verbose=False)
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)
     if not sys.stdin.isatty():
-        question = sys.stdin.read().strip()
+        question = read_question().strip()
         if not question:
             raise PopError("nothing to read on stdin: pipe a question in, or start it in a terminal")
         return chat.answer(question)
@@ -81,9 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
             chat.obey(line)
         elif line:
             try:
+                check_text("this line", line)
                 chat.answer(line)
+            except StdoutError:
+                raise
             except PopError as error:
-                print(error, file=sys.stderr)
+                print(f"{error}; /new begins a new conversation", file=sys.stderr)
     return 0
 
 
@@ -91,6 +97,8 @@ def _read_line() -> str | None:
     """Returns the next line, or None at the end of the input."""
     try:
         return input("> ").strip()
+    except UnicodeDecodeError:
+        return "\udcff"  # no text either, which is said as for other lines
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
         return None
@@ -154,9 +162,11 @@ class Chat:
                         print(one_line(text, allowed="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
+        except StdoutError:
+            raise
         except ValueError as error:
             self._messages.pop()
-            raise PopError(f"{error}; /new begins a new conversation") from error
+            raise PopError(str(error)) from error
         print(flush=True)
         if stopped:
             self._messages.pop()
