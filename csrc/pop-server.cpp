@@ -24,15 +24,12 @@ bool pop_server::init(llama_context * ctx, const std::string & path_model, int32
 }
 
 void pop_server::begin_prompt(
-    llama_seq_id seq_id, pop_server_record & record, int32_t n_past, int32_t n_tokens, bool pop) {
+    llama_seq_id seq_id, pop_cache_record & record, int32_t n_past, int32_t n_tokens, const pop_reading & reading) {
     auto & slot          = slots.at(seq_id);
-    slot.prunes          = pop && pop_boundary < pop_n_layer && n_tokens - n_past >= min_tokens;
+    slot.prunes          = reading.prunes && pop_boundary < pop_n_layer && n_tokens - n_past >= min_tokens;
     slot.n_pruned_before = llama_pop_n_pruned_in(ctx, seq_id);
     llama_pop_set_sequence(ctx, seq_id, slot.prunes);
-
-    if (record.first >= n_past) {
-        record.first = slot.prunes && !exact ? n_past : pop_server_record::NONE;
-    }
+    record.begin(n_past, slot.prunes && !exact, reading);
 }
 
 uint64_t pop_server::n_pruned(llama_seq_id seq_id) const {
@@ -43,6 +40,15 @@ int32_t pop_server::boundary_of(llama_seq_id seq_id) const {
     return slots.at(seq_id).prunes ? pop_boundary : pop_n_layer;
 }
 
-pop_server_record pop_server::restored_record() const {
-    return { pop_boundary < pop_n_layer && !exact ? 0 : pop_server_record::NONE };
+pop_cache_record pop_server::restored_record(const std::string & path, bool has_adapters, size_t & n_record) const {
+    pop_cache_record record;
+    n_record = record.read(path);
+    if (n_record == 0) {
+        record.pruned_from = pop_boundary < pop_n_layer && !exact ? 0 : pop_cache_record::NONE;
+        if (has_adapters) {
+            record.adapters     = "unknown";
+            record.adapted_from = 0;
+        }
+    }
+    return record;
 }

@@ -1,0 +1,126 @@
+"""A request is answered from cached tokens only if they were read as it would read them itself.
+
+The server moves, copies, shifts, saves, restores and trims cached tokens. Each answer here is compared with the answer
+to the same request from an empty cache. fuzz/http_caches.py does the same with requests at random.
+"""
+
+import itertools
+import random
+
+import pytest
+
+from tests.support.server import OPTIONS as FOUR_SLOTS
+from tests.support.server import serve
+
+# With one thread, F32 caches and no flash attention, batches of different shapes differ by rounding alone.
+OPTIONS = (*FOUR_SLOTS, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+ROUNDING = 1e-3  # of log-probabilities
+SEEDS = itertools.count()
+
+
+class Slots:
+    """Sends requests whose prompts are tokens, and compares their answers with those from an empty cache."""
+
+    def __init__(self, server, directory) -> None:
+        self.server, self.directory = server, directory
+
+    def prompts(self, *lengths: int) -> list[list[int]]:
+        """Returns tokens that no other test has used."""
+        chance = random.Random(next(SEEDS))
+        return [[chance.randrange(1000, 4000) for _ in range(length)] for length in lengths]
+
+    def ask(self, prompt: list[int], **options) -> dict:
+        """Returns the answer, the likeliest first tokens' log-probabilities, and the number of cached tokens."""
+        done = self.server.complete(prompt, **{"n_predict": 4, "n_probs": 5, "id_slot": 0, **options})
+        likeliest = done["completion_probabilities"][0]["top_logprobs"]
+        return {
+            "text": done["content"],
+            "logprobs": [one["logprob"] for one in likeliest],
+            "cached": done["timings"]["cache_n"],
+        }
+
+    def ask_as_alone(self, prompt: list[int], **options) -> int:
+        """Asks, checks that the answer is the one from an empty cache, and returns how many tokens were cached."""
+        done = self.ask(prompt, **options)
+        alone = self.ask(prompt, **{**options, "cache_prompt": False, "id_slot": 3})
+        assert alone["cached"] == 0
+        assert done["logprobs"] == pytest.approx(alone["logprobs"], abs=ROUNDING), (done, alone)
+        assert done["text"] == alone["text"]
+        return done["cached"]
+
+    def move_to_prompt_cache(self) -> None:
+        """Fills slot 0 with another prompt, before which the server saves what it holds."""
+        self.ask(self.prompts(40)[0], n_predict=1)
+
+    def act(self, action: str, slot: int = 0, file: str = "a.bin") -> dict:
+        return self.server.post(f"/slots/{slot}?action={action}", filename=file)
+
+
+@pytest.fixture(scope="module")
+def slots(served_gguf, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("slots")
+    with serve(served_gguf, directory / "log.txt", *OPTIONS, "--slot-save-path", directory) as server:
+        yield Slots(server, directory)
+
+
+# What was pruned, and what has moved
+
+
+def test_moved_chunk_is_still_known_to_be_pruned(slots):
+    first, second = slots.prompts(26, 52)
+    slots.ask(first, pop=False)
+    slots.ask(first + second)
+    assert slots.ask(first[:10] + second, n_cache_reuse=4)["cached"] > 10
+    assert slots.ask_as_alone(first[:10] + second, pop=False) == 10
+
+
+@pytest.mark.parametrize("pop", [True, False])
+def test_moved_chunk_is_used_only_where_moving_is_asked_for(slots, pop):
+    """What was read at another position, after other tokens, is an approximation that n_cache_reuse asks for."""
+    first, second = slots.prompts(26, 52)
+    slots.ask(first + second, pop=False)
+    for _ in range(2):
+        assert slots.ask(first[:10] + second, n_cache_reuse=4)["cached"] == 61
+    assert slots.ask(first[:10] + second, pop=pop)["cached"] == 10
+    assert slots.ask_as_alone(first[:10] + second, pop=False) == (10 if pop else 61)
+
+
+def test_record_of_moved_chunks_goes_with_them_to_the_prompt_cache(slots):
+    first, second = slots.prompts(26, 52)
+    slots.ask(first, pop=False)
+    slots.ask(first + second)
+    slots.ask(first[:10] + second, n_cache_reuse=4)
+    slots.move_to_prompt_cache()
+    assert slots.ask_as_alone(first[:10] + second, pop=False) == 10
+
+
+def test_record_of_moved_chunks_goes_with_them_to_a_file(slots):
+    first, second = slots.prompts(26, 52)
+    slots.ask(first, pop=False)
+    slots.ask(first + second)
+    slots.ask(first[:10] + second, n_cache_reuse=4)
+    slots.act("save")
+    slots.move_to_prompt_cache()
+    slots.act("restore", slot=1)
+    assert slots.ask_as_alone(first[:10] + second, pop=False, id_slot=1) == 10
+
+
+def test_whole_prompt_is_still_known_to_be_whole_after_a_file(slots):
+    [prompt] = slots.prompts(60)
+    slots.ask(prompt, pop=False)
+    slots.act("save")
+    slots.act("restore", slot=1)
+    assert slots.ask_as_alone(prompt, pop=False, id_slot=1) == 59
+
+
+def test_tokens_after_a_context_shift_are_not_reused_at_their_new_positions(served_gguf, tmp_path):
+    options = ("--threads", 1, "--context", 256, "--parallel", 2, "--server-options")
+    options += ("-ctk", "f32", "-ctv", "f32", "-fa", "off", "--context-shift")
+    with serve(served_gguf, tmp_path / "log.txt", *options) as server:
+        slots = Slots(server, tmp_path)
+        [prompt] = slots.prompts(100)
+        done = server.complete(prompt, n_predict=200, id_slot=0, ignore_eos=True, return_tokens=True, n_keep=8)
+        assert done["truncated"]  # the shift dropped half of what stood between the first 9 tokens and the 255th
+        shifted = (prompt + done["tokens"])[:-1]
+        shifted = shifted[:9] + shifted[9 + 123 :]
+        assert slots.ask(shifted, id_slot=0)["cached"] == 9
