@@ -9,12 +9,14 @@ import random
 
 import pytest
 
+from tests.support.lora import write_lora
 from tests.support.server import OPTIONS as FOUR_SLOTS
 from tests.support.server import serve
 
 # With one thread, F32 caches and no flash attention, batches of different shapes differ by rounding alone.
 OPTIONS = (*FOUR_SLOTS, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
 ROUNDING = 1e-3  # of log-probabilities
+INVOCATION = [700, 701]
 SEEDS = itertools.count()
 
 
@@ -61,6 +63,22 @@ def slots(served_gguf, tmp_path_factory):
     directory = tmp_path_factory.mktemp("slots")
     with serve(served_gguf, directory / "log.txt", *OPTIONS, "--slot-save-path", directory) as server:
         yield Slots(server, directory)
+
+
+@pytest.fixture(scope="module")
+def adapted(served_gguf, tmp_path_factory):
+    """A server with two LoRA adapters and one that INVOCATION activates. None of them acts unless a request asks."""
+    directory = tmp_path_factory.mktemp("adapted")
+    invocations = [(), (), INVOCATION]
+    paths = [write_lora(directory / f"{i}.gguf", served_gguf, i, 0.3, words) for i, words in enumerate(invocations)]
+    options = [option for path in paths for option in ("--lora", path)]
+    options += ["--lora-init-without-apply", "--slot-save-path", directory]
+    with serve(served_gguf, directory / "log.txt", *OPTIONS, *options) as server:
+        yield Slots(server, directory)
+
+
+def lora(index: int, scale: float = 1.0) -> list[dict]:
+    return [{"id": index, "scale": scale}]
 
 
 # What was pruned, and what has moved
@@ -124,3 +142,96 @@ def test_tokens_after_a_context_shift_are_not_reused_at_their_new_positions(serv
         shifted = (prompt + done["tokens"])[:-1]
         shifted = shifted[:9] + shifted[9 + 123 :]
         assert slots.ask(shifted, id_slot=0)["cached"] == 9
+
+
+# Which adapters have read
+
+
+def test_request_without_lora_does_not_use_what_an_adapter_has_read(adapted):
+    [prompt] = adapted.prompts(60)
+    plain, changed = (adapted.ask(prompt, cache_prompt=False, **how)["logprobs"] for how in ({}, {"lora": lora(0)}))
+    assert plain != pytest.approx(changed, abs=0.1)  # the adapter changes the answer
+    adapted.ask(prompt, lora=lora(0))
+    assert adapted.ask_as_alone(prompt) == 0
+
+
+@pytest.mark.parametrize("pop", [True, False])
+def test_every_change_of_adapters_reads_the_prompt_again(adapted, pop):
+    [prompt] = adapted.prompts(60)
+    for how in (None, lora(0), lora(1), lora(0, 0.5), lora(0) + lora(1), [], lora(0, 0.0)):
+        options = {"pop": pop} if how is None else {"pop": pop, "lora": how}
+        same_as_before = how == lora(0, 0.0)  # an adapter of the scale 0 is none
+        assert adapted.ask_as_alone(prompt, **options) == (59 if same_as_before else 0), how
+        assert adapted.ask_as_alone(prompt, **options) == 59
+
+
+def test_scales_of_the_server_count_like_those_of_a_request(adapted):
+    [prompt] = adapted.prompts(60)
+    adapted.ask(prompt)
+    try:
+        adapted.server.client.post("/lora-adapters", json=lora(1)).raise_for_status()
+        assert adapted.ask_as_alone(prompt) == 0
+        assert adapted.ask_as_alone(prompt, lora=lora(1)) == 59
+    finally:
+        adapted.server.client.post("/lora-adapters", json=[]).raise_for_status()
+    assert adapted.ask_as_alone(prompt) == 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_adapters_go_with_the_tokens_to_the_prompt_cache(adapted, again):
+    [prompt] = adapted.prompts(60)
+    adapted.ask(prompt, lora=lora(0))
+    adapted.move_to_prompt_cache()
+    assert adapted.ask_as_alone(prompt, **({"lora": lora(0)} if again else {})) == (59 if again else 0)
+
+
+def test_adapter_that_no_request_asks_for_does_not_act(slots, adapted):
+    """--lora-init-without-apply and an empty list ask for none."""
+    [prompt] = adapted.prompts(60)
+    without = slots.ask(prompt, cache_prompt=False)["logprobs"]
+    assert [one["scale"] for one in adapted.server.get("/lora-adapters")] == [0, 0, 0]
+    for how in ({}, {"lora": []}):
+        assert adapted.ask(prompt, cache_prompt=False, **how)["logprobs"] == pytest.approx(without, abs=ROUNDING)
+    try:
+        adapted.server.client.post("/lora-adapters", json=lora(1)).raise_for_status()
+        assert adapted.ask(prompt, lora=[])["logprobs"] == pytest.approx(without, abs=ROUNDING)
+    finally:
+        adapted.server.client.post("/lora-adapters", json=[]).raise_for_status()
+
+
+def test_adapters_go_with_the_tokens_to_a_file(adapted):
+    [prompt] = adapted.prompts(60)
+    adapted.ask(prompt, lora=lora(0))
+    adapted.act("save")
+    for how, cached in (({"lora": lora(0)}, 59), ({}, 0)):
+        adapted.act("restore", slot=1)
+        assert adapted.ask_as_alone(prompt, id_slot=1, **how) == cached
+
+
+def test_chunks_that_another_adapter_has_read_do_not_move(adapted):
+    first, second = adapted.prompts(26, 52)
+    adapted.ask(first + second, lora=lora(0))
+    assert adapted.ask_as_alone(first[:10] + second, n_cache_reuse=4) == 0
+
+
+def test_adapter_that_is_activated_shares_only_what_stands_before(adapted):
+    first, second = adapted.prompts(30, 30)
+    prompt = first + INVOCATION + second
+    assert adapted.ask_as_alone(prompt) == 0
+    assert adapted.ask_as_alone(prompt, lora=lora(2)) == 29  # the token before the invocation is read again
+    assert adapted.ask_as_alone(prompt) == 29
+    adapted.ask(prompt, lora=lora(2))
+    later = first + INVOCATION + second + INVOCATION + second[:5]
+    assert adapted.ask_as_alone(later, lora=lora(2)) == 29
+
+
+def test_answers_of_one_request_share_its_adapters(adapted):
+    [prompt] = adapted.prompts(60)
+    adapted.ask(prompt)
+    both = [{"id": 1, "scale": 1.0}]
+    asked = dict(prompt=prompt, n=2, max_tokens=4, temperature=0)
+    done = adapted.server.post("/v1/completions", lora=both, **asked)
+    alone = adapted.ask(prompt, lora=both, cache_prompt=False)
+    assert [choice["text"] for choice in done["choices"]] == [alone["text"]] * 2
+    for slot in range(4):
+        adapted.ask_as_alone(prompt, id_slot=slot)
