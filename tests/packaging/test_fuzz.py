@@ -53,6 +53,11 @@ def test_native_library_reads_or_refuses_any_keys_and_adapters():
     assert outcomes["accepted by both"] > 50 and outcomes["adapter refused"] > 50 and outcomes["adapter accepted"] > 50
 
 
+def test_damaged_states_are_refused_or_load(reference_models):
+    outcomes = fuzz("states", 300, "--models", reference_models["llama"].gguf.parents[1])
+    assert outcomes["refused"] > 50 and outcomes["loaded"] > 50
+
+
 def test_command_line_ends_in_one_line_for_any_arguments():
     outcomes = fuzz("arguments", 200)
     assert outcomes["inspect done"] > 3 and outcomes["eval refused"] > 3 and outcomes["boundary chosen"] > 5
@@ -64,6 +69,11 @@ def test_requests_end_in_time_and_the_server_goes_on(served_gguf):
         "/completion 4xx",
         "/completion 2xx",
     }
+
+
+def test_requests_that_share_cached_tokens_are_answered_as_alone(served_gguf):
+    outcomes = fuzz("http_requests", 25, "--caches", "--model", served_gguf)
+    assert outcomes["cached and as alone"] + outcomes["as after its history"] > 5
 
 
 # What fuzz/metadata.py has found

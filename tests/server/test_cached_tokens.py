@@ -5,8 +5,11 @@ to the same request from an empty cache. fuzz/http_caches.py does the same with 
 """
 
 import itertools
+import json
 import random
+import struct
 
+import httpx
 import pytest
 
 from tests.support.lora import write_lora
@@ -235,3 +238,72 @@ def test_answers_of_one_request_share_its_adapters(adapted):
     assert [choice["text"] for choice in done["choices"]] == [alone["text"]] * 2
     for slot in range(4):
         adapted.ask_as_alone(prompt, id_slot=slot)
+
+
+# Slot files that are damaged
+
+
+def damaged(file: bytes) -> dict[str, bytes]:
+    n_text = struct.unpack("<Q", file[-24:-16])[0]
+    stock = file[: -24 - n_text]  # what stock llama.cpp writes
+    n_tokens = struct.unpack("<I", file[8:12])[0]
+    at = 12 + 4 * n_tokens
+    assert json.loads(file[-24 - n_text : -24])["pruned_from"] == 0
+
+    def changed(data: bytes, at: int, value: int) -> bytes:
+        return data[:at] + struct.pack("<I", value) + data[at + 4 :]
+
+    cuts = [0, 1, 11, 12, 40, at, at + 4, at + 8, at + 40, len(stock) // 2, len(stock) - 1]
+    return {
+        **{f"cut to {n}": stock[:n] for n in cuts},
+        "cut in the record": file[:-30],
+        "cut by a byte": file[:-1],
+        "one bit of a value": changed(file, len(stock) - 8, 1),
+        "one bit of the record": file[:-30] + bytes([file[-30] ^ 1]) + file[-29:],
+        "longer": file + b"\0",
+        "stock, longer": stock + b"\0",
+        "no cells": stock[: at + 4] + bytes(4),
+        "more cells": changed(stock, at + 4, 2**32 - 1),
+        "a negative position": changed(stock, at + 8, 2**32 - 1),
+        "a large position": changed(stock, at + 8 + 12 * 59, 2**31 - 1),
+        "more tokens": changed(stock, 8, 2**32 - 1),
+        "a token that the model has not": changed(stock, 24, 2**31 - 1),
+        "a size of a row": changed(stock, at + 8 + 12 * 60 + 12, 7),
+    }
+
+
+def test_damaged_slot_files_are_refused(slots):
+    [prompt] = slots.prompts(60)
+    slots.ask(prompt, n_predict=1)
+    slots.act("save")
+    file = (slots.directory / "a.bin").read_bytes()
+    for name, content in damaged(file).items():
+        (slots.directory / "b.bin").write_bytes(content)
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            slots.act("restore", file="b.bin")
+        error = refused.value.response.json()["error"]
+        assert error["code"] == 400 and error["message"].startswith("Unable to restore slot: "), name
+        assert slots.ask_as_alone(prompt) == 0, name
+    slots.act("restore")
+    assert slots.ask(prompt)["cached"] == 59
+
+
+def test_slot_file_of_stock_llama_cpp_counts_as_pruned_and_as_read_with_unknown_adapters(slots, adapted):
+    for server, cached in ((slots, 59), (adapted, 0)):
+        [prompt] = server.prompts(60)
+        server.ask(prompt, n_predict=1)
+        server.act("save")
+        file = (server.directory / "a.bin").read_bytes()
+        n_text = struct.unpack("<Q", file[-24:-16])[0]
+        (server.directory / "b.bin").write_bytes(file[: -24 - n_text])
+        server.act("restore", slot=1, file="b.bin")
+        assert server.ask(prompt, id_slot=1)["cached"] == cached
+        server.act("restore", slot=1, file="b.bin")
+        assert server.ask_as_alone(prompt, id_slot=1, pop=False) == 0
+
+
+def test_empty_slot_is_saved_and_restored(slots):
+    slots.act("erase")
+    assert slots.act("save")["n_saved"] == 0
+    assert slots.act("restore")["n_restored"] == 0
+    assert slots.ask_as_alone(slots.prompts(20)[0]) == 0
