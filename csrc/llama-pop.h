@@ -14,7 +14,7 @@
 // Every function checks its arguments, and no C++ exception leaves it. A function that fails returns the value that its
 // comment names, changes nothing, and leaves the reason in llama_pop_last_error().
 //
-// A context may be used by one thread at a time, as everywhere in llama.h.
+// A context may be used by one thread at a time, as everywhere in llama.h; llama_pop_stop() alone is an exception.
 
 #pragma once
 
@@ -141,6 +141,56 @@ LLAMA_API bool llama_pop_clear_adapters(struct llama_context * ctx);
 // Returns a hash of the model's norm weights, which no quantization changes: equal for all files of one model. An
 // adapter file has it in hexadecimal as pop.fingerprint. Returns 0 if the model is NULL or a weight cannot be read.
 LLAMA_API uint64_t llama_pop_fingerprint(const struct llama_model * model);
+
+//
+// Completion: run the layers that pruned tokens have skipped later on, so that their cache becomes the whole model's
+//
+
+// Types of the states that a context keeps for completion. They are values of enum ggml_type.
+enum llama_pop_states {
+    LLAMA_POP_STATES_OFF  = -1, // keep none: nothing can be completed, and nothing differs from a context without it
+    LLAMA_POP_STATES_F32  = 0,  // a completed cache is the whole model's
+    LLAMA_POP_STATES_F16  = 1,  // half the memory; some models have states beyond 65504, which F16 cannot hold
+    LLAMA_POP_STATES_BF16 = 30, // half the memory, for all models
+};
+
+// Lets a context keep the state at the boundary of every token that is not the whole model's, one of an enum
+// llama_pop_states. It takes one row of n_embd values for each cell of the cache. A token is the whole model's if it was
+// run whole and all tokens before it in its sequence are; generated tokens behind a pruned prompt are not.
+// Returns false if the cache is not empty, if it cannot be completed (recurrent and hybrid models, and caches with
+// indexers), or if there is no memory for the states.
+LLAMA_API bool llama_pop_set_completion(struct llama_context * ctx, int32_t type);
+
+// Returns true if completion is on and works at the boundary in force. Where it does not work, as in Gemma 3n below its
+// lossless boundary, pruned tokens count as lost.
+LLAMA_API bool llama_pop_completes(const struct llama_context * ctx);
+
+// Returns the number of tokens of a sequence that llama_pop_complete() has left to do, 0 where completion is off;
+// -1 if seq_id is out of range.
+LLAMA_API int32_t llama_pop_n_incomplete(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Returns the number of tokens of a sequence that are not the whole model's and can never be completed, 0 where
+// completion is off; -1 if seq_id is out of range. These tokens end the sequence. They come from sliding windows that
+// have moved on, from images with non-causal attention behind pruned text, and from llama_pop_set_lost().
+LLAMA_API int32_t llama_pop_n_lost(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Completes up to n_max tokens of a sequence, the lowest positions first, and writes to n_done how many it has
+// completed: fewer if no more are left or llama_pop_stop() was called. Logits and embeddings of the last llama_decode()
+// can be read as before, but not meanwhile. LoRA adapters and control vectors have to be those that the tokens were
+// read with. Shift positions only after completion: completed after a shift, tokens attend to the shifted text.
+// Returns false if seq_id or n_max is out of range, completion or causal attention is off, the LoRA adapters are
+// others, or a computation fails. Tokens that were completed before stay so.
+LLAMA_API bool llama_pop_complete(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_max, int32_t * n_done);
+
+// Stops a llama_pop_complete() that is running, before the next operation on a CPU or the next chunk of n_ubatch tokens
+// on other devices. If none is running, the next one stops at once. This is the only function that another thread may
+// call while a context is in use. Returns false if completion is off.
+LLAMA_API bool llama_pop_stop(struct llama_context * ctx);
+
+// Says that the tokens of a sequence from a position on are not the whole model's and cannot be completed. A restored
+// state counts as the whole model's, so the caller says it for one that was saved before it was completed.
+// Returns false if seq_id or pos is out of range.
+LLAMA_API bool llama_pop_set_lost(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
 //
 // Ask

@@ -20,7 +20,7 @@ enum pop_part : uint8_t {
     POP_WHOLE,        // every layer runs all tokens
     POP_PRUNED,       // the layers below the boundary run all tokens, those above only write to their caches
     POP_CONTINUES,    // some tokens are run whole: pop_memory replaces this by a pruned pass and its continuations
-    POP_CONTINUATION, // the layers from the boundary on run some tokens, from states that a pruned pass has kept
+    POP_CONTINUATION, // the layers from the boundary on run some tokens, from states that were kept
 };
 
 // The label of a micro-batch, in llama_ubatch::data_t.
@@ -28,6 +28,11 @@ struct pop_ubatch_label {
     pop_part             part = POP_WHOLE;
     std::vector<int32_t> rows;            // PRUNED, CONTINUES: the tokens that are run whole
     uint32_t             first_state = 0; // CONTINUATION: index of its first token's state among the kept ones
+
+    // For pop_completion; empty and 0 where completion is off.
+    std::vector<int32_t> cells;         // of each token, its row among the states that are kept for completion
+    uint32_t             keeps     = 0; // the boundary whose states the graph keeps for completion
+    uint32_t             completes = 0; // CONTINUATION: a chunk of completion, from states at this boundary
 };
 
 // These parameters say what pop_rewrite_graph() makes of a graph. They are a part of llm_graph_params, so graph reuse
@@ -41,9 +46,15 @@ struct pop_graph_params {
 
     llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
 
+    // For completion. A CONTINUATION for which this is not nullptr is a chunk: it goes on from these states and computes
+    // nothing but keys and values.
+    ggml_tensor * completion = nullptr; // [n_embd, cells], owned by pop_completion
+    uint32_t      keeps      = 0;       // PRUNED, WHOLE: the boundary whose states are written there
+
     bool operator==(const pop_graph_params & other) const {
         return part == other.part && boundary == other.boundary && n_rows == other.n_rows &&
-               first_state == other.first_state && states == other.states && adapter == other.adapter;
+               first_state == other.first_state && states == other.states && adapter == other.adapter &&
+               completion == other.completion && keeps == other.keeps;
     }
 };
 

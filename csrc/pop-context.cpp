@@ -8,6 +8,7 @@
 #include "pop-adapter.h"
 #include "pop-kernels.h"
 #include "pop-memory.h"
+#include "pop-model.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -21,6 +22,14 @@ bool pop_needs_whole_model(const llama_cparams & cparams) {
 bool pop_context::continues() const {
     const auto it = tried.find(boundary);
     return continuation && it != tried.end() && it->second;
+}
+
+bool pop_context::completes() const {
+    if (!completion) {
+        return false;
+    }
+    const auto it = completion->works_at.find(boundary);
+    return boundary == 0 || is_lossless() || (it != completion->works_at.end() && it->second);
 }
 
 llama_adapter_lora * pop_context::adapter_for(pop_part part, uint32_t b) const {
@@ -40,18 +49,49 @@ void pop_context::begin_batch(const llama_cparams & cparams, pop_batch & batch) 
     batch.whole_seqs = whole_seqs;
 }
 
+bool pop_context::is_lossless() const {
+    return boundary >= lossless_boundary && adapters.count(boundary) == 0;
+}
+
+void pop_context::begin_ubatch(const llama_cparams &       cparams,
+                               const llama_ubatch &        ubatch,
+                               llama_memory_context_i &    mctx,
+                               const llama_adapter_loras & loras) const {
+    if (completion) {
+        const bool loses = ubatch.data->pop.part == POP_PRUNED && !is_lossless();
+        completion->begin_ubatch(ubatch, mctx, loses ? boundary : 0, cparams.causal_attn, loras);
+    }
+}
+
+void pop_context::state_restored(llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (completion && !(flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)) { // which leaves the cells that have marks alone
+        completion->restored(seq_id);
+    }
+}
+
 pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
                                                llm_graph_type        gtype,
                                                const llama_ubatch &  ubatch) const {
     pop_graph_params res;
-    if (boundary == 0 || !ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || pop_needs_whole_model(cparams)) {
+    if (!ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || pop_needs_whole_model(cparams)) {
         return res;
     }
     const auto & label = ubatch.data->pop;
+    if (label.completes) {
+        res            = { label.part, label.completes };
+        res.completion = completion->states;
+        return res;
+    }
     // if no states were kept, the pruned pass was left whole, and so is what follows it
-    if (label.part == POP_PRUNED || (label.part == POP_CONTINUATION && states_kept)) {
+    if (boundary != 0 && (label.part == POP_PRUNED || (label.part == POP_CONTINUATION && states_kept))) {
         const uint32_t n_rows = label.rows.size();
         res = { label.part, boundary, n_rows, label.first_state, states, adapter_for(label.part, boundary) };
+    }
+    if (completion) {
+        // graph_reserve() has a micro-batch of no batch, and its graph shall be as large as any that follows
+        const bool reserves = ubatch.data->batch_idxs.empty();
+        res.keeps           = reserves ? completion->any_boundary() : label.keeps;
+        res.completion      = res.keeps ? completion->states : nullptr;
     }
     return res;
 }
@@ -69,6 +109,10 @@ void pop_context::choose_kernels(ggml_cgraph * gf) {
 
 void pop_context::ubatch_done(const llama_ubatch & ubatch, const llm_graph_result & res) {
     const auto & label = ubatch.data->pop;
+    if (completion) {
+        const bool loses = label.part == POP_PRUNED && res.pop_rewritten && !is_lossless();
+        completion->ubatch_done(ubatch, loses, res.pop_rewritten);
+    }
     if (label.part != POP_PRUNED) {
         return;
     }
@@ -189,7 +233,117 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
                                               pop_build_graph(continuation, n_seqs, n_seqs, n_seqs)->pop_rewritten;
     }
     pop.tried[boundary] = continues;
+    pop_try_completion(boundary);
     return true;
+}
+
+// Builds the graph of a chunk, and the two that keep states for it.
+void llama_context::pop_try_completion(uint32_t boundary) {
+    if (!pop.completion) {
+        return;
+    }
+    const uint32_t n_seqs   = cparams.n_seq_max;
+    const uint32_t n_tokens = std::max(n_seqs, std::min(cparams.n_ctx, cparams.n_ubatch));
+
+    pop_graph_params chunk = { POP_CONTINUATION, boundary };
+    pop_graph_params whole = { POP_WHOLE, boundary };
+    chunk.completion = whole.completion = pop.completion->states;
+    whole.keeps                         = boundary;
+    pop_graph_params pruned             = whole;
+    pruned.part                         = POP_PRUNED;
+
+    const auto works = [&](const pop_graph_params & what, uint32_t n) {
+        const auto * res = pop_build_graph(what, n, n_seqs, 0);
+        return res && res->pop_rewritten;
+    };
+    pop.completion->works_at[boundary] =
+        works(chunk, n_tokens) && works(chunk, n_seqs) && works(whole, n_seqs) && works(pruned, n_tokens);
+}
+
+void llama_context::pop_set_completion(ggml_type type) {
+    synchronize();
+    const uint32_t il   = pop.boundary ? pop.boundary : model.hparams.n_layer() - 1;
+    auto *         buft = ggml_backend_dev_buffer_type(model.dev_layer(il));
+
+    pop.completion        = std::make_unique<pop_completion>(*memory, model, type, buft);
+    pop.lossless_boundary = pop_lossless_boundary(model);
+    for (const auto & tried : pop.tried) {
+        pop_try_completion(tried.first);
+    }
+    sched_need_reserve = true;
+    LLAMA_LOG_INFO("%s: %.1f MiB for the states that pruned tokens are completed from\n", __func__,
+                   ggml_nbytes(pop.completion->states) / 1024.0 / 1024.0);
+}
+
+// A copy of a sequence into another stream, which is pending until then, also copies marks.
+pop_completion & llama_context::pop_updated_completion() {
+    memory_update(false);
+    return *pop.completion;
+}
+
+namespace {
+
+// While a chunk runs, there are no outputs, and the computation also ends if stop is set. Afterwards, also after an
+// exception, all is as it was: what the last decode() has computed can still be read.
+class chunk_scope {
+public:
+    chunk_scope(llama_context & ctx, uint32_t & n_outputs, ggml_abort_callback before, void * data) :
+        ctx(ctx), n_outputs(n_outputs), n_outputs_before(n_outputs), before(before), data(data) {
+        n_outputs = 0;
+        ctx.set_abort_callback(should_stop, this);
+    }
+
+    ~chunk_scope() {
+        n_outputs = n_outputs_before;
+        ctx.set_abort_callback(before, data);
+    }
+
+    chunk_scope(const chunk_scope &) = delete;
+
+private:
+    static bool should_stop(void * scope) {
+        const auto & self = *(const chunk_scope *) scope;
+        return self.ctx.pop.completion->stop || (self.before && self.before(self.data));
+    }
+
+    llama_context &     ctx;
+    uint32_t &          n_outputs;
+    const uint32_t      n_outputs_before;
+    ggml_abort_callback before;
+    void *              data;
+};
+
+} // namespace
+
+// A chunk that is given up leaves its marks, and the next try writes all of it again.
+uint32_t llama_context::pop_complete(llama_seq_id seq_id, uint32_t n_max) {
+    synchronize();
+    sched_reserve();
+    memory_update(false);
+
+    const chunk_scope scope(*this, n_outputs, abort_callback, abort_callback_data);
+
+    auto &   completion = *pop.completion;
+    uint32_t n_done     = 0;
+    while (n_done < n_max && !completion.stop) {
+        auto mctx = completion.next_chunk(seq_id, std::min(n_max - n_done, cparams.n_ubatch), *loras);
+        if (!mctx) {
+            break;
+        }
+        const auto & ubatch = mctx->get_ubatch();
+        ggml_status  status;
+        if (!process_ubatch(ubatch, LLM_GRAPH_TYPE_DEFAULT, mctx.get(), status)) {
+            if (status == GGML_STATUS_ABORTED) {
+                break;
+            }
+            throw std::runtime_error("the chunk could not be computed");
+        }
+        synchronize();
+        completion.chunk_done(ubatch);
+        n_done += ubatch.n_tokens;
+    }
+    completion.stop = false;
+    return n_done;
 }
 
 // The states lie on the device of the first boundary's layer. At another boundary the scheduler copies what has to

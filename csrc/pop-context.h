@@ -1,8 +1,8 @@
 // A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
 //
-// llama_context (patch pop/0003) holds a pop_context: decode() calls begin_batch() before it splits a batch and
-// ubatch_done() after each micro-batch, graph_params() calls graph_params_for(), and process_ubatch() calls
-// choose_kernels() before it computes a graph.
+// llama_context (patches pop/0003 and pop/0008) holds a pop_context: decode() calls begin_batch() before it splits a
+// batch, begin_ubatch() before each micro-batch and ubatch_done() after it, graph_params() calls graph_params_for(), and
+// process_ubatch() calls choose_kernels() before it computes a graph.
 
 #pragma once
 
@@ -10,9 +10,11 @@
 #include "llama-graph.h"
 
 #include "ggml-cpp.h"
+#include "pop-completion.h"
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <set>
 
 // Returns whether a context reads something of every token from every layer, or runs other layers than the model's
@@ -46,13 +48,29 @@ struct pop_context : pop_settings {
     ggml_backend_buffer_ptr buf_states;
     ggml_tensor *           states = nullptr; // F32 [n_embd, n_ubatch]
 
+    // The states that pruned tokens are completed from later; nullptr where completion is off.
+    std::unique_ptr<pop_completion> completion;
+
+    uint32_t lossless_boundary = 0; // pruning there changes nothing; set where completion is on
+
     // Returns whether tokens that are run whole use continuation at the boundary in force.
     bool continues() const;
+
+    // Returns whether what is pruned at the boundary in force can be completed, or nothing is lost there.
+    bool completes() const;
 
     // The adapter that a graph of this part at boundary b takes, or nullptr.
     llama_adapter_lora * adapter_for(pop_part part, uint32_t b) const;
 
     void begin_batch(const llama_cparams & cparams, pop_batch & batch) const;
+
+    void begin_ubatch(const llama_cparams &       cparams,
+                      const llama_ubatch &        ubatch,
+                      llama_memory_context_i &    mctx,
+                      const llama_adapter_loras & loras) const;
+
+    // The state of a sequence, or of all with -1, was restored.
+    void state_restored(llama_seq_id seq_id, llama_state_seq_flags flags) const;
 
     pop_graph_params graph_params_for(const llama_cparams & cparams,
                                       llm_graph_type        gtype,
@@ -64,6 +82,9 @@ struct pop_context : pop_settings {
     void ubatch_done(const llama_ubatch & ubatch, const llm_graph_result & res);
 
 private:
+    // Returns whether pruning at the boundary in force computes what the whole model does.
+    bool is_lossless() const;
+
     bool states_kept = false; // by the last pruned pass
     bool marked      = false; // by choose_kernels(): a graph may have marks
 };

@@ -75,6 +75,27 @@ private:
     ggml_tensor * ids; // I32 [n_rows]
 };
 
+// The input that picks the rows of the states that are kept for completion.
+class completion_rows : public llm_graph_input_i {
+public:
+    completion_rows(ggml_tensor * ids) : ids(ids) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        const auto & cells = ubatch->data->pop.cells;
+        if (ids->type == GGML_TYPE_I64) {
+            const std::vector<int64_t> wide(cells.begin(), cells.end());
+            ggml_backend_tensor_set(ids, wide.data(), 0, wide.size() * sizeof(wide[0]));
+        } else {
+            ggml_backend_tensor_set(ids, cells.data(), 0, cells.size() * sizeof(cells[0]));
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override { return ids->ne[0] == params.ubatch.n_tokens; }
+
+private:
+    ggml_tensor * ids; // I32 or I64 [n_tokens]
+};
+
 // plan_*() finds out what remains and changes no node, so it may fail at no cost. apply() then rewrites the graph.
 struct rewrite {
     const llm_graph_params & params;
@@ -92,6 +113,10 @@ struct rewrite {
     tensor_set    replaced_memory;     // owners of the memory in which the replaced tensors lie
     tensor_set    kept;                // nodes that remain
     ggml_tensor * keep_rows = nullptr; // a node to add
+    ggml_tensor * keep_from = nullptr; // the states to keep for completion
+
+    std::vector<std::unique_ptr<llm_graph_input_i>> inputs;        // inputs to add
+    std::vector<ggml_tensor *>                      ids_of_inputs; // their tensors
 
     rewrite(const llm_graph_params & params, llm_graph_result & res) :
         params(params), pop(params.pop), b(params.pop.boundary), n_layer(params.hparams.n_layer()),
@@ -196,12 +221,25 @@ struct rewrite {
     // Returns whether x holds one state for each token, laid out as the kept states are.
     bool is_rows(const ggml_tensor * x) const {
         return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
-               pop.states && x->ne[0] == pop.states->ne[0];
+               x->ne[0] == params.hparams.n_embd;
+    }
+
+    // An input of a type that the operation on it takes. It is added to the graph only if the plan succeeds, because
+    // llama_context writes to every input that was added.
+    template <typename input> ggml_tensor * new_ids(ggml_type type, int64_t n) {
+        ggml_tensor * ids = ggml_new_tensor_1d(res.get_ctx(), type, n);
+        ids_of_inputs.push_back(ids);
+        inputs.push_back(std::make_unique<input>(ids));
+        return ids;
     }
 
     ggml_tensor * states(uint32_t first, uint32_t n) const {
         ggml_tensor * s = pop.states;
         return ggml_view_2d(res.get_ctx(), s, s->ne[0], n, s->nb[1], first * s->nb[1]);
+    }
+
+    ggml_tensor * completion_states() {
+        return ggml_get_rows(res.get_ctx(), pop.completion, new_ids<completion_rows>(GGML_TYPE_I32, n_tokens));
     }
 
     bool plan_pruned() {
@@ -242,17 +280,29 @@ struct rewrite {
         }
 
         if (pop.n_rows > 0) {
-            ggml_tensor * ids = ggml_new_tensor_1d(res.get_ctx(), GGML_TYPE_I32, pop.n_rows);
-            ggml_set_input(ids);
-            res.add_input(std::make_unique<kept_rows>(ids));
-            keep_rows = ggml_cpy(res.get_ctx(), ggml_get_rows(res.get_ctx(), x_b, ids), states(0, pop.n_rows));
+            ggml_tensor * ids = new_ids<kept_rows>(GGML_TYPE_I32, pop.n_rows);
+            keep_rows         = ggml_cpy(res.get_ctx(), ggml_get_rows(res.get_ctx(), x_b, ids), states(0, pop.n_rows));
             reach(x_b, kept);
         }
         return true;
     }
 
+    // Lets the graph write the states of all tokens at a boundary to the rows that completion has for them.
+    bool plan_keep() {
+        keep_from = layer_inputs()[pop.keeps];
+        if (!keep_from || !is_rows(keep_from)) {
+            return false;
+        }
+        if (pop.part == POP_WHOLE) {
+            kept.insert(nodes.begin(), nodes.end());
+        } else {
+            reach(keep_from, kept);
+        }
+        return true;
+    }
+
     // Keeps the results that follow from x_b and drops what the pruned pass has done. No layer below may be needed for
-    // them.
+    // them. The only results of a chunk are its writes to memory.
     bool plan_continued() {
         ggml_tensor * x_b = layer_inputs()[b];
         if (!x_b || !is_rows(x_b)) {
@@ -269,9 +319,10 @@ struct rewrite {
             }
         }
 
-        replace(x_b, states(pop.first_state, n_tokens));
+        replace(x_b, pop.completion ? completion_states() : states(pop.first_state, n_tokens));
         for (ggml_tensor * node : nodes) {
-            if (above.count(node) && !read.count(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            const bool result = pop.completion ? is_in_place(node) && node->view_src->buffer : read.count(node) == 0;
+            if (above.count(node) && result && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
                 reach(node, kept);
             }
         }
@@ -281,6 +332,11 @@ struct rewrite {
             }
         }
         return true;
+    }
+
+    bool plan() {
+        const bool planned = pop.part == POP_WHOLE ? true : pop.part == POP_PRUNED ? plan_pruned() : plan_continued();
+        return planned && (pop.keeps == 0 || plan_keep());
     }
 
     // The order of nodes matters beyond what they read: a read of a recurrent state has to stay ahead of the write to
@@ -309,6 +365,14 @@ struct rewrite {
             }
         }
 
+        ggml_tensor * keep_all = keep_from ? ggml_set_rows(res.get_ctx(), pop.completion, keep_from,
+                                                           new_ids<completion_rows>(GGML_TYPE_I64, n_tokens))
+                                           : nullptr;
+        for (size_t i = 0; i < inputs.size(); ++i) {
+            ggml_set_input(ids_of_inputs[i]);
+            res.add_input(std::move(inputs[i]));
+        }
+
         ggml_cgraph * gf = res.get_gf();
         ggml_graph_clear(gf);
 
@@ -322,19 +386,22 @@ struct rewrite {
             if (kept.count(node)) {
                 ggml_build_forward_expand(gf, node);
             }
+            if (keep_all && node == keep_from) {
+                ggml_build_forward_expand(gf, keep_all);
+            }
         }
         if (keep_rows) {
             ggml_build_forward_expand(gf, keep_rows);
         }
 
-        if (pop.part == POP_PRUNED) {
+        if (pop.part == POP_PRUNED || (pop.part == POP_CONTINUATION && pop.completion)) {
             drop_outputs();
         }
         check_outputs();
         res.pop_rewritten = true;
     }
 
-    // A pruned graph computes none of the model's results.
+    // A pruned graph and a chunk of completion compute none of the model's results.
     void drop_outputs() {
         res.t_logits      = nullptr;
         res.t_embd        = nullptr;
@@ -366,12 +433,12 @@ struct rewrite {
 } // namespace
 
 void pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res) {
-    if (params.pop.part == POP_WHOLE) {
+    if (params.pop.part == POP_WHOLE && params.pop.keeps == 0) {
         return;
     }
 
     rewrite pass(params, res);
-    if (params.pop.part == POP_PRUNED ? pass.plan_pruned() : pass.plan_continued()) {
+    if (pass.plan()) {
         pass.apply();
     }
 }

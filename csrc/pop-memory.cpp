@@ -1,8 +1,6 @@
 #include "pop-memory.h"
 
 #include "llama-batch.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-kv-cache.h"
 
 #include <algorithm>
 #include <vector>
@@ -189,4 +187,67 @@ void pop_memory::add_continuations(llama_memory_context_i & mctx, bool kv_unifie
         replace(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa), parts);
         iswa->ubatches = ubatches_of(parts);
     }
+}
+
+std::vector<int32_t> pop_memory::cells_of(llama_memory_context_i & mctx, const llama_kv_cache & kv) {
+    const auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx);
+    const auto & ctx  = iswa ? *iswa->get_base() : static_cast<llama_kv_cache_context &>(mctx);
+    const auto & slot = ctx.sinfos[ctx.i_cur];
+
+    std::vector<int32_t> res;
+    for (size_t s = 0; s < slot.n_stream(); ++s) {
+        for (const uint32_t idx : slot.idxs[s]) {
+            res.push_back(slot.strm[s] * kv.get_size() + idx);
+        }
+    }
+    return res;
+}
+
+void pop_memory::limit_cells(llama_kv_cache_context & ctx) {
+    const auto &       ubatch = ctx.get_ubatch();
+    const llama_seq_id seq_id = ubatch.seq_id[0][0];
+    const llama_pos    last   = ubatch.pos[ubatch.n_tokens - 1];
+
+    uint32_t n = 0;
+    for (const auto & at : ctx.kv->get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (at.first > last) {
+            break;
+        }
+        n = std::max(n, at.second + 1);
+    }
+    ctx.n_kv = std::min<uint32_t>(ctx.n_kv, GGML_PAD(n, 256)); // llama_kv_cache::get_n_kv() pads to 256, too
+}
+
+void pop_memory::limit_cells(llama_kv_cache_iswa_context & ctx) {
+    limit_cells(static_cast<llama_kv_cache_context &>(*ctx.ctx_base));
+    limit_cells(static_cast<llama_kv_cache_context &>(*ctx.ctx_swa));
+}
+
+namespace {
+
+template <typename base> struct chunk_context : base {
+    using base::base;
+
+    bool apply() override {
+        const bool done = base::apply();
+        pop_memory::limit_cells(*this);
+        return done;
+    }
+};
+
+} // namespace
+
+llama_memory_context_ptr pop_memory::make_chunk(llama_kv_cache &                kv,
+                                                llama_kv_cache::slot_info_vec_t slots,
+                                                const llama_ubatch &            ubatch) {
+    return std::make_unique<chunk_context<llama_kv_cache_context>>(&kv, std::move(slots),
+                                                                   std::vector<llama_ubatch>{ ubatch });
+}
+
+llama_memory_context_ptr pop_memory::make_chunk(llama_kv_cache_iswa &           kv,
+                                                llama_kv_cache::slot_info_vec_t slots,
+                                                llama_kv_cache::slot_info_vec_t slots_swa,
+                                                const llama_ubatch &            ubatch) {
+    return std::make_unique<chunk_context<llama_kv_cache_iswa_context>>(&kv, std::move(slots), std::move(slots_swa),
+                                                                        std::vector<llama_ubatch>{ ubatch });
 }

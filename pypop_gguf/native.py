@@ -24,6 +24,9 @@ from pypop_gguf.errors import PopError
 # Values of a boundary besides 1..L: enum llama_pop_boundary.
 OFF, DEFAULT, LOSSLESS = 0, -1, -2
 
+# enum llama_pop_states, by the names that ``set_completion`` takes.
+STATES = {"off": -1, "f32": 0, "f16": 1, "bf16": 30}
+
 # enum llama_pop_source, as PopStatus.source names it.
 SOURCES = ("off", "argument", "file", "lossless")
 
@@ -69,7 +72,8 @@ def _bound() -> tuple[FFI, Any]:
 def _bind() -> tuple[FFI, Any]:
     llama_cpp = library.load()
     ffi = FFI()
-    ffi.cdef("typedef int32_t llama_seq_id; struct llama_context; struct llama_model; struct llama_adapter_lora;")
+    ffi.cdef("typedef int32_t llama_pos; typedef int32_t llama_seq_id;")
+    ffi.cdef("struct llama_context; struct llama_model; struct llama_adapter_lora;")
     header = library.vendor_dir() / "llama_cpp" / "lib" / "llama-pop.h"
     ffi.cdef(declarations(header.read_text(encoding="utf-8")))
     return ffi, ffi.dlopen(parent.library_path(parent.native_library(llama_cpp)))
@@ -90,6 +94,11 @@ def _functions():
 def _check(done: bool) -> None:
     if not done:
         raise PopError(last_error())
+
+
+def _checked_number(number: int) -> int:
+    _check(number >= 0)
+    return number
 
 
 def open_context(
@@ -199,6 +208,44 @@ def fingerprint(model: int) -> int:
     value = _functions().llama_pop_fingerprint(_model(model))
     _check(value != 0)
     return value
+
+
+def set_completion(ctx: int, states: str) -> None:
+    """Lets a context keep the states that pruned tokens are completed from later, as one of ``STATES``."""
+    _check(_functions().llama_pop_set_completion(_context(ctx), STATES[states]))
+
+
+def completes(ctx: int) -> bool:
+    """Returns whether completion is on and works at the boundary in force."""
+    return _functions().llama_pop_completes(_context(ctx))
+
+
+def n_incomplete(ctx: int, seq_id: int = 0) -> int:
+    """Returns how many tokens of a sequence ``complete`` has left to do."""
+    return _checked_number(_functions().llama_pop_n_incomplete(_context(ctx), seq_id))
+
+
+def n_lost(ctx: int, seq_id: int = 0) -> int:
+    """Returns how many tokens of a sequence are not the whole model's and can never be completed."""
+    return _checked_number(_functions().llama_pop_n_lost(_context(ctx), seq_id))
+
+
+def complete(ctx: int, n_max: int, seq_id: int = 0) -> int:
+    """Completes up to ``n_max`` tokens of a sequence, the lowest positions first; returns how many it has completed."""
+    ffi, functions = _bound()
+    done = ffi.new("int32_t *")
+    _check(functions.llama_pop_complete(_context(ctx), seq_id, n_max, done))
+    return done[0]
+
+
+def stop(ctx: int) -> None:
+    """Stops the ``complete`` that is running, or else the next one; any thread may call it."""
+    _check(_functions().llama_pop_stop(_context(ctx)))
+
+
+def set_lost(ctx: int, pos: int, seq_id: int = 0) -> None:
+    """Says that the tokens from a position on are not the whole model's and cannot be completed."""
+    _check(_functions().llama_pop_set_lost(_context(ctx), seq_id, pos))
 
 
 def n_layer(model: int) -> int:

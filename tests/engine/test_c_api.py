@@ -319,6 +319,8 @@ def test_python_has_the_constants_of_the_header():
     )  # fmt: skip
     named = [getattr(functions, f"LLAMA_POP_SOURCE_{source.upper()}") for source in native.SOURCES]
     assert named == list(range(len(native.SOURCES)))
+    for name, value in native.STATES.items():
+        assert getattr(functions, f"LLAMA_POP_STATES_{name.upper()}") == value
 
 
 BIND_AT_ONCE = """

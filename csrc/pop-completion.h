@@ -1,0 +1,110 @@
+// Completion: the layers that pruned tokens have skipped run for them later, which makes their cache the whole model's.
+//
+// For each cell of the cache that needs it a pop_completion keeps the state of its token at a boundary, and a mark that
+// says which boundary that is. llama_context (patch pop/0008) calls begin_ubatch() before each micro-batch of decode(),
+// pop_context calls ubatch_done() after it, and llama_context::pop_complete() runs the chunks.
+//
+// A token is whole if it was run whole and the token before it in its sequence is whole: others attend to caches that
+// are not the whole model's. Completion goes in the order of positions, so the marked tokens end a sequence. The state
+// that is kept of a token is the one at the lowest boundary of all marked tokens before it and its own, because only up
+// to there its state is the whole model's.
+//
+// The marks describe what the cache holds, so they move with it: whatever writes keys and values also writes marks, and
+// a removal, a copy within a stream or a shift of positions changes neither.
+
+#pragma once
+
+#include "llama-adapter.h"
+#include "llama-memory.h"
+
+#include "ggml-cpp.h"
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
+
+class llama_kv_cache;
+struct llama_model;
+struct llama_ubatch;
+
+struct pop_completion {
+    // kv is the cache whose cells number the states; the states lie in memory of the type buft
+    pop_completion(llama_memory_i & memory, const llama_model & model, ggml_type type, ggml_backend_buffer_type_t buft);
+
+    // The cache whose cells number the states, or nullptr if this kind of memory cannot be completed.
+    static llama_kv_cache * find_cache(llama_memory_i & memory);
+
+    // Fills the micro-batch's label: its cells, and the boundary whose states its graph has to keep. b_pruned is the
+    // boundary that its tokens are pruned at, 0 if they are not or if nothing is lost there.
+    void begin_ubatch(const llama_ubatch &        ubatch,
+                      llama_memory_context_i &    mctx,
+                      uint32_t                    b_pruned,
+                      bool                        causal,
+                      const llama_adapter_loras & loras);
+
+    // Marks the tokens of a micro-batch that was computed. kept says whether its graph has kept their states.
+    void ubatch_done(const llama_ubatch & ubatch, bool pruned, bool kept);
+
+    // A copy of a sequence into another stream has copied all cells of the cache.
+    void copy_stream(const llama_kv_cache & cache, uint32_t src, uint32_t dst);
+
+    // The cells of a sequence, or of all with -1, were restored from a state, which counts as the whole model's.
+    void restored(llama_seq_id seq_id);
+
+    // The tokens of a sequence from a position on are not the whole model's, and their states are not there.
+    void set_lost(llama_seq_id seq_id, llama_pos p0);
+
+    uint32_t n_incomplete(llama_seq_id seq_id) const;
+    uint32_t n_lost(llama_seq_id seq_id) const;
+
+    // The memory context of the next chunk of a sequence, of n_max tokens at most; nullptr if there is none. It throws
+    // an exception if the tokens were read with other LoRA adapters.
+    llama_memory_context_ptr next_chunk(llama_seq_id seq_id, uint32_t n_max, const llama_adapter_loras & loras);
+
+    // The tokens of a chunk are the whole model's now.
+    void chunk_done(const llama_ubatch & ubatch);
+
+    ggml_tensor * states = nullptr; // [n_embd, cells of all streams]
+
+    std::map<uint32_t, bool> works_at; // the boundaries that llama_context::pop_try_completion() has built graphs for
+
+    // A boundary at which completion works, 0 if there is none.
+    uint32_t any_boundary() const;
+
+    std::atomic<bool> stop = false; // the chunk that is running, or else the next one, shall be given up
+
+private:
+    static constexpr uint16_t LOST = UINT16_MAX; // what the token lacks cannot be computed
+
+    struct mark {
+        uint16_t boundary = 0; // whose state is kept, 0 if the token is whole, or LOST
+        uint16_t loras    = 0; // index of the adapters in use
+    };
+
+    struct cell {
+        llama_pos pos;
+        uint32_t  idx; // within the stream
+    };
+
+    size_t       row_of(llama_seq_id seq_id, uint32_t idx) const;
+    mark         mark_before(llama_seq_id seq_id, llama_pos pos) const;
+    uint16_t     index_of(const llama_adapter_loras & loras);
+    llama_ubatch make_ubatch(llama_seq_id seq_id, const std::vector<cell> & chunk, uint32_t b) const;
+
+    std::vector<cell>             marked(llama_seq_id seq_id) const;
+    std::pair<uint32_t, uint32_t> count(llama_seq_id seq_id) const;
+    std::vector<uint32_t>         window_cells(llama_seq_id seq_id, const std::vector<cell> & chunk) const;
+
+    llama_memory_i &    memory;
+    llama_kv_cache &    kv;
+    const llama_model & model;
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+
+    std::vector<mark>                marks;     // [cells of all streams]
+    std::vector<llama_adapter_loras> all_loras; // the sets of adapters that tokens were read with
+    uint16_t                         cur_loras = 0;
+};
