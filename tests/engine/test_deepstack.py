@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from pypop_gguf import native
 from tests.support import tiny_models
 from tests.support.engine import Engine, llama_cpp
 from tests.support.pop_reference import squared_error
@@ -87,19 +88,44 @@ def torch_logits(torch_model, image, boundary) -> np.ndarray:
 
 def engine_logits(gguf, image, boundary) -> tuple[np.ndarray, int]:
     with Engine(gguf, boundary) as engine:
-        batch = llama_cpp.llama_batch_init(N_IMAGE, image.shape[1], 1)
-        kind, allocated = type(batch.pos), ctypes.cast(batch.pos, ctypes.c_void_p)
-        # Each row has four positions: time, height, width and an unused one. They are stored section by section.
-        positions = (ctypes.c_int32 * (4 * N_IMAGE))(*(list(range(N_IMAGE)) * 3 + [0] * N_IMAGE))
-        batch.pos = ctypes.cast(positions, kind)
-        batch.n_tokens = N_IMAGE
-        ctypes.memmove(batch.embd, np.ascontiguousarray(image).ctypes.data, image.nbytes)
-        for i in range(N_IMAGE):
-            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, False
-        assert llama_cpp.llama_decode(engine.context, batch) == 0
-        batch.pos = ctypes.cast(allocated, kind)
-        llama_cpp.llama_batch_free(batch)
-        return engine.prefill(TOKENS, first=N_IMAGE), engine.n_pruned
+        return read(engine, image), engine.n_pruned
+
+
+def read(engine, image) -> np.ndarray:
+    """Reads the image and then the text; returns the logits of the last token."""
+    batch = llama_cpp.llama_batch_init(N_IMAGE, image.shape[1], 1)
+    kind, allocated = type(batch.pos), ctypes.cast(batch.pos, ctypes.c_void_p)
+    # Each row has four positions: time, height, width and an unused one. They are stored section by section.
+    positions = (ctypes.c_int32 * (4 * N_IMAGE))(*(list(range(N_IMAGE)) * 3 + [0] * N_IMAGE))
+    batch.pos = ctypes.cast(positions, kind)
+    batch.n_tokens = N_IMAGE
+    ctypes.memmove(batch.embd, np.ascontiguousarray(image).ctypes.data, image.nbytes)
+    for i in range(N_IMAGE):
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, False
+    assert llama_cpp.llama_decode(engine.context, batch) == 0
+    batch.pos = ctypes.cast(allocated, kind)
+    llama_cpp.llama_batch_free(batch)
+    return engine.prefill(TOKENS, first=N_IMAGE)
+
+
+def test_images_are_completed_above_the_deepstack_layers_and_lost_below(model, image):
+    _, gguf = model
+    n_all = N_IMAGE + len(TOKENS)
+    with Engine(gguf) as whole:
+        read(whole, image)
+        expected = whole.step(7, n_all)
+    for boundary in range(1, N_LAYER - 1):
+        with Engine(gguf, boundary) as pruned:
+            native.set_completion(pruned.context, "f32")
+            read(pruned, image)
+            if boundary < len(DEEPSTACK):
+                assert (native.n_incomplete(pruned.context), native.n_lost(pruned.context)) == (0, n_all)
+                continue
+            assert native.n_incomplete(pruned.context) == n_all
+            while native.n_incomplete(pruned.context):
+                native.complete(pruned.context, 7)
+            error = squared_error(pruned.step(7, n_all), expected)
+            assert error <= 1e-9, boundary
 
 
 @pytest.mark.parametrize("boundary", range(len(DEEPSTACK), N_LAYER + 1))

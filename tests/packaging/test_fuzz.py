@@ -48,6 +48,11 @@ def test_mixtures_of_sequences_equal_each_alone(reference_models):
     assert all(outcomes[name] > 0 for name in ("llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2"))
 
 
+def test_completed_mixtures_of_sequences_equal_the_whole_model(reference_models):
+    outcomes = fuzz("completions", 80, "--models", reference_models["llama"].gguf.parents[1])
+    assert outcomes["completed"] > 5 and outcomes["stopped"] > 5
+
+
 def test_native_library_reads_or_refuses_any_keys_and_adapters():
     outcomes = fuzz("native", 600)
     assert outcomes["accepted by both"] > 50 and outcomes["adapter refused"] > 50 and outcomes["adapter accepted"] > 50
