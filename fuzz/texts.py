@@ -30,6 +30,10 @@ _KEYS = [
     "messages",
     "test",
     "entry_point",
+    "choices",
+    "endings",
+    "context",
+    "label",
     "x",
 ]
 _WORDS = [
@@ -168,8 +172,8 @@ def case(chance: random.Random, directory: Path) -> str:
                 for question in found.questions:
                     if not isinstance(question.prompt, str):
                         raise Failure(f"no prompt: {question.prompt!r}")
-                    if found.stop[0] != "\ndef ":  # the question has an answer to compare, not a program to run
-                        question.check(word(chance))
+                    if isinstance(question, tasks.Question) and question.stop[:1] != ("\ndef ",):
+                        question.grade(word(chance))  # it has an answer to compare, not a program to run
             if not 1 <= len(samples) <= limits["max_samples"] or any(
                 len(sample.tokens) > limits["max_tokens"] for sample in samples
             ):

@@ -1,17 +1,19 @@
-"""Means and ratios with 95% intervals by the bootstrap, for everything that the commands measure.
+"""Means, differences and ratios with 95% intervals by the bootstrap, for everything that the commands measure.
 
-The draws are the same at every call with as many values: results are reproducible, and ratios of two columns are
-paired.
+The draws are the same at every call with as many values: results are reproducible, and differences and ratios of two
+columns are paired.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 _RESAMPLES = 10000
+_SIGNIFICANCE = 0.05  # A difference with a larger p-value is within noise.
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ class Mean(_Estimate):
     default_format = ".4f"
 
 
+@dataclass(frozen=True)
+class Difference(_Estimate):
+    """A mean difference between two columns over the same samples.
+
+    Attributes:
+        p_value: Chance of a difference at least as large, if each pair could as well be the other way round.
+    """
+
+    p_value: float
+
+    default_format = "+.4f"
+
+    @property
+    def within_noise(self) -> bool:
+        return self.p_value >= _SIGNIFICANCE
+
+
 class Ratio(_Estimate):
     """A ratio of two medians."""
 
@@ -48,6 +67,31 @@ def bootstrap_mean(values: np.ndarray) -> Mean:
     """Returns the mean of ``values``, [n], one value for each sample."""
     means = values[_draws(len(values))].mean(axis=1)
     return Mean(float(values.mean()), *_interval(means))
+
+
+def paired_difference(values: np.ndarray, baseline: np.ndarray) -> Difference:
+    """Returns by how much the mean of ``values`` exceeds that of ``baseline``; both are [n] over the same samples.
+
+    The p-value is McNemar's exact one where all samples that differ differ by as much, as right and wrong answers do.
+    Elsewhere it comes from 10,000 random exchanges within the pairs.
+    """
+    differences = values - baseline
+    means = differences[_draws(len(differences))].mean(axis=1)
+    return Difference(float(differences.mean()), *_interval(means), _p_value(differences[differences != 0]))
+
+
+def _p_value(differences: np.ndarray) -> float:
+    """Returns the two-sided p-value of the differences that are not 0, [n]."""
+    n = len(differences)
+    if n == 0:
+        return 1.0
+    if np.ptp(np.abs(differences)) == 0:
+        fewer = min(int((differences > 0).sum()), int((differences < 0).sum()))
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    signs = np.random.default_rng(0).integers(2, size=(_RESAMPLES, n)) * 2 - 1
+    sums = np.abs(signs @ differences)
+    # The sample itself counts as one of the draws. The margin keeps rounding from parting equal sums.
+    return float((1 + (sums >= abs(differences.sum()) * (1 - 1e-9)).sum()) / (1 + _RESAMPLES))
 
 
 def bootstrap_increase(values: np.ndarray, baseline: np.ndarray) -> Mean:

@@ -1,8 +1,8 @@
-"""``pop-gguf eval``: measures what pruning costs a model file, as it is quantized, on texts of the user's own.
+"""``pop-gguf eval``: measures what pruning costs a model file, as it is quantized, on texts and questions.
 
 For each sample a pruned pass reads the prompt, and the whole model scores the text after it on the cache that this pass
-has left. The score is compared with that of the whole model alone. pypop_gguf/quality/ has the tasks and measures; this
-module runs them and prints tables.
+has left. The score is compared with that of the whole model alone. Questions are answered in the same way.
+pypop_gguf/quality/ has the tasks, the measures and the file of results; this module runs them and prints tables.
 """
 
 from __future__ import annotations
@@ -13,28 +13,51 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from pypop_gguf import PopLlama
 from pypop_gguf.errors import PopError
-from pypop_gguf.quality.answers import answer_questions, share_of_right_answers
+from pypop_gguf.quality import score as scoring
+from pypop_gguf.quality.answers import answer
+from pypop_gguf.quality.builtin import make_recall_task, make_tracking_task
+from pypop_gguf.quality.grading import METRICS
 from pypop_gguf.quality.model import add_model_arguments, label_boundary, open_model
-from pypop_gguf.quality.score import Quality, Score, Tokenizer, score_samples, summarize
-from pypop_gguf.quality.tasks import Task, make_recall_task, read_task, report_skipped
-from pypop_gguf.statistics import Mean
+from pypop_gguf.quality.results import Results, name_variant
+from pypop_gguf.quality.score import Quality, Score, Tokenizer, summarize
+from pypop_gguf.quality.tasks import Item, Task, read_task, report_skipped
+from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, paired_difference
 from pypop_gguf.terminal import aligned, integer_list, progress
 
 DESCRIPTION = """\
 Measures what pruning costs. A pruned pass reads each prompt, and the whole model then scores the text after it on the
 cache that this pass has left. The table shows the negative log-likelihood, the KL divergence to the whole model, and
-how often both find the same token the likeliest. These are means over samples, with 95% intervals. Where answers can be
-checked, they are also generated greedily, and exact matches are counted. Ctrl-C prints what was measured so far."""
+how often both find the same token the likeliest. These are means over samples, with 95% intervals. Questions with known
+answers are also asked: choices by the likelihood of their endings, all others by greedy generation. The table shows the
+share of right answers and how far it is from that of the whole model on the same questions. Ctrl-C prints what was
+measured so far."""
 
 EPILOG = """\
 FILE is plain text, which is cut into pieces, or JSON Lines. A line has one of these sets of keys: "text"; "prompt" and
 "response"; "messages"; "question" and "answer", as in GSM8K; "prompt", "canonical_solution", "test" and "entry_point",
-as in HumanEval. A line with "prompt", "response" and "answer" is also a question."""
+as in HumanEval; "question", "choices" and "answer", as in MMLU; "context" or "ctx", "choices" or "endings", and
+"answer" or "label", as in HellaSwag; "context", "question" and "answer", as in HotpotQA. A line with "prompt",
+"response" and "answer" is also a question."""
 
-# What is measured of one task: the task, the means for each boundary, and the share of right answers at each boundary.
-Result = tuple[Task, list[Quality], dict[int, Mean]]
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What is measured of one task.
+
+    Attributes:
+        task: The task.
+        qualities: The means for each boundary, the whole model first.
+        answers: For each metric of the answers: the share of right ones and the difference to the whole model, by
+            boundary.
+    """
+
+    task: Task
+    qualities: list[Quality]
+    answers: dict[str, dict[int, tuple[Mean, Difference]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="also measure N built-in texts from which a code is recalled (needs no FILE)",
+    )
+    parser.add_argument(
+        "--tracking",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure N built-in texts in which variables are followed over several steps (needs no FILE)",
     )
     parser.add_argument(
         "--boundary",
@@ -81,6 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-generate", action="store_true", help="score only, and answer no questions")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file that gets the figures of every question as they are measured, without its text; what it has already "
+        "is not measured again",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -90,102 +127,164 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The arguments do not fit the model, or a file has nothing to measure on.
     """
-    if not arguments.files and not arguments.recall and not arguments.lm_eval:
-        raise PopError("nothing to measure on: give a FILE of texts, --recall N or --lm-eval TASK")
+    if not arguments.files and not arguments.recall and not arguments.tracking and not arguments.lm_eval:
+        raise PopError("nothing to measure on: give a FILE of texts, --recall N, --tracking N or --lm-eval TASK")
     if arguments.lm_eval:
         from pypop_gguf.quality import lm_eval  # It reports a missing harness before anything is measured.
-    if arguments.recall < 0:
-        raise PopError(f"--recall {arguments.recall} is out of range: give at least 0")
+    for name in ("recall", "tracking"):
+        if getattr(arguments, name) < 0:
+            raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 0")
+    if arguments.out and not arguments.out.absolute().parent.is_dir():
+        raise PopError(f"{arguments.out.parent}: no such directory; make it first, or give another --out")
     llm, boundaries = open_model(arguments, arguments.boundary, arguments.mmproj)
-    tokenizer = Tokenizer(llm)
-    tasks = [
-        read_task(
-            tokenizer,
-            path,
-            max_samples=arguments.samples,
-            max_tokens=arguments.context,
-            seed=arguments.seed,
-            run_code=arguments.run_code,
-        )
-        for path in arguments.files
-    ]
-    if arguments.recall:
-        tasks.append(make_recall_task(tokenizer, arguments.recall, arguments.context, arguments.seed))
-    if arguments.no_generate:
-        tasks = [dataclasses.replace(task, questions=[]) for task in tasks]
+    results = Results(arguments.out, arguments.model if arguments.out else None)
+    tasks = _read_tasks(arguments, Tokenizer(llm))
     report_skipped(tasks)
 
-    results, interrupted = _measure(llm, tasks, boundaries)
+    measured, interrupted = _measure(llm, tasks, boundaries, results)
     harness = {}
     if arguments.lm_eval and not interrupted:
         names = arguments.lm_eval.split(",")
         for boundary in [llm.pop.n_layer, *boundaries]:
             harness[boundary] = lm_eval.evaluate(llm, boundary, names, arguments.task_dir, arguments.samples)
     if arguments.json:
-        print(json.dumps({"tasks": [_as_json(*result) for result in results], "lm_eval": harness}, indent=2))
+        print(json.dumps({"tasks": [_as_json(result) for result in measured], "lm_eval": harness}, indent=2))
     else:
         title = f"model  {arguments.model.name}, {llm.pop.n_layer} layers; head {llm.pop.head}, tail {llm.pop.tail}"
         print(f"{title}; at most {arguments.context} tokens a sample")
-        print("\n".join([*_format_tables(llm, results), *_format_harness_table(harness)]))
+        print("\n".join([*_format_tables(llm, measured), *_format_harness_table(harness)]))
     return 130 if interrupted else 0
 
 
-def _measure(llm: PopLlama, tasks: list[Task], boundaries: list[int]) -> tuple[list[Result], bool]:
-    """Returns the results, and whether Ctrl-C has ended the measurement early."""
-    results = []
+def _read_tasks(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Task]:
+    limits = dict(max_tokens=arguments.context, seed=arguments.seed)
+    tasks = [
+        read_task(tokenizer, path, max_samples=arguments.samples, run_code=arguments.run_code, **limits)
+        for path in arguments.files
+    ]
+    if arguments.recall:
+        tasks.append(make_recall_task(tokenizer, arguments.recall, **limits))
+    if arguments.tracking:
+        tasks.append(make_tracking_task(tokenizer, arguments.tracking, **limits))
+    if arguments.no_generate:
+        return [
+            dataclasses.replace(task, items=[dataclasses.replace(item, question=None) for item in task.items])
+            for task in tasks
+        ]
+    return tasks
+
+
+def _measure(llm: PopLlama, tasks: list[Task], boundaries: list[int], results: Results) -> tuple[list[Result], bool]:
+    """Returns what was measured, and whether Ctrl-C has ended the measurement early."""
+    tokenizer = Tokenizer(llm)
+    measured = []
     for task in tasks:
-        scores: list[dict[int, Score]] = []
-        answered: list[dict[int, bool]] = []
+        done: list[tuple[Item, dict[int, dict[str, float]]]] = []
         interrupted = False
-        total = len(task.samples) + len(task.questions)
         try:
-            with progress(total=total, description=task.name, unit="samples") as bar:
-                for score in score_samples(llm, task.samples, boundaries):
-                    scores.append(score)
-                    bar.update()
-                for answer in answer_questions(llm, task, boundaries):
-                    answered.append(answer)
+            with progress(total=len(task.items), description=task.name, unit="samples") as bar:
+                for item in task.items:
+                    done.append((item, _measure_item(llm, tokenizer, task, item, boundaries, results)))
                     bar.update()
         except KeyboardInterrupt:
             interrupted = True
-        if scores:
-            results.append((task, summarize(scores), share_of_right_answers(answered)))
+        if done:
+            measured.append(_summarize(llm, task, done))
         if interrupted:
             print("interrupted: the tables show the samples that were done", file=sys.stderr)
-            return results, True
-    return results, False
+            return measured, True
+    return measured, False
 
 
-def _as_json(task: Task, qualities: list[Quality], matches: dict[int, Mean]) -> dict:
-    rows = [
-        {
-            **dataclasses.asdict(quality),
-            "exact_match": dataclasses.asdict(matches[quality.boundary]) if matches else None,
+def _measure_item(
+    llm: PopLlama, tokenizer: Tokenizer, task: Task, item: Item, boundaries: list[int], results: Results
+) -> dict[int, dict[str, float]]:
+    """Returns the figures of one item for L, the whole model, and each boundary; those in ``results`` are taken."""
+    found: dict[int, dict[str, float]] = {}
+    missing = []
+    for boundary in dict.fromkeys([llm.pop.n_layer, *boundaries]):
+        kept = results.get(task.name, item.id, _name(llm, boundary))
+        # Without a question the file may come from a run that asked none.
+        if kept is None or (item.question is not None and not kept.keys() & METRICS.keys()):
+            missing.append(boundary)
+        else:
+            found[boundary] = kept
+    if missing:
+        scores = scoring.score_sample(llm, item.sample, missing)
+        for boundary in missing:
+            figures: dict[str, float] = dataclasses.asdict(scores[boundary])
+            if item.question is not None:
+                figures |= answer(llm, tokenizer, item.question, boundary)
+            results.add(task.name, item.id, _name(llm, boundary), figures)
+            found[boundary] = figures
+    return found
+
+
+def _name(llm: PopLlama, boundary: int) -> str:
+    pop = llm.pop
+    return name_variant(boundary, pop.n_layer, fitted=boundary in pop.adapters, head=pop.head, tail=pop.tail)
+
+
+def _summarize(llm: PopLlama, task: Task, done: list[tuple[Item, dict[int, dict[str, float]]]]) -> Result:
+    scores = [{boundary: Score.from_figures(figures) for boundary, figures in found.items()} for _, found in done]
+    answered = [found for item, found in done if item.question is not None]
+    answers: dict[str, dict[int, tuple[Mean, Difference]]] = {}
+    for metric in METRICS:
+        if not answered or metric not in answered[0][llm.pop.n_layer]:
+            continue
+        columns = {b: np.array([found[b].get(metric, 0.0) for found in answered]) for b in answered[0]}
+        whole = columns[llm.pop.n_layer]
+        answers[metric] = {
+            b: (bootstrap_mean(column), paired_difference(column, whole)) for b, column in columns.items()
         }
-        for quality in qualities
-    ]
-    return {"task": task.name, "skipped_lines": list(task.skipped), "boundaries": rows}
+    return Result(task, summarize(scores), answers)
+
+
+def _as_json(result: Result) -> dict:
+    rows = []
+    for quality in result.qualities:
+        row: dict = {**dataclasses.asdict(quality), "exact_match": None, "differences": {}}
+        for metric, found in result.answers.items():
+            mean, difference = found[quality.boundary]
+            row[metric] = dataclasses.asdict(mean)
+            row["differences"][metric] = {
+                **dataclasses.asdict(difference),
+                "within_noise": difference.within_noise,
+            }
+        rows.append(row)
+    return {"task": result.task.name, "skipped_lines": list(result.task.skipped), "boundaries": rows}
 
 
 def _format_tables(llm: PopLlama, results: list[Result]) -> list[str]:
-    lines = ["Per token of the continuation, mean over samples [95% interval]; KL to the whole model in nats."]
-    for task, qualities, matches in results:
-        rows: list[tuple] = [("boundary", "samples", "NLL", "loss increase", "KL", "same top token", "exact match")]
-        for quality in qualities:
+    lines = [
+        "Per token of the continuation, mean over samples [95% interval]; KL to the whole model in nats. Differences "
+        "of answers are to the whole model on the same questions."
+    ]
+    for result in results:
+        head: list = ["boundary", "samples", "NLL", "loss increase", "KL", "same top token"]
+        for metric in result.answers:
+            head += [METRICS[metric], "difference"]
+        rows = [head if result.answers else [*head, "answers"]]
+        for quality in result.qualities:
             whole = quality.boundary == llm.pop.n_layer
-            rows.append(
-                (
-                    label_boundary(llm, quality.boundary),
-                    quality.samples,
-                    quality.nll,
-                    "" if whole else f"{quality.loss_increase:.1%}",
-                    "" if whole else quality.kl,
-                    "" if whole else f"{quality.top1:.1%}",
-                    f"{matches[quality.boundary]:.1%}" if matches else "N/A",
-                )
-            )
-        lines += ["", task.name, *aligned(rows)]
+            row: list = [
+                label_boundary(llm, quality.boundary),
+                quality.samples,
+                quality.nll,
+                "" if whole else f"{quality.loss_increase:.1%}",
+                "" if whole else quality.kl,
+                "" if whole else f"{quality.top1:.1%}",
+            ]
+            for found in result.answers.values():
+                mean, difference = found[quality.boundary]
+                row += [f"{mean:.1%}", "" if whole else _format_difference(difference)]
+            rows.append(row if result.answers else [*row, "N/A"])
+        lines += ["", result.task.name, *aligned(rows)]
     return lines
+
+
+def _format_difference(difference: Difference) -> str:
+    return f"{difference:+.1%}" + (", within noise" if difference.within_noise else "")
 
 
 def _format_harness_table(harness: dict[int, dict[str, dict]]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.importance.forms import read_choice, read_passages
 
 # The end of an error message about a file, which says what to give instead.
 ADVICE = 'give a plain text file, or JSON Lines with "text", "prompt" and "response", or "messages"'
@@ -147,6 +148,16 @@ def _read_content(item: Any) -> str | tuple[str, str] | list[dict[str, str]]:
         raise UnusableRecordError("not a JSON object")
     if "messages" in item:
         return _read_chat(item["messages"])
+    if ("choices" in item or "endings" in item) and "text" not in item and "prompt" not in item:
+        choice = read_choice(item)
+        if choice is None:
+            raise UnusableRecordError('no "question" or "context" with "choices" and the number of the right "answer"')
+        return choice.prompt, choice.endings[choice.answer]
+    if item.get("context") and "question" in item:
+        passages = read_passages(item)
+        if passages is None:
+            raise UnusableRecordError('no "question" and "answer" texts with a "context" of passages')
+        return passages[0], f" {passages[1]}"
     complete = [keys for keys in _PAIRS if keys[0] in item and keys[1] in item]
     # Half of a pair is taken for a mistake and reported, unless its second key only accompanies a "text".
     half = [keys for keys in _PAIRS if keys[0] in item or (keys[1] in item and "text" not in item)]

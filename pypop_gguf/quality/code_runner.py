@@ -9,16 +9,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+
+from pypop_gguf.quality.grading import Grader
 
 _RUNNER = Path(__file__).with_name("limited_program.py")
 
 
-def make_check(item: dict) -> Callable[[str], bool]:
-    """Returns a check of generated text for a problem of HumanEval: ``prompt``, ``test`` and ``entry_point``."""
+def expect_passes(item: dict) -> Grader:
+    """Expects that a text passes the tests of a problem of HumanEval: ``prompt``, ``test`` and ``entry_point``.
+
+    The text goes on where the prompt ends, or it is the whole function again. Either way the prompt stays before it,
+    because it may import or define what the function needs.
+    """
     prompt, test, entry_point = (str(item.get(key, "")) for key in ("prompt", "test", "entry_point"))
-    return lambda text: passes(f"{prompt}{text}\n\n{test}\n\ncheck({entry_point})\n")
+
+    def grade(text: str) -> dict[str, float]:
+        between = "\n" if f"def {entry_point}(" in text else ""
+        return {"passed": float(passes(f"{prompt}{between}{text}\n\n{test}\n\ncheck({entry_point})\n"))}
+
+    return grade
 
 
 def passes(program: str, seconds: float = 10) -> bool:

@@ -6,7 +6,7 @@ off, so the effects of quantization are on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ class Score:
     kl: float
     top1: float
     tokens: int
+
+    @classmethod
+    def from_figures(cls, figures: Mapping[str, float]) -> Score:
+        """Returns the score that is among the figures of an item."""
+        return cls(figures["nll"], figures["kl"], figures["top1"], int(figures["tokens"]))
 
 
 @dataclass(frozen=True)

@@ -1,76 +1,90 @@
-"""The tasks of ``pop-gguf eval``: files of texts or questions, and code recall, which needs no file.
+"""The tasks of ``pop-gguf eval``: files of texts or questions. ``builtin`` has tasks that need no file.
 
-A task has samples, whose continuations are scored. Where answers can be checked, it also has questions to answer.
+A task has items. An item has a sample, whose continuation is scored, and where answers can be checked, a question.
 """
 
 from __future__ import annotations
 
-import random
-import re
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pypop_gguf.importance.calibration import Sample, choose_samples
-from pypop_gguf.importance.records import describe_skipped, read_records
+from pypop_gguf.importance.forms import ChoiceForm, read_choice, read_passages
+from pypop_gguf.importance.records import Record, UnusableRecordError, describe_skipped, read_records
 from pypop_gguf.quality import code_runner
+from pypop_gguf.quality.grading import Grader, expect_begin, expect_number, expect_words
 from pypop_gguf.quality.score import Tokenizer
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-# Code recall: the things that have a code, and the sentences between the codes.
-_OWNERS = (  # noqa: SIM905 - a list has 34 lines
-    "apple basket bridge candle carpet castle compass dragon engine feather garden hammer harbour helmet "
-    "island jacket kettle ladder lantern magnet mirror orange pencil pillow planet rabbit ribbon river "
-    "saddle ticket tunnel violin wagon window"
-).split()
-_FILLERS = [
-    "The rain had stopped an hour ago",
-    "Nobody was in a hurry that day",
-    "A dog barked somewhere behind the houses",
-    "They had a lovely time until it was time to go home",
-    "The shop on the corner was still open",
-    "She counted the steps without thinking",
-    "It was colder than the day before",
-    "He looked out and saw nothing new",
-    "The tea had gone cold by then",
-    "Two boys ran past, laughing.",
-]
+_LEAST_ROOM = 32  # tokens of an answer for which a question has to leave room, unless its answers are shorter
+_CODE_STOP = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(")
+_NUMBER_REQUEST = 'Reason step by step. Write "#### " and then the number alone in the last line.'
+_CODE_REQUEST = "Complete this Python function. Answer with the whole function."
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt whose answer can be checked.
+    """A prompt whose answer is generated and graded.
 
     Attributes:
         prompt: Its text.
-        check: Returns whether a generated text answers it right.
+        grade: Gives a generated text its figures.
+        max_tokens: Longest answer, in tokens.
+        stop: Texts that end an answer.
+        is_chat: Whether the prompt comes from a chat template, which has written all special tokens.
     """
 
     prompt: str
-    check: Callable[[str], bool]
+    grade: Grader
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    is_chat: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a file, or one built-in text.
+
+    Attributes:
+        id: Its number and a digest of its text. It names the item in files of results.
+        sample: A prompt with a continuation to score.
+        question: A question to answer, if it has one.
+    """
+
+    id: str
+    sample: Sample
+    question: Question | ChoiceForm | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Samples to score and questions to answer.
+    """Items to measure on.
 
     Attributes:
         name: Its name in tables.
-        samples: Prompts with continuations.
-        questions: Prompts to answer.
-        max_tokens: Longest answer, in tokens.
-        stop: Texts that end an answer.
+        items: What is scored and asked.
         skipped: A note for each line of the file that cannot be used.
     """
 
     name: str
-    samples: list[Sample]
-    questions: list[Question] = field(default_factory=list)
-    max_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    items: list[Item]
     skipped: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [item.sample for item in self.items]
+
+    @property
+    def questions(self) -> list[Question | ChoiceForm]:
+        return [item.question for item in self.items if item.question is not None]
+
+
+def make_id(number: int, text: str) -> str:
+    """Returns the name of an item in files of results, which tells nothing of its text."""
+    return f"{number}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:6]}"
 
 
 def read_task(
@@ -78,9 +92,9 @@ def read_task(
 ) -> Task:
     """Reads a text file or JSON Lines, as :func:`pypop_gguf.importance.calibration.load_samples` does.
 
-    Lines with ``"answer"`` are also questions. The answer to one of GSM8K is the number after ``####``; any other
-    answer has to begin the generated text. Lines of HumanEval are questions if ``run_code`` allows to run what the
-    model writes.
+    Lines with an ``"answer"`` are also questions. Questions of GSM8K and HumanEval are asked through the chat template
+    of the model, if it has one. A problem of HumanEval is a question only if ``run_code`` allows to run what the model
+    writes. The answer to a question of no known set has to begin the generated text.
 
     Raises:
         PopError: The file cannot be read, or no text in it can be used.
@@ -89,29 +103,104 @@ def read_task(
     chosen = choose_samples(
         tokenizer, path, records, skipped, max_samples=max_samples, max_tokens=max_tokens, seed=seed
     )
-    samples = [sample for _, sample in chosen]
+    items = []
+    for record, sample in chosen:
+        question = None
+        try:
+            question = _read_question(tokenizer, record, run_code)
+            _check_room(tokenizer, question, max_tokens)
+        except UnusableRecordError as reason:
+            skipped[record.line] = str(reason)
+            question = None
+        items.append(Item(make_id(record.line, json.dumps(record.item or record.content)), sample, question))
+    return Task(path.stem, items, describe_skipped(skipped))
 
-    def are_pairs_with(*keys: str) -> bool:
-        return all(
-            isinstance(record.content, tuple) and all(isinstance(record.item.get(key), str) for key in keys)
-            for record, _ in chosen
-        )
 
-    def make_questions(make_check: Callable[[dict], Callable[[str], bool]]) -> list[Question]:
-        return [Question(record.content[0], make_check(record.item)) for record, _ in chosen]
+def _read_question(tokenizer: Tokenizer, record: Record, run_code: bool) -> Question | ChoiceForm | None:
+    item = record.item
+    if not isinstance(record.content, tuple):
+        return None
+    prompt = record.content[0]
+    if (choice := read_choice(item)) is not None:
+        return choice
+    if isinstance(item.get("canonical_solution"), str):
+        return _ask_for_code(tokenizer, item, prompt) if run_code else None
+    if not isinstance(item.get("answer"), str):
+        return None
+    if item.get("context") and read_passages(item) is not None:
+        return _ask(tokenizer, prompt, prompt, expect_words(item["answer"]), 32, ("\n",))
+    if isinstance(item.get("question"), str):
+        request = f"{item['question']}\n\n{_NUMBER_REQUEST}"
+        return _ask(tokenizer, prompt, request, expect_number(item["answer"]), 320, ("Question:",))
+    return Question(prompt, expect_begin(item["answer"]), 16, ("\n",))
 
-    task = Task(path.stem, samples, skipped=describe_skipped(skipped))
-    if are_pairs_with("question", "answer"):
-        questions = make_questions(lambda item: _check_number(item["answer"]))
-        return replace(task, questions=questions, max_tokens=320, stop=("Question:",))
-    if are_pairs_with("prompt", "canonical_solution"):
-        questions = make_questions(code_runner.make_check) if run_code else []
-        stop = ("\ndef ", "\nclass ", "\nif __name__", "\nprint(")
-        return replace(task, questions=questions, max_tokens=384, stop=stop)
-    if are_pairs_with("answer"):
-        questions = make_questions(lambda item: _check_begin(item["answer"]))
-        return replace(task, questions=questions, max_tokens=16, stop=("\n",))
-    return task
+
+def _ask(
+    tokenizer: Tokenizer, prompt: str, request: str, grade: Grader, max_tokens: int, stop: tuple[str, ...]
+) -> Question:
+    """Returns a question that is asked by the request in a chat, or by the prompt if the model has no template."""
+    chat = _format_request(tokenizer, request)
+    return Question(chat or prompt, grade, max_tokens, stop, is_chat=bool(chat))
+
+
+def _ask_for_code(tokenizer: Tokenizer, item: dict, prompt: str) -> Question:
+    chat = _format_request(tokenizer, f"{_CODE_REQUEST}\n\n```python\n{prompt}\n```")
+    grade = code_runner.expect_passes(item)
+    if not chat:
+        return Question(prompt, grade, 384, _CODE_STOP)
+    # The answer is begun, so that it is code from its first token on and ends where the code ends.
+    return Question(f"{chat}```python\n", grade, 384, ("\n```",), is_chat=True)
+
+
+def _format_request(tokenizer: Tokenizer, request: str) -> str:
+    """Returns the prompt of a chat with one message, "" if the model has no chat template.
+
+    Raises:
+        UnusableRecordError: The template refuses the message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        return tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True)
+    except Exception as error:  # A template may raise anything.
+        raise UnusableRecordError(f"the chat template refuses it: {error}".replace("\n", " ")) from error
+
+
+def _check_room(tokenizer: Tokenizer, question: Question | ChoiceForm | None, max_tokens: int) -> None:
+    """Checks that a question and the begin of its answer fit into the context.
+
+    Raises:
+        UnusableRecordError: They do not.
+    """
+    if question is None:
+        return
+    if isinstance(question, ChoiceForm):
+        prompt, endings = encode_choice(tokenizer, question)
+        needed = len(prompt) + max(map(len, endings))
+    else:
+        needed = len(encode_question(tokenizer, question)) + min(question.max_tokens, _LEAST_ROOM)
+    if needed > max_tokens:
+        raise UnusableRecordError(f"its question needs a context of {needed} tokens")
+
+
+def encode_question(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """Returns the token ids of a prompt."""
+    return list(tokenizer(question.prompt, add_special_tokens=not question.is_chat)["input_ids"])
+
+
+def encode_choice(tokenizer: Tokenizer, choice: ChoiceForm) -> tuple[list[int], list[list[int]]]:
+    """Returns the token ids of the prompt that all endings share, and those of each ending.
+
+    Prompt and ending are encoded as one text, because a tokenizer may merge pieces where they meet.
+    """
+    prompt = list(tokenizer(choice.prompt)["input_ids"])
+    texts = [list(tokenizer(choice.prompt + ending)["input_ids"]) for ending in choice.endings]
+    shared = 0
+    for tokens in zip(prompt, *(text[:-1] for text in texts)):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
+    return prompt[:shared], [text[shared:] for text in texts]
 
 
 def report_skipped(tasks: Iterable[Task]) -> None:
@@ -121,62 +210,3 @@ def report_skipped(tasks: Iterable[Task]) -> None:
             more = f", and {len(task.skipped) - 3} more" if len(task.skipped) > 3 else ""
             text = f"{task.name}: {len(task.skipped)} lines not used ({'; '.join(task.skipped[:3])}{more})"
             print(text, file=sys.stderr)
-
-
-def make_recall_task(tokenizer: Tokenizer, n_samples: int, max_tokens: int, seed: int) -> Task:
-    """Makes texts of about ``max_tokens`` tokens with two-digit codes, and asks for a code from each depth."""
-    chance = random.Random(seed)
-    samples, questions = [], []
-    for number in range(n_samples):
-        prompt, answer = _make_recall_prompt(tokenizer, chance, max_tokens - 4, number / max(1, n_samples - 1))
-        # Prompt and answer are encoded as one text, as the model would see them.
-        tokens, n_prompt = tokenizer(f"{prompt} {answer}")["input_ids"], len(tokenizer(prompt)["input_ids"])
-        samples.append(Sample(tuple(tokens), min(n_prompt, len(tokens) - 1)))
-        questions.append(Question(prompt, _check_begin(answer)))
-    return Task(f"recall-{max_tokens}", samples, questions, max_tokens=8, stop=("\n",))
-
-
-def _make_recall_prompt(tokenizer: Tokenizer, chance: random.Random, max_tokens: int, depth: float) -> tuple[str, str]:
-    owners = chance.sample(_OWNERS, 8)
-    codes = {owner: chance.randrange(10, 100) for owner in owners}
-    asked = owners[round(depth * (len(owners) - 1))]
-    end = f"\nWhat is the code of the {asked}? The code of the {asked} is"
-    facts = [f"The code of the {owner} is {code}." for owner, code in codes.items()]
-
-    def text(n_fillers: int) -> str:
-        parts = list(facts)
-        for i in range(n_fillers):  # They are spread evenly between the facts.
-            parts.insert(
-                1 + i * len(parts) // max(1, n_fillers) % len(parts), chance.choice(_FILLERS).rstrip(".") + "."
-            )
-        return " ".join(parts) + end
-
-    per_filler = len(tokenizer(" ".join(_FILLERS))["input_ids"]) / len(_FILLERS)
-    n_fillers = max(0, int((max_tokens - len(tokenizer(text(0))["input_ids"])) / per_filler))
-    prompt = text(n_fillers)
-    while n_fillers and len(tokenizer(prompt)["input_ids"]) > max_tokens:
-        n_fillers -= 1
-        prompt = text(n_fillers)
-    return prompt, str(codes[asked])
-
-
-def _check_begin(answer: str) -> Callable[[str], bool]:
-    """Returns a check that a text begins with the words of ``answer``."""
-
-    def check(text: str) -> bool:
-        words, expected = text.split(), answer.split()
-        return [word.strip(".,;:!?") for word in words[: len(expected)]] == [word.strip(".,;:!?") for word in expected]
-
-    return check
-
-
-def _check_number(answer: str) -> Callable[[str], bool]:
-    """Returns a check that a text gives the same number as ``answer``."""
-    expected = _find_number(answer)
-    return lambda text: expected is not None and _find_number(text) == expected
-
-
-def _find_number(text: str) -> float | None:
-    """Returns the number after ``####``, else the last number of the text."""
-    numbers = _NUMBER.findall(text.split("####", 1)[1])[:1] if "####" in text else _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None

@@ -14,7 +14,7 @@ from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.importance.calibration import Sample
-from pypop_gguf.quality import code_runner, tasks
+from pypop_gguf.quality import builtin, code_runner, tasks
 from pypop_gguf.quality import score as quality
 from pypop_gguf.quality.score import Score, Tokenizer
 from tests.support import pop_reference
@@ -350,6 +350,11 @@ def test_a_text_longer_than_the_context_is_cut_to_pieces(bundled_gguf, tmp_path,
     assert json.loads(capsys.readouterr().out)["tasks"][0]["boundaries"][0]["samples"] == 3
 
 
+def is_right(question, text: str) -> bool:
+    (figure,) = question.grade(text).values()
+    return figure == 1
+
+
 def test_questions_of_known_formats(bundled_gguf, tmp_path):
     llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     common = dict(max_samples=9, max_tokens=256, seed=0)
@@ -361,12 +366,12 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
     (sum_up,) = questions({"question": "How much is 1200 + 34?", "answer": "It is 1,234.\n#### 1,234"})
     assert sum_up.prompt == "Question: How much is 1200 + 34?\nAnswer:"
     assert (
-        sum_up.check(" that makes #### 1234.")
-        and sum_up.check("1,200 and 34 are 1,234")
-        and not sum_up.check("#### 1235")
+        is_right(sum_up, " that makes #### 1234.")
+        and is_right(sum_up, "1,200 and 34 are 1,234")
+        and not is_right(sum_up, "#### 1235")
     )
     (code,) = questions({"prompt": "The code is", "response": " 28", "answer": "28"})
-    assert code.check(" 28. Then") and not code.check(" 2") and not code.check("")
+    assert is_right(code, " 28. Then") and not is_right(code, " 2") and not is_right(code, "")
     problem = {
         "prompt": "def two():\n",
         "canonical_solution": "    return 2\n",
@@ -376,9 +381,9 @@ def test_questions_of_known_formats(bundled_gguf, tmp_path):
     assert questions(problem) == []  # Code does not run unless the user asks for it.
     (program,) = questions(problem, run_code=True)
     assert (
-        program.check("    return 1 + 1\n")
-        and not program.check("    return 3\n")
-        and not program.check("    return (\n")
+        is_right(program, "    return 1 + 1\n")
+        and not is_right(program, "    return 3\n")
+        and not is_right(program, "    return (\n")
     )
     llm.close()
 
@@ -396,12 +401,12 @@ def test_code_of_any_length_is_run():
 
 def test_recall_hides_its_codes_at_every_depth(bundled_gguf):
     llm = PopLlama(str(bundled_gguf), pop=False, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-    task = tasks.make_recall_task(Tokenizer(llm), 8, 400, seed=1)
+    task = builtin.make_recall_task(Tokenizer(llm), 8, 400, seed=1)
     depths = []
     for sample, question in zip(task.samples, task.questions):
         asked = question.prompt.rsplit("code of the ", 1)[1].split()[0]
         code = question.prompt.split(f"The code of the {asked} is ")[1][:2]
-        assert question.check(f" {code}.") and 300 < len(sample.tokens) <= 401
+        assert is_right(question, f" {code}.") and 300 < len(sample.tokens) <= 401
         depths.append(question.prompt.index(f"The code of the {asked} is ") / len(question.prompt))
     assert depths == sorted(depths) and depths[0] < 0.1 and depths[-1] > 0.6
     llm.close()
