@@ -1,229 +1,298 @@
-"""Writes the page docs/quality.md and its plots from the figures that quality_report.py has measured."""
+"""Writes docs/quality.md and its plots from the figures in bench/real, which `real_table` has measured: `make quality`.
+
+docs/quality/reading.md, the part that is written by hand, ends the page.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf.boundary_rules import choose_by_curve
-from pypop_gguf.quality.score import Mean, Quality
+from pypop_gguf.errors import PopError
+from pypop_gguf.plotting import style_axes
+from pypop_gguf.quality.results import WHOLE, Results
+from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, paired_difference
+from tests.support.paths import ROOT
+from tools.real_models import MODELS
+from tools.real_table import KINDS, RESULTS
 
-TASKS = ("stories", "arithmetic", "recall")
-TYPES = ("f16", "q8_0", "q4_k_m")
-BUDGET = 0.05  # KL divergence, nats per token
+# The metric that stands for a task, and what guessing scores.
+METRICS = {
+    "mmlu": ("MMLU", "accuracy", 0.25),
+    "hellaswag": ("HellaSwag", "accuracy_norm", 0.25),
+    "gsm8k": ("GSM8K", "exact_match", 0.0),
+    "humaneval": ("HumanEval", "passed", 0.0),
+    "hotpotqa": ("HotpotQA, F1", "f1", 0.0),
+    "recall-500": ("Recall, 500 tokens", "exact_match", 0.0),
+    "recall-2000": ("Recall, 2,000 tokens", "exact_match", 0.0),
+    "tracking-500": ("Variables, 500 tokens, F1", "f1", 0.0),
+}
+BUDGET_LOSS = 0.01  # of a task's score
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
+_MARKERS = {"plain": "o", "head": "^", "fitted": "s", "removed": "x", "shortgpt": "+"}
+_LABELS = {
+    "plain": "plain",
+    "head": "plain, first token whole",
+    "fitted": "fitted",
+    "removed": "removed",
+    "shortgpt": "ShortGPT",
+}
 
 
-@dataclass
-class Figures:
-    """All that was measured. A task or a file type is the key of most dictionaries.
+@dataclass(frozen=True)
+class Row:
+    """One variant of one model.
 
     Attributes:
-        curves: Qualities of the bundled model by file type and task, the whole model first.
-        exact: Share of exact answers by task and boundary.
-        ends: Qualities by (head, tail) and task.
-        whole_recall: Share of recall texts that the whole model answers exactly.
-        ablations: By a text such as "4 of 12 layers": name of the variant, KL divergence by task, exact recall.
-        profiles: Scores of each layer by kind, [L].
-        other: Name and qualities by task of a second model, if there is one.
-        samples: Texts of each task.
+        model: Key of ``MODELS``.
+        variant: Its name in the results.
+        kl: Mean KL divergence over all prompts, None if it was not measured.
+        losses: By task: the difference of the score to the whole model.
     """
 
-    curves: dict[str, dict[str, list[Quality]]]
-    exact: dict[str, dict[int, Mean]]
-    ends: dict[tuple[int, int], dict[str, list[Quality]]]
-    whole_recall: Mean
-    ablations: dict[str, list[tuple[str, list[Mean], Mean]]]
-    profiles: dict[str, np.ndarray]
-    other: tuple[str, dict[str, list[Quality]]] | None
-    samples: int
+    model: str
+    variant: str
+    kl: Mean | None
+    losses: dict[str, Difference]
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.variant)
 
 
-def page(found: Figures, reading: str) -> str:
-    """Returns the page in Markdown.
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/real")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.md", help="page to write")
+    arguments = parser.parse_args()
+    files = {name: arguments.results / f"{name}.jsonl" for name in MODELS}
+    found = {name: Results(path) for name, path in files.items() if path.exists()}
+    if not found:
+        raise PopError(f"{arguments.results} has no results of {', '.join(MODELS)}: run python -m tools.real_table")
+    rows = [row for name, results in found.items() for row in make_rows(name, results)]
+    plots = arguments.out.with_suffix("")
+    plots.mkdir(parents=True, exist_ok=True)
+    plot_kl(rows, {name: results.n_layer for name, results in found.items()}, plots / "kl.png")
+    plot_losses(rows, plots / "losses.png")
+    reading = plots / "reading.md"
+    arguments.out.write_text(page(found, rows, reading.read_text() if reading.exists() else ""))
+    return 0
 
-    Args:
-        found: What was measured.
-        reading: The section that was written by hand.
-    """
-    plain = found.curves["f16"]
-    n_layer = plain["stories"][0].boundary
+
+def kind_of(variant: str) -> str:
+    """Returns the key of ``KINDS`` that a variant belongs to."""
+    first = variant.split()[0]
+    if first in ("removed", "shortgpt"):
+        return first
+    if "fitted" in variant:
+        return "fitted"
+    return "head" if "head" in variant else "plain"
+
+
+def boundary_of(variant: str) -> int | None:
+    first = variant.split()[0]
+    return int(first[1:]) if first[1:].isdecimal() else None
+
+
+def kl_tasks(results: Results) -> list[str]:
+    return [task for task in results.tasks() if task.startswith("kl-")]
+
+
+def make_rows(model: str, results: Results) -> list[Row]:
+    """Returns the rows of a model, without the whole model itself."""
+    rows = []
+    for variant in results.variants():
+        if variant == WHOLE:
+            continue
+        values = [results.column(task, variant, "kl", results.items(task, [variant])) for task in kl_tasks(results)]
+        joined = np.concatenate(values) if values else np.array([])
+        losses = {}
+        for task, (_, metric, _) in METRICS.items():
+            if items := results.items(task, [WHOLE, variant]):
+                columns = (results.column(task, name, metric, items) for name in (variant, WHOLE))
+                losses[task] = paired_difference(*columns)
+        rows.append(Row(model, variant, bootstrap_mean(joined) if len(joined) else None, losses))
+    return rows
+
+
+def page(found: dict[str, Results], rows: list[Row], reading: str) -> str:
+    """Returns the page in Markdown."""
     parts = [
-        "# What pruning costs: two small trained models",
-        "Generated by `make quality`. This page measures the bundled model (12 layers, 5.7 million parameters, "
-        "`models/lab-llama-12l`) on texts that were held out from its training: "
-        f"{plain['stories'][0].samples} stories to continue, {found.samples} grade-school arithmetic answers, and "
-        f"{found.samples} codes to recall from a text. The prompt is read with boundary b. The whole model then scores "
-        "the continuation on that cache. The cells are the KL divergence from the whole model in nats per token: the "
-        "mean over samples with a 95% bootstrap interval. This is a toy model: judge your own model with "
-        "`pop-gguf eval`. No keys and values are fitted here; [fitted projections](fitted-projections.md) are measured "
-        "on pretrained models.",
-        "## The curve, and whether quantization changes it",
-        "![KL divergence over the boundary, by file type](quality/curves.png)",
-        _curve_table(found.curves, n_layer),
-        _choices(found.curves, n_layer),
-        "`pop-gguf tune` on the Q8_0 file and the stories: ![tune](quality/tune.png)",
-        "## Generated answers, exact match",
-        "The engine generates greedily from the Q8_0 file. "
-        f"Each column has {found.samples} questions: the code of the recall texts, the number of the arithmetic "
-        "answers, and a code among fillers in 400 tokens at every depth (the built-in task of `pop-gguf eval`). "
-        "The arithmetic is too hard for this model.",
-        _exact_table(found.exact),
+        "# What pruning costs: pretrained models",
+        "Generated by `make quality` from the figures in `bench/real`, which `python -m tools.real_table` has "
+        "measured. Every question is answered by the whole model and by each variant of it, so differences are "
+        "paired. A prompt is read with a [boundary](glossary.md#boundary) b, which is the first layer that it skips; "
+        "the whole model then writes the answer, or scores the endings of a choice. Answers are written greedily. "
+        "GSM8K and HumanEval are asked through the chat template, MMLU and HellaSwag as lm-evaluation-harness asks "
+        "them without examples, and HotpotQA as LongBench does. Judge your own model with `pop-gguf eval`.",
+        "The variants are: " + "; ".join(f"*{_LABELS[kind]}*, {text}" for kind, text in KINDS.items()) + ".",
+        "## Scores",
+        "The column of the whole model has its score in percent, with a 95% interval. All others have the difference "
+        "to it on the same questions, in points. A difference beyond noise is bold (p below 0.05: McNemar's exact "
+        "test, for F1 a permutation test within pairs); it is one of many, so one in twenty is bold by chance.",
     ]
-    if found.other:
-        parts += [
-            f"The other model, `{found.other[0]}`, can only tell stories:",
-            _one_curve(found.other[1]["stories"]),
-        ]
+    for name, results in found.items():
+        parts += [f"### {results.model}", _score_table(name, results, rows)]
     parts += [
-        "## Head and tail",
-        "Measured with the Q8_0 file; the cells are the KL divergence. A tail of T tokens gives back T / N of what "
-        "pruning saves on a prompt of N tokens.",
-        _ends_table(found.ends),
-        "## Ablations and rivals",
-        "Measured in PyTorch with float32, by code that is written apart from the engine (`tools/ablations.py`). "
-        f"The cells are the KL divergence on each task, then the exact recall over {found.samples} texts. "
-        f"The recall of the whole model is {_percent(found.whole_recall)}.",
-        *(_ablation_table(share, rows) for share, rows in found.ablations.items()),
-        "SliceGPT is left out. It rotates the residual stream and deletes rows and columns of every matrix, so its "
-        "models have a shape that neither the Llama of transformers nor that of llama.cpp can hold. The paper reports "
-        "0.91 on GSM8K for it. The zeros of Wanda bring no speed here. `llama-quantize --prune-layers` of llama.cpp "
-        "makes what the row of removed layers measures.",
-        "## Importance against reality",
-        "![Importance of each layer in both stages](quality/importance.png)",
-        _importance_text(found.profiles, plain),
-        "## Reading",
+        "## KL divergence",
+        "The whole model writes 32 tokens to prompts of four kinds that nothing was fitted on, and each variant is "
+        "compared with it on these tokens: nats per token, mean over prompts with a 95% interval.",
+        "![KL divergence over the share of skipped layers](quality/kl.png)",
+    ]
+    for name, results in found.items():
+        parts += [f"### {results.model}: KL divergence", _kl_table(name, results)]
+    parts += [
+        "## What a KL divergence means",
+        "![Loss of each task over the KL divergence](quality/losses.png)",
+        _budget_text(rows),
         reading.strip(),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _kl_at(qualities: list[Quality], boundary: int) -> Mean:
-    return next(quality.kl for quality in qualities if quality.boundary == boundary)
-
-
-def _cell(mean: Mean) -> str:
-    return f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
-
-
-def _percent(mean: Mean) -> str:
-    return f"{mean.value:.0%} [{mean.low:.0%}, {mean.high:.0%}]"
-
-
-def _table(head: list[str], rows: list[list]) -> str:
+def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _curve_table(curves: dict, n_layer: int) -> str:
-    rows = []
-    for i, quality in enumerate(curves["f16"]["stories"]):
-        if quality.boundary != n_layer:
-            rows.append(
-                [quality.boundary, *(_cell(curves[outtype][name][i].kl) for name in TASKS for outtype in TYPES)]
-            )
-    return _table(["b", *(f"{name} {outtype.upper()}" for name in TASKS for outtype in TYPES)], rows)
+def _heading(variant: str) -> str:
+    if (boundary := boundary_of(variant)) is None:
+        kind, number = variant.split()
+        return f"{_LABELS[kind]}, {number} layers"
+    return f"b {boundary}, {_LABELS[kind_of(variant)]}"
 
 
-def _choices(curves: dict, n_layer: int) -> str:
-    chosen = {
-        outtype: [
-            choose_by_curve(
-                n_layer, {q.boundary: (q.kl.value, q.loss_increase.value) for q in curves[outtype][name]}, max_kl=BUDGET
-            ).boundary
-            for name in TASKS
-        ]
-        for outtype in TYPES
-    }
-    same = len({tuple(boundaries) for boundaries in chosen.values()}) == 1
-    text = "; ".join(f"{outtype.upper()} {' / '.join(map(str, boundaries))}" for outtype, boundaries in chosen.items())
-    return f"The lowest boundary with a KL divergence of at most {BUDGET} ({' / '.join(TASKS)}): {text}. " + (
-        "Quantization does not change the answer."
-        if same
-        else "Quantization changes the answer where the curve crosses the budget."
-    )
-
-
-def _one_curve(qualities: list[Quality]) -> str:
-    rows = [[q.boundary, _cell(q.kl), f"{q.loss_increase.value:.2%}", _percent(q.top1)] for q in qualities[1:]]
-    return _table(["b", "KL", "loss increase", "same top token"], rows)
-
-
-def _exact_table(exact: dict[str, dict[int, Mean]]) -> str:
-    boundaries = sorted(next(iter(exact.values())), reverse=True)
-    return _table(["b", *exact], [[b, *(_percent(found[b]) for found in exact.values())] for b in boundaries])
-
-
-def _ends_table(ends: dict) -> str:
-    rows = []
-    for boundary in (8, 6):
-        for (head, tail), found in ends.items():
-            cells = [_cell(_kl_at(found[name], boundary)) for name in TASKS]
-            rows.append([boundary, head, tail, *cells])
-    return _table(["b", "head", "tail", *TASKS], rows)
-
-
-def _ablation_table(share: str, rows: list) -> str:
-    return _table(
-        [f"{share} skipped", *TASKS, "recall, exact"],
-        [[name, *map(_cell, kls), _percent(match)] for name, kls, match in rows],
-    )
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(values)).astype(float)
-
-
-def _importance_text(profiles: dict, curve: dict[str, list[Quality]]) -> str:
+def _score_table(name: str, results: Results, rows: list[Row]) -> str:
+    mine = [row for row in rows if row.model == name]
     lines = []
-    for name in TASKS:
-        kl = {quality.boundary: quality.kl.value for quality in curve[name]}
-        n_layer = max(kl)
-        layers = [il for il in sorted(kl) if il < n_layer]
-        added = np.array([kl[il] - kl[il + 1] for il in layers])
-        rho = np.corrcoef(_ranks(profiles["prefill"][layers]), _ranks(added))[0, 1]
-        lines.append(f"{name} {rho:+.2f}")
-    ratio = profiles["decode"][:-1] / np.maximum(profiles["prefill"][:-1], 1e-12)
-    lower, upper = ratio[:6], ratio[6:]
+    for task, (title, metric, guess) in METRICS.items():
+        items = results.items(task, [WHOLE])
+        if not items:
+            continue
+        score = bootstrap_mean(results.column(task, WHOLE, metric, items))
+        chance = " (guessing)" if guess and score.low <= guess else ""
+        whole = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]{chance}"
+        cells = [_difference_cell(row.losses[task]) if task in row.losses else "N/A" for row in mine]
+        lines.append([title, str(len(items)), whole, *cells])
+    return _table(["Task", "Questions", "Whole", *(_heading(row.variant) for row in mine)], lines)
+
+
+def _difference_cell(difference: Difference) -> str:
+    text = f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    return text if difference.within_noise else f"**{text}**"
+
+
+def _kl_table(name: str, results: Results) -> str:
+    lines = []
+    for variant in results.variants():
+        if variant == WHOLE:
+            continue
+        cells = []
+        for task in kl_tasks(results):
+            items = results.items(task, [variant])
+            mean = bootstrap_mean(results.column(task, variant, "kl", items)) if items else None
+            cells.append(f"{mean:.4f}" if mean else "N/A")
+        lines.append([_heading(variant), *cells])
+    return _table(["Variant", *(task.removeprefix("kl-") for task in kl_tasks(results))], lines)
+
+
+def _budget_text(rows: list[Row]) -> str:
+    """Says up to which KL divergence no task loses more than a point beyond noise."""
+    measured = sorted((row for row in rows if row.kl and row.losses), key=lambda row: row.kl.value)
+    good: list[Row] = []
+    for row in measured:
+        lost = {task: loss for task, loss in row.losses.items() if loss.value < -BUDGET_LOSS and not loss.within_noise}
+        if lost:
+            task, loss = min(lost.items(), key=lambda pair: pair[1].value)
+            breach = (
+                f"The first row that does is {row.model}, {_heading(row.variant)}, at {row.kl.value:.4f}: "
+                f"{METRICS[task][0]} loses {-100 * loss.value:.1f} points."
+            )
+            break
+        good.append(row)
+    else:
+        breach = "No row does."
+    limit = f"up to a KL divergence of {good[-1].kl.value:.4f}, over {len(good)} rows," if good else "in no row"
     return (
-        "The importance is the Fisher score of virtual gates over 120 calibration samples. "
-        f"The ratio of decode importance to prefill importance is {lower.min():.0f} to {lower.max():.0f} in the lower "
-        f"half and {upper.min():.0f} to {upper.max():.0f} in the upper half, which is the asymmetry that the paper "
-        "describes. The next figures are rank correlations of a layer's prefill importance with the KL divergence that "
-        "skipping it adds (for layer l, the divergence at b = l minus that at b = l + 1; layers 3 to 11): "
-        f"{', '.join(lines)}. With nine layers, a correlation below about 0.68 is within chance (5%)."
+        f"Rows are sorted by their mean KL divergence over the four kinds. {limit[0].upper()}{limit[1:]} no task loses "
+        f"more than {100 * BUDGET_LOSS:.0f} point beyond noise. {breach}"
     )
 
 
-def plot_curves(curves: dict, path: Path) -> None:
+def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
+    """Draws the KL divergence over the share of skipped layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        for i, outtype in enumerate(TYPES):
-            points = curves[outtype][name]
-            x = [quality.boundary + 0.1 * (i - 1) for quality in points]
-            y = [quality.kl.value for quality in points]
-            spread = [[q.kl.value - q.kl.low for q in points], [q.kl.high - q.kl.value for q in points]]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, (model, n_layer) in zip(_COLOURS, layers.items()):
+        for kind, style in (("plain", ":"), ("head", "-."), ("fitted", "-")):
+            points = [
+                (1 - boundary_of(row.variant) / n_layer, row.kl)
+                for row in rows
+                if row.model == model and row.kind == kind and row.kl
+            ]
+            if points:
+                x, y = [100 * share for share, _ in points], [kl.value for _, kl in points]
+                spread = [[kl.value - kl.low for _, kl in points], [kl.high - kl.value for _, kl in points]]
+                label = f"{model}, {_LABELS[kind]}"
+                axes.errorbar(
+                    x, y, yerr=spread, color=colour, ls=style, marker=_MARKERS[kind], ms=4, capsize=3, label=label
+                )
+    axes.set(xlabel="layers skipped, %", ylabel="KL divergence, nats per token", yscale="log")
+    axes.legend(frameon=False, fontsize=8)
+    style_axes(axes)
+    figure.savefig(path, dpi=150)
+
+
+def plot_losses(rows: list[Row], path: Path) -> None:
+    """Draws for each task by how many points its score changes, over the KL divergence."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    tasks = [task for task in METRICS if any(task in row.losses and row.kl for row in rows)]
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure = Figure(figsize=(10, 2.6 * -(-max(1, len(tasks)) // 3) + 0.6), layout="constrained")
+    grid = figure.subplots(-(-max(1, len(tasks)) // 3), 3, squeeze=False, sharex=True)
+    for axes, task in zip(grid.flat, tasks):
+        axes.axhline(0, color="#666666", linewidth=0.8)
+        for row in rows:
+            if row.kl is None or task not in row.losses:
+                continue
+            loss = row.losses[task]
+            spread = [[100 * (loss.value - loss.low)], [100 * (loss.high - loss.value)]]
+            colour = _COLOURS[models.index(row.model)]
             axes.errorbar(
-                x, y, yerr=spread, color=_COLOURS[i], marker="o", markersize=3, capsize=2, label=outtype.upper()
+                max(row.kl.value, 1e-4),
+                100 * loss.value,
+                yerr=spread,
+                color=colour,
+                marker=_MARKERS[row.kind],
+                ms=5,
+                mfc=colour if row.kind == "fitted" else "none",
+                lw=0.8,
             )
-        axes.axhline(BUDGET, color="#666666", linestyle="--", linewidth=0.8)
-        axes.set(title=name, xlabel="boundary (layers kept)", ylabel="KL divergence" if name == TASKS[0] else "")
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+        axes.set(title=METRICS[task][0], xscale="log")
+        style_axes(axes)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.set_visible(False)
+    figure.supxlabel("KL divergence, nats per token")
+    figure.supylabel("difference to the whole model, points")
+    kinds = [kind for kind in _MARKERS if any(row.kind == kind for row in rows)]
+    handles = [Line2D([], [], color=_COLOURS[i], lw=4, label=model) for i, model in enumerate(models)]
+    handles += [
+        Line2D(
+            [], [], color="#444444", ls="", marker=_MARKERS[k], mfc=None if k == "fitted" else "none", label=_LABELS[k]
+        )
+        for k in kinds
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def plot_importance(profiles: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.0), layout="constrained")
-    titles = {"prefill": "prefill importance", "decode": "decode importance", "influence": "block influence (ShortGPT)"}
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        axes.bar(range(len(profiles[name])), profiles[name], color=_COLOURS[0])
-        axes.set(title=title, xlabel="layer")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -215,8 +215,7 @@ def _measure_item(
             figures: dict[str, float] = dataclasses.asdict(scores[boundary])
             if item.question is not None:
                 figures |= answer(llm, tokenizer, item.question, boundary)
-            results.add(task.name, item.id, _name(llm, boundary), figures)
-            found[boundary] = figures
+            found[boundary] = results.add(task.name, item.id, _name(llm, boundary), figures)
     return found
 
 

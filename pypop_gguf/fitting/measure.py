@@ -53,7 +53,7 @@ class Meter:
         Raises:
             PopError: The model's predictions are not finite.
         """
-        answer = self._answer(prompt, n_tokens)
+        answer = self.answer(prompt, n_tokens)
         # The whole model scores the answer in one batch, as the pruned ones do: single tokens take other products,
         # whose rounding alone cost 0.002 nats a token on SmolLM2-135M in Q4_1.
         whole = log_softmax(self._llm.score(prompt, answer, pop=False))
@@ -68,7 +68,7 @@ class Meter:
             native.add_adapter(self._llm.ctx, adapter)
         return {boundary: Cost(plain[boundary], score(boundary)) for boundary in self._adapters}
 
-    def _answer(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
+    def answer(self, prompt: Sequence[int], n_tokens: int) -> list[int]:
         """Returns the greedy answer of the whole model."""
         native.clear_adapters(self._llm.ctx)
         self._llm.reset()

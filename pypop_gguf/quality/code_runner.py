@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from pypop_gguf.quality.grading import Grader
+from pypop_gguf.quality.limited_program import COMPLETED
 
 _RUNNER = Path(__file__).with_name("limited_program.py")
 
@@ -32,7 +33,7 @@ def expect_passes(item: dict) -> Grader:
 
 
 def passes(program: str, seconds: float = 10) -> bool:
-    """Returns whether a Python program ends without an error within this time and the limits of limited_program.py."""
+    """Returns whether a Python program runs to its end within this time and the limits of limited_program.py."""
     with tempfile.TemporaryDirectory() as directory:
         try:
             done = subprocess.run(
@@ -46,4 +47,4 @@ def passes(program: str, seconds: float = 10) -> bool:
             )
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return done.returncode == COMPLETED

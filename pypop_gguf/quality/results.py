@@ -32,7 +32,12 @@ def name_variant(boundary: int, n_layer: int, *, fitted: bool = False, head: int
 
 
 class Results:
-    """Figures by task, item and variant."""
+    """Figures by task, item and variant.
+
+    Attributes:
+        model: Name of the model's file.
+        n_layer: Number of its layers.
+    """
 
     def __init__(self, path: Path | None = None, model: Path | None = None) -> None:
         """Reads what a file has already. A line that an interruption has cut off is dropped.
@@ -45,6 +50,7 @@ class Results:
             PopError: The file has results of another model, a line is not a result, or it cannot be read or written.
         """
         self.model = ""
+        self.n_layer = 0
         self._header: dict = {}
         self._path = path
         self._figures: dict[tuple[str, str, str], Figures] = {}
@@ -66,14 +72,14 @@ class Results:
             self._write(header)
         elif self._header != header:
             raise PopError(f"{path} has results of {self.model}, and this is {model.name}; give another --out")
-        self.model = model.name
+        self.model, self.n_layer = model.name, header["layers"]
 
     def _read_line(self, number: int, line: bytes) -> None:
         wrong = PopError(f"{self._path}: line {number} is not a result; delete the line, or give another --out")
         try:
             row = json.loads(line)
             if number == 1:
-                self._header, self.model = row, str(row["model"])
+                self._header, self.model, self.n_layer = row, str(row["model"]), int(row["layers"])
                 return
             key = row["task"], row["item"], row["variant"]
             figures = {str(name): float(value) for name, value in row["figures"].items()}
@@ -87,8 +93,8 @@ class Results:
         """Returns the figures of one item, or None if they were not measured yet."""
         return self._figures.get((task, item, variant))
 
-    def add(self, task: str, item: str, variant: str, figures: Figures) -> None:
-        """Keeps figures, and appends them to the file.
+    def add(self, task: str, item: str, variant: str, figures: Figures) -> Figures:
+        """Keeps figures, and appends them to the file. Returns them as the file has them, rounded.
 
         Raises:
             PopError: The file cannot be written.
@@ -96,6 +102,7 @@ class Results:
         figures = {name: float(f"{value:.6g}") for name, value in figures.items()}
         self._figures[task, item, variant] = figures
         self._write({"task": task, "item": item, "variant": variant, "figures": figures})
+        return figures
 
     def _write(self, row: dict) -> None:
         if self._path is None:
@@ -127,4 +134,9 @@ class Results:
 
 def _describe(model: Path) -> dict:
     # The fingerprint is the same for all quantizations, so the size tells them apart.
-    return {"model": model.name, "bytes": model.stat().st_size, "fingerprint": library.fingerprint(model)}
+    return {
+        "model": model.name,
+        "layers": library.describe_model(model).n_layer,
+        "bytes": model.stat().st_size,
+        "fingerprint": library.fingerprint(model),
+    }
