@@ -65,10 +65,9 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 	    --decode 8 --threads 2 --stock $(STOCK) --csv bench/$(MACHINE).csv
 	$(BIN)/pop-gguf bench --from-csv bench/$(MACHINE).csv --plot bench/$(MACHINE).png
 
-# docs/quality.md; DATA has the held-out texts stories.jsonl, arithmetic.jsonl, recall.jsonl and calibration.jsonl,
-# and OTHER is a second model
+# docs/quality.md, from the figures in bench/real that `python -m tools.real_table MODEL --data DATA` has measured
 quality: $(VENV)/.installed
-	$(BIN)/python -m tools.quality_report --data $(DATA) $(if $(OTHER),--other $(OTHER))
+	$(BIN)/python -m tools.quality_page
 
 # mixed traffic on the server; MINUTES=5 is what CI runs
 MINUTES := 60

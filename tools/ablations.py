@@ -1,4 +1,4 @@
-"""Measures POP beside its ablations and rivals in PyTorch, for docs/quality.md.
+"""Measures POP beside its ablations and rivals in PyTorch.
 
 They differ in which layers are skipped, when, and in what is left in the caches of these layers. The code is written
 apart from the engine: it runs models of transformers and skips layers with hooks.

@@ -133,7 +133,8 @@ def page(found: dict[str, Results], rows: list[Row], reading: str) -> str:
         "## Scores",
         "The column of the whole model has its score in percent, with a 95% interval. All others have the difference "
         "to it on the same questions, in points. A difference beyond noise is bold (p below 0.05: McNemar's exact "
-        "test, for F1 a permutation test within pairs); it is one of many, so one in twenty is bold by chance.",
+        "test, for F1 a permutation test within pairs). The test asks for more than an interval without 0 where few "
+        "questions differ, and one in twenty differences is bold by chance.",
     ]
     for name, results in found.items():
         parts += [f"### {results.model}", _score_table(name, results, rows)]
@@ -216,6 +217,12 @@ def _budget_text(rows: list[Row]) -> str:
         good.append(row)
     else:
         breach = "No row does."
+    widths = [(loss.high - loss.low) / 2 for row in measured for loss in row.losses.values()]
+    if widths:
+        breach += (
+            f" Half of the intervals reach {100 * np.median(widths):.1f} points or more to each side, so smaller "
+            "losses are hardly seen with these numbers of questions."
+        )
     limit = f"up to a KL divergence of {good[-1].kl.value:.4f}, over {len(good)} rows," if good else "in no row"
     return (
         f"Rows are sorted by their mean KL divergence over the four kinds. {limit[0].upper()}{limit[1:]} no task loses "
@@ -290,7 +297,7 @@ def plot_losses(rows: list[Row], path: Path) -> None:
         )
         for k in kinds
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -20,7 +20,7 @@ from tools import cli_docs
 PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/README.md")
 ]
-# tools/quality_report.py copies reading.md into quality.md, where its links are checked.
+# tools/quality_page.py copies reading.md into quality.md, where its links are checked.
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "reading.md")
 EXAMPLES = ["README.md", "docs/index.md", "docs/python.md", "docs/faq.md"]
 # The name that README and docs/speed.md give a model, and its name in the raw runs.

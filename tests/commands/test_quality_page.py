@@ -1,0 +1,53 @@
+"""The page docs/quality.md: its cells are what the files of results say."""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("matplotlib")
+from pypop_gguf import PopError
+from tools import quality_page, real_table
+
+
+def write_results(path, n_items: int, lost: int) -> None:
+    """Writes results of which the pruned variant loses the first ``lost`` questions of GSM8K."""
+    header = {"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "layers": 30, "bytes": 1, "fingerprint": "0"}
+    rows = []
+    for i in range(n_items):
+        for variant, score in (("whole", 1.0), ("b20", float(i >= lost)), ("b20 fitted head 1", 1.0)):
+            rows.append(("gsm8k", f"{i}-0", variant, {"exact_match": score}))
+            kl = {"whole": 0.0, "b20": 0.25}.get(variant, 0.01) * random.Random(i).choice((0.5, 1.5))
+            rows.append(("kl-code", f"{i}-0", variant, {"kl": kl, "top1": 1.0}))
+    rows.append(("gsm8k", "99-0", "whole", {"exact_match": 0.0}))  # It has no pair, so it changes no difference.
+    keys = ("task", "item", "variant", "figures")
+    lines = [json.dumps(header), *(json.dumps(dict(zip(keys, row))) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_page_has_paired_differences_and_the_budget_that_they_allow(tmp_path, monkeypatch):
+    write_results(tmp_path / "smollm2-135m.jsonl", 20, lost=8)
+    out = tmp_path / "quality.md"
+    (tmp_path / "quality").mkdir()
+    (tmp_path / "quality" / "reading.md").write_text("## Reading\n\nBy hand.\n")
+    monkeypatch.setattr("sys.argv", ["quality_page", "--results", str(tmp_path), "--out", str(out)])
+    assert quality_page.main() == 0
+    text = out.read_text()
+    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith("| GSM8K")]
+    assert row[1] == "21" and row[2].startswith("95.2 [")
+    assert row[3].startswith("**-40.0 [") and row[4].startswith("+0.0 [+0.0, +0.0]")
+    assert "b 20, plain" in text and "b 20, fitted" in text and "By hand." in text
+    assert "over 1 rows, no task loses" in text and "GSM8K loses 40.0 points" in text
+    for name in ("kl.png", "losses.png"):
+        assert (tmp_path / "quality" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_without_results_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["quality_page", "--results", str(tmp_path), "--out", str(tmp_path / "q.md")])
+    with pytest.raises(PopError, match=r"run python -m tools\.real_table"):
+        quality_page.main()
+
+
+def test_counts_of_single_tasks_override_the_common_one():
+    counts = real_table._read_counts("20,mmlu=300")
+    assert (counts["mmlu"], counts["gsm8k"], counts["kl"]) == (300, 20, 20)
