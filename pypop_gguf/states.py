@@ -152,6 +152,11 @@ def restore(state, name: str, ctx: int) -> None:
         if llama_cpp.llama_state_set_data(ctx, data, len(data)) == len(data):
             return
     reason = errors[0].split(": ")[-1] if errors else "of another size"
+    if "V transposition" in reason:
+        raise PopError(
+            f"this state was saved with another flash_attn than {name} is open with: open it as it was there "
+            "(llama_cpp.Llama has flash_attn=False by default)"
+        )
     raise PopError(
         f"this state does not fit {name} as it is open here ({reason}): "
         "load it with the model and options that saved it"

@@ -25,6 +25,7 @@ from pypop_gguf.terminal import aligned, available_cores
 
 ON, OFF = dict(pop_kernels=True), dict(pop_kernels=False)
 REFERENCE = dict(pop_kernels=False, flash_attn=False)
+_ROWS = 16
 
 
 def read_text(path: Path) -> str:
@@ -71,6 +72,7 @@ def tokenize(model: Path, text: str, n_tokens: int, n_context: int) -> list[list
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns log probabilities in F64, for few rows at once: a vocabulary is large."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -82,13 +84,14 @@ def compare_texts(model: Path, chunks: list[list[int]]) -> list[str]:
     agree: dict[str, list[np.ndarray]] = {name: [] for name in losses}
     ways = dict(zip(losses, (OFF, ON, REFERENCE), strict=True))
     for chunk, *logits in zip(chunks, *(logits_of(model, chunks, options) for options in ways.values()), strict=True):
-        rows = np.arange(len(chunk) - 1)
-        base = log_softmax(logits[0])
-        for name, one in zip(losses, logits, strict=True):
-            other = base if name == "off" else log_softmax(one)
-            losses[name].append(-other[rows, chunk[1:]])
-            divergences[name].append((np.exp(base) * (base - other)).sum(axis=-1))
-            agree[name].append(base.argmax(axis=-1) == other.argmax(axis=-1))
+        for start in range(0, len(chunk) - 1, _ROWS):
+            targets = chunk[start + 1 : start + 1 + _ROWS]
+            base = log_softmax(logits[0][start : start + _ROWS])
+            for name, one in zip(losses, logits, strict=True):
+                other = base if name == "off" else log_softmax(one[start : start + _ROWS])
+                losses[name].append(-other[np.arange(len(targets)), targets])
+                divergences[name].append((np.exp(base) * (base - other)).sum(axis=-1))
+                agree[name].append(base.argmax(axis=-1) == other.argmax(axis=-1))
     n = sum(map(len, losses["off"]))
     table: list[list[object]] = [
         ["kernels", "tokens", "perplexity", "loss - loss of off", "KL from off", "same top token"]
@@ -138,8 +141,8 @@ def compare_errors(model: Path, chunks: list[list[int]], types: list[str]) -> li
             errors, size = np.zeros(2), 0.0
             ways = ((exact, REFERENCE), (quantized, ON), (quantized, OFF))
             for wanted, *computed in zip(*(logits_of(path, chunks, options) for path, options in ways), strict=True):
-                size += (wanted.astype(np.float64) ** 2).sum()
-                errors += [((one.astype(np.float64) - wanted) ** 2).sum() for one in computed]
+                size += np.square(wanted, dtype=np.float64).sum()
+                errors += [np.square(one - wanted, dtype=np.float64).sum() for one in computed]
         on, off = errors / size
         table.append([outtype, f"{on:.3e}", f"{off:.3e}", f"{on / off:.3f}"])
     return aligned(table)

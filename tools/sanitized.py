@@ -4,7 +4,8 @@ asan looks for wrong addresses and undefined behaviour. It runs the fuzzers of b
 tests that need neither torch nor another build, and mixed traffic on the server. tsan looks for data races. It runs two
 contexts of one model in two threads, and the tests that have several clients on the server. Each finding that is
 llama.cpp's own has an exception with its reason in tests/sanitizers/; any other finding ends the program in which it is
-found. The build takes about half an hour on 2 cores. It needs Linux and GCC.
+found. The build takes about half an hour on 2 cores. It needs Linux and GCC, and is for AVX2: to check the kernels for
+AVX-512 too, configure it with -DGGML_NATIVE=ON.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ SUPPRESSIONS = ROOT / "tests" / "sanitizers"
 LIBRARY = {"asan": "libasan.so", "tsan": "libtsan.so"}
 MODELS = "POP_TEST_MODELS"  # tests/conftest.py reads the directory of written models from this variable
 TESTS = [
+    "test_attention_kernel",
     "test_boundary",
     "test_c_api",
     "test_continuation",
     "test_golden",
+    "test_kernels",
     "test_llama",
     "test_progress",
     "test_properties",

@@ -22,7 +22,8 @@ from tests.support.gguf_files import STRING, insert_raw_key
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 3
 MESSAGES = [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": PROMPT}]
 PAINT_IT = [{"role": "user", "content": "Paint the ball red, please."}]  # short, because descriptions of tools are long
-ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)
+# llama_cpp.Llama's default is without flash attention.
+ONE_THREAD = dict(n_threads=1, n_threads_batch=1, flash_attn=False, verbose=False)
 OPTIONS = dict(n_ctx=512, n_batch=64, **ONE_THREAD)
 LOSSLESS, DEEP = 11, 4
 PAINT = {

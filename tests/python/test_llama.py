@@ -117,7 +117,7 @@ def test_timings_cover_the_call(llm):
 
 def test_logits_all_runs_the_whole_model_and_gives_the_parents_scores(bundled_gguf):
     plain = llama_cpp.Llama(str(bundled_gguf), n_ctx=256, logits_all=True, verbose=False)
-    ours = PopLlama(str(bundled_gguf), pop_boundary=6, n_ctx=256, logits_all=True, verbose=False)
+    ours = PopLlama(str(bundled_gguf), pop_boundary=6, n_ctx=256, logits_all=True, flash_attn=False, verbose=False)
     results = [
         llm.create_completion(PROMPT, max_tokens=4, temperature=0, logprobs=3, echo=True) for llm in (plain, ours)
     ]

@@ -18,7 +18,8 @@ from tests.support import pair_adapter
 from tests.support.projections import find_projections
 
 PROMPT = "Once upon a time there was a little fox who lived near the river. One day the fox found a map. " * 2
-ONE_THREAD = dict(n_threads=1, n_threads_batch=1, verbose=False)
+# llama_cpp.Llama's default is without flash attention.
+ONE_THREAD = dict(n_threads=1, n_threads_batch=1, flash_attn=False, verbose=False)
 OPTIONS = dict(n_ctx=128, n_batch=32, pop_boundary=6, **ONE_THREAD)
 CALL = dict(max_tokens=8, temperature=0)
 
@@ -208,6 +209,16 @@ def test_plain_states_that_do_not_fit_are_refused_in_one_line(llm, reference_mod
     assert llm.n_tokens == 0
     assert complete(llm) == fresh(bundled_gguf)
     other.close()
+    # A cache that flash attention reads has its values in another order.
+    llm.reset()
+    complete(llm)
+    default = PopLlama(str(bundled_gguf), **{**OPTIONS, "flash_attn": None})
+    with pytest.raises(PopError, match="saved with another flash_attn"):
+        default.load_state(llm.save_state())
+    complete(default)
+    with pytest.raises(PopError, match="saved with another flash_attn"):
+        llm.load_state(default.save_state())
+    default.close()
 
 
 def test_state_moves_to_a_context_of_another_length(llm, bundled_gguf):
@@ -281,7 +292,6 @@ def test_positions_that_other_projections_filled_are_read_again(reference_models
         n_ctx=64,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
         **ONE_THREAD,
     )
     written = []
