@@ -132,19 +132,21 @@ def requantize(source: Path, target: Path, outtype: str) -> None:
 
 def compare_errors(model: Path, chunks: list[list[int]], types: list[str]) -> list[str]:
     """Returns the second table."""
-    table: list[list[object]] = [["type", "error on", "error off", "on / off"]]
+    table: list[list[object]] = [["type", "error on", "error off", "on / off", "of each chunk"]]
     for outtype in types:
         with tempfile.TemporaryDirectory() as directory:
             quantized, exact = Path(directory, "quantized.gguf"), Path(directory, "f32.gguf")
             requantize(model, quantized, outtype)
             requantize(quantized, exact, "f32")
-            errors, size = np.zeros(2), 0.0
+            rows = []  # the squares of the logits of each chunk, and of their errors
             ways = ((exact, REFERENCE), (quantized, ON), (quantized, OFF))
             for wanted, *computed in zip(*(logits_of(path, chunks, options) for path, options in ways), strict=True):
-                size += np.square(wanted, dtype=np.float64).sum()
-                errors += [np.square(one - wanted, dtype=np.float64).sum() for one in computed]
-        on, off = errors / size
-        table.append([outtype, f"{on:.3e}", f"{off:.3e}", f"{on / off:.3f}"])
+                differences = (wanted, *(one - wanted for one in computed))
+                rows.append([np.square(one, dtype=np.float64).sum() for one in differences])
+        size, on, off = np.sum(rows, axis=0)
+        ratios = sorted(on_here / off_here for _, on_here, off_here in rows)
+        by_chunk = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {np.median(ratios):.3f}"
+        table.append([outtype, f"{on / size:.3e}", f"{off / size:.3e}", f"{on / off:.3f}", by_chunk])
     return aligned(table)
 
 
