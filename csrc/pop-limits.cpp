@@ -139,6 +139,25 @@ static void check_prompts(const json & prompts) {
     }
 }
 
+// Refuses what OpenAI's endpoints promise and llama-server would leave out without a word.
+static void check_unserved(const json & body) {
+    auto asks = [&](const char * key) { return body.contains(key) && !body.at(key).is_null(); };
+    if (asks("prompt")) {
+        if (asks("echo") && body.at("echo") != false) {
+            refuse("\"echo\" is not served: PopLlama with logits_all=True scores the tokens of a prompt");
+        }
+        if (asks("suffix") && body.at("suffix") != "") {
+            refuse("\"suffix\" is not served: send the text after the gap to /infill as \"input_suffix\"");
+        }
+        if (asks("best_of") && body.at("best_of") != (asks("n") ? body.at("n") : json(1))) {
+            refuse("\"best_of\" is not served: ask for \"n\" answers and choose among them");
+        }
+    }
+    if (asks("input") && asks("dimensions")) {
+        refuse("\"dimensions\" is not served: embeddings have as many values as the model gives them");
+    }
+}
+
 void pop_check_request(const std::string & text) {
     check_json_nesting(text);
     const json body = json::parse_no_throw(text);
@@ -151,6 +170,7 @@ void pop_check_request(const std::string & text) {
             check_arguments(body.at(key));
         }
     }
+    check_unserved(body);
     check_schemas(body);
     if (body.contains("grammar") && body.at("grammar").is_string()) {
         check_grammar_nesting(body.at("grammar").get<std::string>());

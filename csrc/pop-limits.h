@@ -1,6 +1,6 @@
-// Limits on what a request may ask of llama-server. The wrapper of the server's handlers calls pop_check_request() for
-// every request before any parser of llama.cpp sees it (patch upstream/0007). These parsers recurse, and a process
-// whose stack is exhausted ends.
+// Limits on what a request may ask of llama-server, and the fields that it does not serve. The wrapper of the server's
+// handlers calls pop_check_request() for every request before any parser of llama.cpp sees it (patch upstream/0007).
+// These parsers recurse, and a process whose stack is exhausted ends.
 
 #pragma once
 

@@ -243,3 +243,34 @@ def test_brackets_in_literals_of_a_grammar_do_not_count_as_nesting(server):
         server, "/completion", json.dumps({"prompt": "a", "n_predict": 2, "grammar": grammar}).encode()
     )
     assert status == 200 and json.loads(text)["content"].startswith("("), text
+
+
+# Fields that OpenAI's endpoints have and this server does not serve
+
+PROMPT, INPUT = {"prompt": "The cat", "max_tokens": 1}, {"input": "The cat"}
+UNSERVED = [
+    ("/v1/completions", {**PROMPT, "echo": True, "logprobs": 1}, '"echo" is not served: PopLlama with logits_all=True'),
+    ("/completion", {**PROMPT, "echo": True}, '"echo" is not served'),
+    (
+        "/v1/completions",
+        {**PROMPT, "suffix": " sat."},
+        '"suffix" is not served: send the text after the gap to /infill',
+    ),
+    ("/v1/completions", {**PROMPT, "best_of": 3}, '"best_of" is not served: ask for "n" answers'),
+    ("/v1/embeddings", {**INPUT, "dimensions": 16}, '"dimensions" is not served'),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "error"), UNSERVED)
+def test_fields_that_are_not_served_are_refused(server, path, body, error):
+    """They were left out without a word. lm-evaluation-harness scored every choice alike."""
+    status, text, _ = ask(server, path, json.dumps(body).encode())
+    assert status == 400 and json.loads(text)["error"]["message"].startswith(error), text
+
+
+def test_fields_that_ask_for_nothing_else_are_served(server):
+    fields = {"echo": False, "suffix": None, "best_of": 1, "n": 1}
+    status, text, _ = ask(server, "/v1/completions", json.dumps({**PROMPT, **fields}).encode())
+    assert status == 200, text
+    status, text, _ = ask(server, "/v1/completions", json.dumps({**PROMPT, "n": 2, "best_of": 2}).encode())
+    assert status == 200 and len(json.loads(text)["choices"]) == 2
