@@ -2,10 +2,14 @@
 
 import concurrent.futures
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import gguf
 import httpx
 import pytest
 
@@ -13,7 +17,7 @@ from pypop_gguf import PopLlama
 from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.metadata import PopMetadata
 from tests.support.server import OPTIONS as FOUR_SLOTS
-from tests.support.server import serve
+from tests.support.server import ask, serve
 
 BOUNDARY, N_LAYER = 8, 12
 # With one thread, F32 caches and no flash attention, batches of different shapes differ by rounding alone.
@@ -184,6 +188,54 @@ def test_fewest_tokens_and_boundary_of_the_command(model, tmp_path):
 def test_layers_that_only_read_a_shared_cache_are_skipped_without_a_key(shared_cache_models, tmp_path):
     with serve(shared_cache_models["gemma4"].gguf, tmp_path / "log.txt", "--threads", 1, "--context", 256) as server:
         assert server.get("/props")["pop"] == {"boundary": 5, "n_layer": 10}
+
+
+EMPTY = [
+    ("/completion", {"prompt": ""}),
+    ("/completion", {"prompt": ["", "The cat"]}),
+    ("/completion", {"prompt": [[], [5]]}),
+    ("/v1/completions", {"prompt": "", "n": 2}),
+    ("/v1/completions", {"prompt": "", "stream": True, "n": 2}),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}),
+    ("/v1/responses", {"input": ""}),
+    ("/tokenize", {"content": ""}),
+    ("/detokenize", {"tokens": []}),
+]
+
+
+def serve_with_bos(model, directory, adds_bos: bool, *options):
+    """Serves a copy of the model whose tokenizer adds BOS to a prompt, or does not."""
+    path = Path(shutil.copy(model, directory / "model.gguf"))
+    reader = gguf.GGUFReader(path, "r+")
+    field = reader.get_field("tokenizer.ggml.add_bos_token")
+    field.parts[field.data[0]][0] = adds_bos
+    reader.data.flush()
+    return serve(path, directory / "log.txt", *FOUR_SLOTS, *options)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_empty_prompts_get_an_answer(model, tmp_path, adds_bos):
+    """Without BOS a prompt has no token, and several answers to it waited for ever."""
+    with serve_with_bos(model, tmp_path, adds_bos) as server:
+        for path, body in EMPTY:
+            status, text, _ = ask(server, path, json.dumps({"max_tokens": 2, "n_predict": 2, **body}).encode())
+            assert status == 200, (path, body, text)
+        assert ask(server, "/completion", b'{"prompt": []}')[0] == 400
+        assert server.complete("The cat", n_predict=2)["tokens_predicted"] == 2
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "last", "none"])
+def test_embedding_of_an_empty_text_is_that_of_bos_or_refused(model, tmp_path, adds_bos, pooling):
+    with serve_with_bos(model, tmp_path, adds_bos, "--embeddings", "--pooling", pooling) as server:
+        for path, key in (("/embedding", "content"), ("/v1/embeddings", "input")):
+            for text, expected in (("", adds_bos), (["", "The cat"], adds_bos), ([], False)):
+                if pooling == "none" and path == "/v1/embeddings":
+                    expected = False  # which OpenAI's format cannot hold
+                status, answer, _ = ask(server, path, json.dumps({key: text}).encode())
+                assert status == (200 if expected else 400), (path, text, answer)
+        assert ask(server, "/embedding", b'{"content": "The cat"}')[0] == 200
 
 
 @pytest.mark.parametrize(
