@@ -1,17 +1,20 @@
 """Requests to the server: whatever their fields hold, an answer or an error comes in time, and the server goes on.
 
     python -m fuzz.http_requests --cases 5000 --seed 1
+    python -m fuzz.http_requests --caches --cases 2000 --seed 1
 
-Each case is one request to `pop-gguf serve` with fields of llama-server's and OpenAI's requests. Their values are
-invalid, too large, too many, too long, or lead to one another without end. The server is started again after a case
-that ended or stopped it. The time that a grammar takes is not bounded (SECURITY.md), so cases that are slow because of
-a grammar are counted apart.
+With ``--caches``, a case is a session of valid requests that share cached tokens, and each request is answered as if it
+were alone; see http_caches.py. Without it, each case is one request to `pop-gguf serve` with fields of llama-server's
+and OpenAI's requests. Their values are invalid, too large, too many, too long, or lead to one another without end. The
+server is started again after a case that ended or stopped it. The time that a grammar takes is not bounded
+(SECURITY.md), so cases that are slow because of a grammar are counted apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import random
@@ -19,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fuzz import harness
+from fuzz import harness, http_caches
 from fuzz.harness import Failure
 from fuzz.http_cases import PATHS, body
 from tests.support import tiny_models
@@ -100,12 +103,17 @@ def case(chance: random.Random, running: Running, keep: Path | None) -> str:
 def main() -> int:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", type=Path, help="GGUF file to serve (default: the bundled model)")
+        parser.add_argument("--caches", action="store_true", help="check sessions of requests that share cached tokens")
 
     arguments = harness.parse(__doc__.splitlines()[0], 1000, add)
     with harness.directory() as directory:
         model = arguments.model or directory / "lab.gguf"
         if not arguments.model:
             tiny_models.write_served(model)
+        if arguments.caches:
+            with contextlib.closing(http_caches.Servers(model, directory)) as servers:
+                run = functools.partial(http_caches.case, servers=servers)
+                return harness.run(arguments, run, seconds=60, counted="sessions")
         with contextlib.closing(Running(model, directory / "log.txt")) as running:
             return harness.run(arguments, lambda chance: case(chance, running, arguments.keep), seconds=60)
 
