@@ -19,6 +19,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 
 static thread_local std::string last_error;
 
@@ -215,7 +216,8 @@ int32_t llama_pop_adapter_path(const char * path_model, int32_t boundary, char *
 
 static bool load_adapter_beside(llama_context * ctx, const char * path_model, llama_pop_choice & choice) {
     const std::string path = pop_adapter_path(path_model, choice.boundary);
-    if (!std::filesystem::is_regular_file(std::filesystem::u8path(path))) {
+    std::error_code   none; // such as a name that is too long
+    if (!std::filesystem::is_regular_file(std::filesystem::u8path(path), none)) {
         return true;
     }
     auto & model = const_cast<llama_model &>(*llama_get_model(ctx));

@@ -1,6 +1,8 @@
-"""The exception for problems that users can mend, a notice, and the function that puts any text on one line."""
+"""The exception for problems that users can mend, a notice, and functions that make texts and paths fit to be shown."""
 
 import contextlib
+import os
+import shlex
 import sys
 import unicodedata
 
@@ -12,6 +14,33 @@ class PopError(ValueError):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+def shell_path(path: str | os.PathLike) -> str:
+    """Returns a path as it has to be written in a command of a shell, on one line."""
+    text = os.fspath(path)
+    if text.startswith("-"):
+        text = f"./{text}"  # else it would be an option
+    if one_line(text) == text:
+        return shlex.quote(text)
+    # $'...' is understood by most shells
+    return (
+        "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"
+    )
+
+
+def check_name(path: str | os.PathLike) -> str:
+    """Returns a path as the native library takes it.
+
+    Raises:
+        PopError: The name is not in the encoding of the file system.
+    """
+    text = os.fsdecode(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PopError(f"{text}: this name is not UTF-8 text, and llama.cpp takes no other: rename it") from error
+    return text
 
 
 def notice(text: str) -> None:

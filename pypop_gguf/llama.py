@@ -21,7 +21,7 @@ import numpy as np
 from pypop_gguf import images, library, logprobs, native, opening, parent, states
 from pypop_gguf.cache_record import CacheRecord
 from pypop_gguf.call import Call, pieces, streamed_with_timings
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, check_name
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
 from pypop_gguf.status import PopStatus, Timings
@@ -65,7 +65,7 @@ class PopLlama(llama_cpp.Llama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike,
         *,
         pop: bool = True,
         pop_boundary: int | str | None = None,
@@ -97,6 +97,11 @@ class PopLlama(llama_cpp.Llama):
         self._keeps_scores = self._logits_everywhere or llama_kwargs.get("draft_model") is not None
         self.timings = Timings()
 
+        model_path = check_name(model_path)
+        for name in ("lora_path", "lora_base"):
+            if llama_kwargs.get(name):
+                llama_kwargs[name] = check_name(llama_kwargs[name])
+                read_header(llama_kwargs[name])
         header = read_header(model_path)  # before the model: it tells a bad file from a bad key in one line
         parse_metadata(header, model_path)
         self._load(model_path, llama_kwargs)
@@ -467,6 +472,11 @@ class PopLlama(llama_cpp.Llama):
         if unknown := [token for token in tokens if not 0 <= token < n_vocab]:
             raise PopError(f"the model has no token {unknown[0]}: give numbers from 0 to {n_vocab - 1}")
         boundary = status.n_layer if len(tokens) < status.min_tokens else call.boundary
+        if self.n_tokens + len(tokens) > self.n_ctx():
+            raise RuntimeError(
+                f"{len(tokens)} tokens do not fit after the {self.n_tokens} that are cached: call reset(), or open the "
+                f"model with an n_ctx of more than {self.n_ctx()}"
+            )
         native.set_boundary(self.ctx, boundary)
         parent.drop_cache_from(self, self.n_tokens)
         for start, end in pieces(len(tokens), self.context_params.n_ubatch, status.tail):
@@ -550,8 +560,11 @@ class PopLlama(llama_cpp.Llama):
         Positions that fewer layers or another adapter have read than the next call asks for are read again.
 
         Raises:
-            PopError: The state is of another model, or it does not fit. In the second case the cache is empty.
+            PopError: The state is of another model, damaged, or does not fit. In the last case the cache is empty.
+            TypeError: This is no state.
         """
+        if not isinstance(state, llama_cpp.LlamaState):
+            raise TypeError(f"load_state() takes what save_state() has returned, not {type(state).__name__}")
         with self._within_call():
             self._load_state(state)
 

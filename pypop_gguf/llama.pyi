@@ -108,7 +108,7 @@ class PopLlama(Llama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
         pop: bool = True,
         pop_boundary: int | Literal["lossless"] | None = None,
@@ -151,7 +151,7 @@ class PopLlama(Llama):
         last_n_tokens_size: int = 64,
         lora_base: str | None = None,
         lora_scale: float = 1.0,
-        lora_path: str | None = None,
+        lora_path: str | os.PathLike[str] | None = None,
         numa: bool | int = False,
         chat_format: str | None = None,
         chat_handler: LlamaChatCompletionHandler | None = None,

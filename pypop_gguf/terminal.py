@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
+from pypop_gguf.errors import one_line
+
 _BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 
 
@@ -33,7 +35,7 @@ def progress(
         unit: What a step is, in the plural. "B" stands for bytes, which are shown with a prefix such as M or G.
         in_log: Whether a log gets the line.
     """
-    on_terminal = sys.stderr.isatty()
+    description, on_terminal = one_line(description), sys.stderr.isatty()
     if in_log and not on_terminal:
         count = f"{tqdm.format_sizeof(total)}B" if unit == "B" else f"{total} {unit}"
         print(f"{description}: {count}" if unit else description, file=sys.stderr, flush=True)

@@ -166,7 +166,8 @@ class Chat:
             raise
         except ValueError as error:
             self._messages.pop()
-            raise PopError(str(error)) from error
+            too_long = "" if isinstance(error, PopError) else "; give a larger --context, or a shorter question"
+            raise PopError(f"{error}{too_long}") from error
         print(flush=True)
         if stopped:
             self._messages.pop()

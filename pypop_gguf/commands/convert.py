@@ -18,7 +18,7 @@ import numpy as np
 
 from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import BoundaryChoice, check_rule, check_support, choose_boundary
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line, shell_path
 from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files import hf_to_gguf, quantize
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if not is_gguf:
             _check_weights_fit(source, target.parent)
-            print(f"converting {source} with llama.cpp's converter", file=sys.stderr)
+            print(f"converting {one_line(str(source))} with llama.cpp's converter", file=sys.stderr)
             convert(plain, options=["--model-name", arguments.model_name] if arguments.model_name else [])
         support = library.describe_model(plain)
         check_support(arguments.model, support)
@@ -297,7 +297,9 @@ def _choose_target(source: Path, is_gguf: bool, outfile: Path | None, outtype: s
         name, directory = f"{source.stem}-{ftype or 'pop'}.gguf", source.parent
     else:
         name, directory = f"{source.resolve().name}-{ftype or '16bit'}.gguf", source
-    target = Path(str(outfile or directory / name).replace("{ftype}", ftype or "auto"))
+    target = outfile or directory / name
+    if not target.exists():  # a file that has this name is meant itself
+        target = Path(str(target).replace("{ftype}", ftype or "auto"))
     return target / name if target.is_dir() else target
 
 
@@ -322,10 +324,10 @@ def _print_summary(target: Path, adapter: Path | None, n_layer: int, choice: Bou
         else f"{choice.skipped_share:.1%} of prefill importance lies in the skipped layers"
     )
     peak = peak_bytes(children=True)
-    print(f"file             {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    print(f"file             {one_line(str(target))} ({target.stat().st_size / 1e6:.1f} MB)")
     if adapter:
-        print(f"adapter          {adapter} ({adapter.stat().st_size / 1e6:.1f} MB)")
+        print(f"adapter          {one_line(str(adapter))} ({adapter.stat().st_size / 1e6:.1f} MB)")
     print(f"boundary         layer {choice.boundary} of {n_layer}: prefill skips {skipped} ({choice.rule})")
     print(f"importance lost  {lost}")
     print(f"took             {seconds:.1f} s" + (f", peak memory {peak / 1e9:.2f} GB" if peak else ""))
-    print(f"next             pop-gguf inspect {target}")
+    print(f"next             pop-gguf inspect {shell_path(target)}")

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from pypop_gguf.boundary_rules import skipped_share
-from pypop_gguf.errors import one_line
+from pypop_gguf.errors import one_line, shell_path
 from pypop_gguf.gguf_files.header import GGUFHeader, read_header
 from pypop_gguf.gguf_files.metadata import PopMetadata, parse_metadata, trunk_layers
 
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"model        {name} ({architecture}, {_name_file_type(reader)})")
     if metadata is None:
         print(f"layers       {n_layer}")
-        print(f"boundary     none: prompts are read by all layers. `pop-gguf convert {file}` writes one")
+        command = f"pop-gguf convert {shell_path(arguments.file)}"
+        print(f"boundary     none: prompts are read by all layers. `{command}` writes one")
         return 0
     boundary = n_layer if metadata.boundary is None else metadata.boundary
     skipped = n_layer - boundary

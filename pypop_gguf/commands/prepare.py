@@ -14,7 +14,7 @@ from typing import TextIO
 
 from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import check_budget, check_support, choose_by_curve
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line, shell_path
 from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files.adapters import find_adapters
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         importance=arguments.importance,
         report=sys.stdout,
     )
-    print(f"next  pop-gguf chat {target}")
+    print(f"next  pop-gguf chat {shell_path(target)}")
     return 0
 
 
@@ -179,8 +179,8 @@ def prepare(
     boundaries = _choose_boundaries(support.n_layer, support.lossless_boundary, boundary)
     if len(list_shards(source)) > 1 and target != source:
         raise PopError(
-            f"{source} is split, and its shards are found by their names: run pop-gguf prepare {source} "
-            f"--outfile {source}"
+            f"{source} is split, and its shards are found by their names: run pop-gguf prepare {shell_path(source)} "
+            f"--outfile {shell_path(source)}"
         )
     if importance:
         estimated = estimate_importance(CalibrationOptions(source, texts=text), support.n_layer)
@@ -199,7 +199,7 @@ def prepare(
             best = min(costs, key=lambda cost: cost.fitted_kl)
             raise PopError(
                 f"no boundary costs at most {max_kl:g}: the best is {best.boundary} with {best.fitted_kl:.4f}; run "
-                f"pop-gguf prepare {source} with a larger --max-kl, or with --boundary {best.boundary}"
+                f"pop-gguf prepare {shell_path(source)} with a larger --max-kl, or with --boundary {best.boundary}"
             )
         metadata = dataclasses.replace(stored, boundary=chosen, head=max(steps.HEAD, stored.head or 0), curve=None)
         with progress(total=source.stat().st_size, description=f"writing {target.name}", unit="B") as bar:
@@ -207,7 +207,7 @@ def prepare(
         adapter = native.adapter_path(target, chosen)
         replace_together({target: part_path(target), adapter: adapters[chosen]}, find_adapters(target).values())
     peak = peak_bytes()
-    sizes = [f"{path} ({path.stat().st_size / 1e6:.1f} MB)" for path in (target, adapter)]
+    sizes = [f"{one_line(str(path))} ({path.stat().st_size / 1e6:.1f} MB)" for path in (target, adapter)]
     print(f"wrote {' and '.join(sizes)}", file=report)
     used = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
     print(f"took  {time.perf_counter() - started:.0f} s{used}", file=report)

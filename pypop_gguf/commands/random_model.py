@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
 
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.gguf_files.metadata import MAX_LAYERS
 from pypop_gguf.gguf_files.writer import check_free_space, replacing
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
     size = arguments.outfile.stat().st_size
     model = f"{arguments.geometry}, {geometry.n_layer} layers, {arguments.outtype}"
-    print(f"{arguments.outfile}: {model}, {size / 1e6:.1f} MB")
+    print(f"{one_line(str(arguments.outfile))}: {model}, {size / 1e6:.1f} MB")
     return 0
 
 

@@ -7,13 +7,15 @@ pruning, and becomes that process.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
 from pypop_gguf import library
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, check_name
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
 
@@ -92,13 +94,15 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--{name} {value} is out of range: give {f'{low} to {high}' if high else f'at least {low}'}"
             )
     read_metadata(arguments.model)  # A bad file is reported in one line here.
-    for file in (arguments.mmproj, arguments.api_key_file):
-        if file is not None and not os.access(file, os.R_OK):
+    for file in (arguments.model, arguments.mmproj, arguments.api_key_file):
+        if file is not None and check_name(file) and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
     choose_kernels(arguments)
     if arguments.prepare:
         arguments.model = prepared(arguments.model, arguments.threads or available_cores())
     command = [str(server_program()), *server_options(arguments)]
+    if not {"--host", "--port"} & set(arguments.server_options):
+        _check_address(arguments.host, arguments.port)
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
     # glibc keeps a pool of memory for each thread, and the server has a thread for each connection. In time glibc also
@@ -110,7 +114,33 @@ def run(arguments: argparse.Namespace) -> int:
     }.items():
         os.environ.setdefault(name, value)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    try:
+        os.execv(command[0], command)
+    except OSError as error:
+        raise PopError(f"{command[0]} cannot be started ({error.strerror}): install the package again") from error
+
+
+def _check_address(hosts: str, port: int) -> None:
+    """Checks that the server can listen there: it would say so in many lines, after the model is loaded.
+
+    Raises:
+        PopError: It cannot.
+    """
+    for host in hosts.split(","):
+        if host.endswith(".sock"):
+            continue
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                if os.name != "nt":  # there it would allow two servers at one port
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PopError(f"port {port} is in use by another program: give another --port") from error
+            if error.errno == errno.EACCES:
+                raise PopError(f"port {port} needs more rights: give a --port above 1023") from error
+            raise PopError(f"--host {host} is no address of this machine: give one ({error.strerror})") from error
 
 
 def server_program() -> Path:

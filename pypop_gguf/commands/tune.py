@@ -17,7 +17,7 @@ import numpy as np
 
 from pypop_gguf import PopLlama, library
 from pypop_gguf.boundary_rules import check_budget, choose_by_curve
-from pypop_gguf.errors import PopError
+from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.gguf_files.adapters import find_adapters, write_adapter_copies
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import Curve, PopMetadata, read_metadata
@@ -225,7 +225,7 @@ def _write(model: Path, target: Path, llm: PopLlama, boundary: int, curve: Curve
             replace_together({target: part})  # The adapters beside the model stay as they are.
         else:
             replace_together({target: part, **write_adapter_copies(adapters, target)}, find_adapters(target).values())
-    print(f"wrote {target}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
+    print(f"wrote {one_line(str(target))}: boundary {boundary} of {llm.pop.n_layer} and the curve", file=sys.stderr)
 
 
 def _as_json(qualities: list[Quality], limits: dict[int, float], measured: dict[int, list[float]], chosen: int) -> dict:

@@ -8,6 +8,7 @@ locked as long as its run lives. What a killed run has left is removed by the ne
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -54,6 +55,10 @@ def writing(target: Path) -> Iterator[Path]:
     except BlockingIOError as error:
         raise PopError(f"another run is writing {target}: wait until it has ended, or give another name") from error
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PopError(
+                f"cannot write {target}: a file beside it would have too long a name; give a shorter one"
+            ) from error
         raise PopError(f"cannot write to {target.absolute().parent}: {error.strerror or error}") from error
     with file:
         try:

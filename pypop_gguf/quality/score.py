@@ -151,7 +151,7 @@ def summarize(scores: list[dict[int, Score]]) -> list[Quality]:
         PopError: No samples.
     """
     if not scores:
-        raise PopError("no sample was scored")
+        raise PopError("no sample was scored: give a file with more texts")
     n_layer = max(scores[0])
 
     def column(boundary: int, name: str) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -310,3 +311,22 @@ def test_ctrl_c_leaves_nothing_behind(bundled_gguf, out, source, sign):
     assert seen.endswith(b"\r\033[Kpop-gguf: interrupted; no file was left half-written\r\n")
     assert b"Traceback" not in seen
     assert contents(out) == before
+
+
+# The address of the server
+
+
+def test_port_in_use_is_told_in_one_line_before_the_model_is_loaded(bundled_gguf, capfd):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(bundled_gguf), "--port", str(port)]) == 1
+    said = capfd.readouterr().err
+    assert said == f"pop-gguf: error: port {port} is in use by another program: give another --port\n"
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])
+def test_host_that_is_not_this_machine_is_told_in_one_line(bundled_gguf, capfd, host):
+    assert cli.main(["serve", str(bundled_gguf), "--host", host, "--port", "0", "--api-key-file", "/dev/null"]) == 1
+    assert f"--host {host} is no address of this machine: give one" in capfd.readouterr().err.splitlines()[-1]

@@ -227,3 +227,19 @@ def test_refused_boundary_of_a_call_leaves_the_object_usable(llm):
     with pytest.raises(TypeError, match="boundary must be a layer number"):
         complete(llm, boundary=True)
     assert fresh(llm) == expected
+
+
+def test_tokens_that_do_not_fit_into_the_context_are_refused_with_words(llm):
+    llm.reset()
+    llm.eval(list(range(5, 405)))
+    with pytest.raises(
+        RuntimeError, match=r"^200 tokens do not fit after the 400 that are cached: call reset\(\), or open"
+    ):
+        llm.eval(list(range(5, 205)))
+    assert llm.n_tokens == 400
+    llm.reset()
+
+
+def test_lora_that_is_missing_is_named(bundled_gguf, tmp_path):
+    with pytest.raises(PopError, match=r"none\.gguf: no such file"):
+        PopLlama(bundled_gguf, lora_path=tmp_path / "none.gguf", verbose=False)
