@@ -1,8 +1,8 @@
 """Saved states and shared caches: which model a state is of, and which of its positions a ``PopLlama`` may reuse.
 
-A state is llama-cpp-python's ``LlamaState`` with three more attributes, so that a plain ``Llama`` loads it as well:
+A state is llama-cpp-python's ``LlamaState`` with four more attributes, so that a plain ``Llama`` loads it as well:
 ``pop_model``, a digest of the model; ``pop_computed_with``, the boundary of each position, int32 [n_tokens];
-``pop_adapters``, the digests of the adapters in use by boundary.
+``pop_adapters``, the digests of the adapters in use by boundary; ``pop_checksum``, the CRC-32 of llama.cpp's bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,15 +119,20 @@ def save(
     state: Any = llama_cpp.LlamaState(input_ids, scores, n_tokens, buffer.raw[:size], size, seed)
     state.pop_model, state.pop_adapters = digest, dict(adapters)
     state.pop_computed_with = record.to_state(n_tokens)
+    state.pop_checksum = zlib.crc32(state.llama_state)
     return state
 
 
 def check(state, name: str, *, digest: str, n_vocab: int, n_positions: int) -> None:
-    """Checks that a state is of this model, and no longer than its context. A plain ``Llama``'s state has no digest.
+    """Checks that a state is whole, of this model, and no longer than its context.
+
+    A plain ``Llama``'s state has neither digest nor checksum.
 
     Raises:
         PopError: It is not.
     """
+    if not _is_whole(state):
+        raise PopError("this state is damaged or cut short: save it again")
     if getattr(state, "pop_model", digest) != digest:
         raise PopError(
             f"this state was not saved by {name} with the same LoRA, overrides and rope settings: load it where it was "
@@ -141,6 +147,18 @@ def check(state, name: str, *, digest: str, n_vocab: int, n_positions: int) -> N
         )
 
 
+def _is_whole(state) -> bool:
+    n, record = state.n_tokens, getattr(state, "pop_computed_with", None)
+    return (
+        isinstance(n, (int, np.integer))
+        and 0 <= n <= len(state.input_ids)
+        and np.ndim(state.scores) == 2
+        and 0 < state.llama_state_size == len(state.llama_state)
+        and (record is None or len(record) == n)
+        and getattr(state, "pop_checksum", None) in (None, zlib.crc32(state.llama_state))
+    )
+
+
 def restore(state, name: str, ctx: int) -> None:
     """Puts a state into a context of the model with this name.
 
@@ -150,7 +168,10 @@ def restore(state, name: str, ctx: int) -> None:
     data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
     with library.captured_log() as errors:
         if llama_cpp.llama_state_set_data(ctx, data, len(data)) == len(data):
-            return
+            memory = llama_cpp.llama_get_memory(ctx)
+            if llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 >= state.n_tokens:
+                return
+            errors.append("fewer positions than tokens")
     reason = errors[0].split(": ")[-1] if errors else "of another size"
     if "V transposition" in reason:
         raise PopError(

@@ -1,6 +1,8 @@
 """Saved states and caches: positions keep their boundaries, and a state of another model is refused."""
 
+import copy
 import pickle
+import random
 import shutil
 
 import llama_cpp
@@ -379,10 +381,10 @@ print(json.dumps(llm.scores[:255].argmax(axis=1).tolist()))
 
 
 def test_copy_of_an_object_has_the_context_that_there_is(rounded_up):
-    copy = pickle.loads(pickle.dumps(rounded_up))
-    copy.load_state(rounded_up.save_state())
-    assert copy.n_ctx() == rounded_up.n_ctx() and len(copy.input_ids) == 256
-    copy.close()
+    other = pickle.loads(pickle.dumps(rounded_up))
+    other.load_state(rounded_up.save_state())
+    assert other.n_ctx() == rounded_up.n_ctx() and len(other.input_ids) == 256
+    other.close()
 
 
 def test_micro_batch_of_size_0_is_as_long_as_a_batch(bundled_gguf):
@@ -398,3 +400,43 @@ def test_micro_batch_of_size_0_is_as_long_as_a_batch(bundled_gguf):
 def test_size_out_of_range_is_refused(bundled_gguf, size):
     with pytest.raises(PopError, match=rf"^{min(size)} is -?\d+: give a whole number, at least"):
         PopLlama(str(bundled_gguf), **size, verbose=False)
+
+
+def test_state_that_is_damaged_is_refused_and_leaves_this_object_usable(llm):
+    llm.reset()
+    expected = complete(llm)
+    state = llm.save_state()
+    moment = random.Random(5)
+
+    def flipped(data, at):
+        return data[:at] + bytes([data[at] ^ 1 << moment.randrange(8)]) + data[at + 1 :]
+
+    data = state.llama_state
+    cuts = [0, 1, 100, len(data) - 1, *(moment.randrange(len(data)) for _ in range(10))]
+    damages = [
+        *({"llama_state": data[:n]} for n in cuts),
+        *({"llama_state": data[:n], "llama_state_size": n} for n in cuts),
+        *({"llama_state": flipped(data, moment.randrange(len(data)))} for _ in range(10)),
+        *({"llama_state": flipped(data, at)} for at in range(0, 80, 7)),
+        *({"n_tokens": n} for n in (-1, state.n_tokens - 1, state.n_tokens + 1, 10**6, "5", None)),
+        {"input_ids": state.input_ids[:3]},
+        {"scores": None},
+        {"scores": state.scores[0]},
+        {"pop_computed_with": state.pop_computed_with[:3]},
+    ]
+    for damage in damages:
+        damaged = copy.copy(state)
+        vars(damaged).update(damage)
+        with pytest.raises(PopError, match=r"^this state is damaged or cut short: save it again$"):
+            llm.load_state(damaged)
+        plain = copy.copy(damaged)  # a plain Llama knows no checksum, so llama.cpp has to notice what it can
+        del plain.pop_checksum, plain.pop_computed_with
+        try:
+            llm.load_state(plain)
+        except PopError as error:
+            assert "\n" not in str(error)
+        llm.reset()
+    llm.load_state(state)
+    assert complete(llm) == expected
+    with pytest.raises(TypeError, match="takes what save_state"):
+        llm.load_state("state.bin")
