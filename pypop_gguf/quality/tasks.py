@@ -128,19 +128,13 @@ def _read_question(tokenizer: Tokenizer, record: Record, run_code: bool) -> Ques
     if not isinstance(item.get("answer"), str):
         return None
     if item.get("context") and read_passages(item) is not None:
-        return _ask(tokenizer, prompt, prompt, expect_words(item["answer"]), 32, ("\n",))
+        chat = _format_request(tokenizer, prompt)
+        return Question(chat or prompt, expect_words(item["answer"]), 32, ("\n",), is_chat=bool(chat))
     if isinstance(item.get("question"), str):
-        request = f"{item['question']}\n\n{_NUMBER_REQUEST}"
-        return _ask(tokenizer, prompt, request, expect_number(item["answer"]), 320, ("Question:",))
+        chat = _format_request(tokenizer, f"{item['question']}\n\n{_NUMBER_REQUEST}")
+        stop = () if chat else ("Question:",)  # A model without a template goes on with further questions.
+        return Question(chat or prompt, expect_number(item["answer"]), 320, stop, is_chat=bool(chat))
     return Question(prompt, expect_begin(item["answer"]), 16, ("\n",))
-
-
-def _ask(
-    tokenizer: Tokenizer, prompt: str, request: str, grade: Grader, max_tokens: int, stop: tuple[str, ...]
-) -> Question:
-    """Returns a question that is asked by the request in a chat, or by the prompt if the model has no template."""
-    chat = _format_request(tokenizer, request)
-    return Question(chat or prompt, grade, max_tokens, stop, is_chat=bool(chat))
 
 
 def _ask_for_code(tokenizer: Tokenizer, item: dict, prompt: str) -> Question:

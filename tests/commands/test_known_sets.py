@@ -189,6 +189,7 @@ def test_sums_and_programs_are_asked_through_the_chat_template(llm, tmp_path, mo
     monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", TEMPLATE)
     sums, code = (read(llm, tmp_path, item, run_code=True).questions[0] for item in (gsm8k, program))
     assert sums.is_chat and sums.prompt.startswith("<user>What is 1 + 1?\n\n") and sums.prompt.endswith("<bot>")
+    assert sums.stop == () and plain[0].stop == ("Question:",)
     assert code.is_chat and "def one():" in code.prompt and code.prompt.endswith("<bot>```python\n")
     assert code.stop == ("\n```",)
     assert read(llm, tmp_path, program).questions == []  # Code does not run unless the user asks for it.
