@@ -189,10 +189,8 @@ class PopLlama(llama_cpp.Llama):
                 "logprobs of an echoed prompt need logits_all=True: with a draft model alone a prompt asks for no "
                 "logits"
             )
-        if echo and asks_logprobs and given.get("stream"):
-            raise PopError("a stream has no logprobs of an echoed prompt: leave out stream, or echo")
         call = self._new_call(pop, boundary, progress, cancel)
-        if echo or (asks_logprobs and self._keeps_scores and not given.get("stream")):
+        if not given.get("stream") and (echo or (asks_logprobs and self._keeps_scores)):
             return self._run(functools.partial(self._complete, call, given), call)
         return self._run(functools.partial(super().create_completion, *args, **kwargs), call)
 
@@ -200,8 +198,6 @@ class PopLlama(llama_cpp.Llama):
         """Lets the parent complete a prompt, and adds the echo and the log-probabilities."""
         echo, n_top, prompt = given.pop("echo", False), given.get("logprobs"), given["prompt"]
         text = prompt if isinstance(prompt, str) else logprobs.text_of(self, prompt)
-        if given.get("stream"):
-            return logprobs.echoed(super().create_completion(**given), text)  # type: ignore[arg-type]
         if self._keeps_scores:  # else the parent has to refuse the log-probabilities
             given["logprobs"] = None
         result: Any = super().create_completion(**given)

@@ -1,14 +1,14 @@
 """Log-probabilities of completions, and the echo of prompts, where llama-cpp-python's are wrong.
 
 Its log-probabilities of an echoed prompt belong to the next token each, unless the model begins a prompt with a BOS
-token; those after an empty prompt do so if it does begin with one. It cannot echo a prompt of token ids, and drops the
-echo of a stream. ``llama.py`` calls these functions with what the call has read and generated.
+token; those after an empty prompt do so if it does begin with one. It cannot echo a prompt of token ids.
+``llama.py`` calls these functions with what the call has read and generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,15 +24,6 @@ def text_of(llm: llama_cpp.Llama, tokens: Sequence[int], before: Sequence[int] |
     """Returns the text of tokens. What is no whole letter is left out, as llama-cpp-python does."""
     previous = None if before is None else list(before)
     return llm.detokenize(list(tokens), prev_tokens=previous).decode("utf-8", errors="ignore")
-
-
-def echoed(chunks: Iterator[dict[str, Any]], prompt: str) -> Iterator[dict[str, Any]]:
-    """Yields a stream with a chunk before it that has the text of the prompt."""
-    for i, chunk in enumerate(chunks):
-        if i == 0:
-            first = {**chunk["choices"][0], "text": prompt, "logprobs": None, "finish_reason": None}
-            yield {**chunk, "choices": [first]}
-        yield chunk
 
 
 def completion_logprobs(

@@ -149,7 +149,7 @@ def check(state, name: str, *, digest: str, n_vocab: int, n_positions: int) -> N
 
 def _is_whole(state) -> bool:
     n, record = state.n_tokens, getattr(state, "pop_computed_with", None)
-    return (
+    return bool(
         isinstance(n, (int, np.integer))
         and 0 <= n <= len(state.input_ids)
         and np.ndim(state.scores) == 2

@@ -117,17 +117,6 @@ def test_chat_and_a_generation_that_ends_early_have_log_probabilities(llm):
     assert len(answer["logprobs"]["content"]) == 6
 
 
-def test_stream_begins_with_the_echo(llm):
-    llm.reset()
-    whole = llm.create_completion(TEXT, **CALL, echo=True)["choices"][0]["text"]
-    llm.reset()
-    chunks = list(llm.create_completion(TEXT, **CALL, echo=True, stream=True))
-    assert chunks[0]["choices"][0]["text"] == TEXT and "".join(c["choices"][0]["text"] for c in chunks) == whole
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length" and "timings" in chunks[-1]
-    with pytest.raises(PopError, match="a stream has no logprobs of an echoed prompt: leave out stream, or echo"):
-        llm.create_completion(TEXT, **CALL, echo=True, stream=True, logprobs=1)
-
-
 def test_log_probabilities_without_kept_logits_are_refused(bundled):
     with PopLlamaClosing(str(bundled.gguf), **{**OPTIONS, "logits_all": False}) as llm:
         for echo in (True, False):
