@@ -242,12 +242,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fit(model: Path, texts: Path | None, boundary: int, adapter: Path) -> None:
-    """Fits one boundary, writes the adapter and prints a table of what the boundary costs."""
+    """Fits one boundary, writes the adapter and prints what the boundary costs and how well each layer was fitted."""
     llm = steps.open_whole(model, available_cores())
     to_fit, to_measure = read_prompts(llm, texts, steps.CONTEXT)
-    steps.fit(llm, model, to_fit, {boundary: adapter})
+    errors = steps.fit(llm, model, to_fit, {boundary: adapter})
     costs = steps.measure(llm, to_measure[: steps.SAMPLES], {boundary: adapter})
-    print(steps.format_costs(llm, costs, boundary), flush=True)
+    print(steps.format_costs(llm, costs, boundary))
+    print(steps.format_errors(errors[boundary]), flush=True)
     llm.close()
 
 

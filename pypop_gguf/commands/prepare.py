@@ -190,7 +190,7 @@ def prepare(
         llm = steps.open_whole(source, n_threads)
         to_fit, to_measure = read_prompts(llm, text, steps.CONTEXT)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
-        steps.fit(llm, source, to_fit, adapters)
+        errors = steps.fit(llm, source, to_fit, adapters)
         costs = steps.measure(llm, to_measure[:n_samples], adapters)
         chosen = boundary or _choose(support.n_layer, costs, max_kl)
         print(steps.format_costs(llm, costs, chosen), file=report, flush=True)
@@ -201,6 +201,7 @@ def prepare(
                 f"no boundary costs at most {max_kl:g}: the best is {best.boundary} with {best.fitted_kl:.4f}; run "
                 f"pop-gguf prepare {shell_path(source)} with a larger --max-kl, or with --boundary {best.boundary}"
             )
+        print(steps.format_errors(errors[chosen]), file=report, flush=True)
         metadata = dataclasses.replace(stored, boundary=chosen, head=max(steps.HEAD, stored.head or 0), curve=None)
         with progress(total=source.stat().st_size, description=f"writing {target.name}", unit="B") as bar:
             write_copy(source, target, metadata, bar.update_to)

@@ -11,7 +11,7 @@ import numpy as np
 from pypop_gguf import native
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting.adapter_file import write_replacements
-from pypop_gguf.fitting.engine_fit import collect
+from pypop_gguf.fitting.engine_fit import collect, layer_of
 from pypop_gguf.fitting.measure import Cost, Meter
 from pypop_gguf.gguf_files.tensors import read_matrices
 from pypop_gguf.llama import PopLlama
@@ -43,6 +43,19 @@ class BoundaryCost:
     fitted_top1: float
 
 
+@dataclasses.dataclass(frozen=True)
+class FitError:
+    """Squared error of what one weight writes for tokens held out, as a share of the variance of the whole model's.
+
+    Attributes:
+        before: With the model's own weight.
+        after: With the fitted one.
+    """
+
+    before: float
+    after: float
+
+
 def check_boundary(boundary: int, lossless: int) -> None:
     """Checks that something is left to fit above a boundary.
 
@@ -72,7 +85,9 @@ def open_whole(source: Path, n_threads: int) -> PopLlama:
     )
 
 
-def fit(llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters: Mapping[int, Path]) -> None:
+def fit(
+    llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters: Mapping[int, Path]
+) -> dict[int, dict[str, FitError]]:
     """Fits keys and values at several boundaries and writes an adapter for each.
 
     Args:
@@ -80,6 +95,9 @@ def fit(llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters:
         source: Its file.
         prompts: Token ids of the prompts to fit on.
         adapters: The file to write for each boundary.
+
+    Returns:
+        The error of each weight at each boundary.
 
     Raises:
         PopError: There are too few prompts, the model holds values that are not finite, or a file cannot be written.
@@ -89,13 +107,16 @@ def fit(llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters:
     weights = read_matrices(source, {name for one in sums for name in one.relations})
     architecture = llm.metadata["general.architecture"]
     fingerprint = f"{native.fingerprint(llm.model):016x}"
+    errors: dict[int, dict[str, FitError]] = {}
     total = sum(len(one.relations) for one in sums)
     with progress(total=total, description="fitting keys and values", unit="weights") as bar:
         for one in sums:
             replacements = {}
+            errors[one.boundary] = {}
             for name in one.relations:
                 fitted = one.solve(name, weights[name])
                 replacements[name] = fitted.weight, fitted.shift
+                errors[one.boundary][name] = FitError(fitted.error_before, fitted.error_after)
                 bar.update()
             write_replacements(
                 adapters[one.boundary],
@@ -104,6 +125,7 @@ def fit(llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters:
                 boundary=one.boundary,
                 fingerprint=fingerprint,
             )
+    return errors
 
 
 def measure(llm: PopLlama, prompts: Sequence[Sequence[int]], adapters: Mapping[int, Path]) -> list[BoundaryCost]:
@@ -170,3 +192,21 @@ def format_costs(llm: PopLlama, costs: Iterable[BoundaryCost], chosen: int | Non
         )
     title = "cost of a pruned prompt, in nats per token of the model's own answers"
     return "\n".join([title + ("; * is written" if chosen else ""), *aligned(rows)])
+
+
+def format_errors(errors: Mapping[str, FitError]) -> str:
+    """Returns a table of how well each skipped layer was fitted, with a row for each layer.
+
+    Args:
+        errors: From :func:`fit`, at one boundary.
+    """
+    layers: dict[int, dict[str, FitError]] = {}
+    for name, error in errors.items():
+        layers.setdefault(layer_of(name), {})[name.split(".")[2]] = error
+    parts = list(dict.fromkeys(part for layer in layers.values() for part in layer))
+    rows: list[tuple] = [("layer", *parts)]
+    for number, layer in sorted(layers.items()):
+        cells = (f"{layer[part].before:.3f} -> {layer[part].after:.3f}" if part in layer else "" for part in parts)
+        rows.append((number, *cells))
+    title = "error of the fitted layers on texts held out, as a share of the variance"
+    return "\n".join([title, *aligned(rows)])

@@ -46,6 +46,7 @@ def test_adapter_lies_beside_the_file_and_popllama_finds_it(bundled_gguf, short_
     [row] = [line.split() for line in shown.splitlines() if line.startswith("*")]
     boundary, plain, fitted = row[1], float(row[6]), float(row[7])
     assert boundary == "6" and fitted < plain
+    assert "error of the fitted layers on texts held out" in shown
     assert f"adapter          {tmp_path / 'out.pop-b6.gguf'}" in shown
     assert shown.endswith(f"next             pop-gguf inspect {target}\n")
 

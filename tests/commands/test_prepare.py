@@ -40,6 +40,11 @@ def test_it_writes_a_file_and_an_adapter_that_cost_less(prepare, bundled_gguf, t
     assert llm.pop.adapters == (6,)
     plain, fitted = map(float, re.search(r"\* +6 of 12 +50% +[\d.]+ +([\d.]+) +([\d.]+)", table).groups())
     assert fitted < plain
+    layers = re.findall(r"^ +(\d+)  ([\d.]+) -> ([\d.]+)  ([\d.]+) -> ([\d.]+)$", table, re.MULTILINE)
+    assert [int(layer) for layer, *_ in layers] == list(range(7, 12))
+    for _, *errors in layers:
+        keys_before, keys_after, values_before, values_after = map(float, errors)
+        assert 0 < keys_after < keys_before and 0 < values_after < values_before
     assert f"next  pop-gguf chat {target}" in table
 
 
