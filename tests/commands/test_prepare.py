@@ -5,6 +5,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import gguf
 import pytest
@@ -15,6 +16,7 @@ from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import read_metadata
 from tests.support.gguf_files import raw_tensors, write_model
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -89,6 +91,12 @@ def test_bundled_prompts_to_fit_on_are_none_of_those_to_measure_on(bundled_gguf)
     fitted_on, measured_on = read_prompts(llm, None, 10**6)
     assert len(fitted_on) > 100 and len(measured_on) > 50
     assert not {tuple(text) for text in fitted_on} & {tuple(text) for text in measured_on}
+
+
+def test_bundled_prompts_hold_no_sentence_that_real_models_are_measured_on():
+    [number_to_recall] = re.findall(r'f"(The secret number of )', (ROOT / "tools" / "real_quality.py").read_text())
+    for name in ("fit.jsonl", "measure.jsonl"):
+        assert number_to_recall not in (files("pypop_gguf.fitting") / "data" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
