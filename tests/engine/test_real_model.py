@@ -62,7 +62,10 @@ def test_a_third_skipped_costs_a_third_of_what_it_costs_unfitted(prepared):
         float, re.search(rf"{B} of {N_LAYER} .*?([\d.]+) +([\d.]+) +[\d.]+% ->", prepared[1]).groups()
     )
     assert plain_kl > 0.15
-    assert fitted_kl < 0.1 and fitted_kl < plain_kl / 2
+    # Measured were 0.077 of 0.221 with our kernels and 0.069 of 0.218 with llama.cpp's. Their rounding changes some
+    # answers, and with them single prompts by up to 0.08, so the mean of one set of kernels has a standard error of
+    # 0.009. The bounds leave two and a half of it.
+    assert fitted_kl < 0.095 and fitted_kl < 0.43 * plain_kl
 
 
 def test_fit_is_the_one_of_pytorch_on_the_same_activations(plain):
