@@ -24,6 +24,7 @@ SERIES = [
 LLAMA_CPP = Path("vendor/llama.cpp")
 BATCH = LLAMA_CPP / "src/llama-batch.cpp"  # pop/0001 changes it in several places
 VOCAB = LLAMA_CPP / "src/llama-vocab.cpp"  # upstream/0011 is the only patch that changes it
+VOCAB_PATCH = "upstream/0011-vocab-reserve.patch"
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_patches_are_written_for_lines_that_have_moved(move_pin, source, tmp_pat
 def test_lines_beside_a_change_are_merged_where_the_pinned_source_is_known(move_pin, source, tmp_path):
     """The line is in the context of a hunk, so the patch alone does not apply."""
     edit(source, "if (p == rev_merge.end()) {", "if (rev_merge.end() == p) {", VOCAB)
-    assert f"{SERIES[-2]}: does not apply" in move_pin("--source", source).stdout.splitlines()
+    assert f"{VOCAB_PATCH}: does not apply" in move_pin("--source", source).stdout.splitlines()
     cache = move_pin.third_party.parent / "build" / "sdist"
     cache.mkdir(parents=True)
     shutil.copy(SDIST, cache)
@@ -162,7 +163,7 @@ def test_build_needs_an_sdist(move_pin, source):
 
 def test_cure_of_an_upstream_fault_that_no_longer_applies_is_left_out(move_pin, source, tmp_path):
     edit(source, "            output.reserve(output.size() + symbol.n);\n", "", VOCAB)  # upstream has cured it
-    name = SERIES[-2]
+    name = VOCAB_PATCH
     sdist = pack(source, tmp_path / "newer.tar.gz")
     done = move_pin("--source", sdist, "--write")
     assert f"{name}: does not apply" in done.stdout.splitlines() and "wrote the pin and the patches" in done.stdout
