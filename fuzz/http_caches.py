@@ -63,7 +63,7 @@ class Asked:
 
 
 def read_answer(answer: dict) -> tuple[list[int], list[list[float]]]:
-    rows = answer["completion_probabilities"]
+    rows = answer.get("completion_probabilities", [])  # an answer that ends at once has none
     return [row["id"] for row in rows], [[one["logprob"] for one in row["top_logprobs"]] for row in rows]
 
 
