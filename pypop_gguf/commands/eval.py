@@ -204,8 +204,9 @@ def _measure_item(
     missing = []
     for boundary in dict.fromkeys([llm.pop.n_layer, *boundaries]):
         kept = results.get(task.name, item.id, _name(llm, boundary))
-        # Without a question the file may come from a run that asked none.
-        if kept is None or (item.question is not None and not kept.keys() & METRICS.keys()):
+        # What is kept may come from a run that did not score, or that asked no questions.
+        asked = item.question is None or (kept is not None and kept.keys() & METRICS.keys())
+        if kept is None or "nll" not in kept or not asked:
             missing.append(boundary)
         else:
             found[boundary] = kept
@@ -226,16 +227,15 @@ def _name(llm: PopLlama, boundary: int) -> str:
 
 def _summarize(llm: PopLlama, task: Task, done: list[tuple[Item, dict[int, dict[str, float]]]]) -> Result:
     scores = [{boundary: Score.from_figures(figures) for boundary, figures in found.items()} for _, found in done]
-    answered = [found for item, found in done if item.question is not None]
     answers: dict[str, dict[int, tuple[Mean, Difference]]] = {}
     for metric in METRICS:
-        if not answered or metric not in answered[0][llm.pop.n_layer]:
-            continue
-        columns = {b: np.array([found[b].get(metric, 0.0) for found in answered]) for b in answered[0]}
-        whole = columns[llm.pop.n_layer]
-        answers[metric] = {
-            b: (bootstrap_mean(column), paired_difference(column, whole)) for b, column in columns.items()
-        }
+        answered = [found for item, found in done if item.question is not None and metric in found[llm.pop.n_layer]]
+        if answered:
+            columns = {boundary: np.array([found[boundary][metric] for found in answered]) for boundary in answered[0]}
+            whole = columns[llm.pop.n_layer]
+            answers[metric] = {
+                at: (bootstrap_mean(column), paired_difference(column, whole)) for at, column in columns.items()
+            }
     return Result(task, summarize(scores), answers)
 
 

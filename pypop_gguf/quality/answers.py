@@ -51,9 +51,9 @@ def score_choice(llm: PopLlama, tokenizer: Tokenizer, choice: ChoiceForm, bounda
 
 
 def grade_choice(choice: ChoiceForm, log_likelihoods: np.ndarray) -> dict[str, float]:
-    """Returns whether the likeliest ending is the right one, also by likelihood per letter if lengths differ."""
+    """Returns whether the likeliest ending is the right one, and for longer endings also by likelihood per letter."""
     lengths = np.array([len(ending.strip()) for ending in choice.endings])
     figures = {"accuracy": float(log_likelihoods.argmax() == choice.answer)}
-    if len(set(lengths)) > 1:
+    if max(lengths) > 1:
         figures["accuracy_norm"] = float((log_likelihoods / lengths).argmax() == choice.answer)
     return figures

@@ -122,6 +122,8 @@ def test_choice_is_the_likeliest_ending_and_the_likeliest_by_letter():
     # Log-likelihoods a letter are -1.5, -0.4 and -1.0.
     assert answers.grade_choice(choice, np.array([-6.0, -6.8, -2.0])) == {"accuracy": 0.0, "accuracy_norm": 1.0}
     assert answers.grade_choice(choice, np.array([-6.0, -1.0, -2.0]))["accuracy"] == 1.0
+    as_long = forms.ChoiceForm("p", (" one", " two"), 0)
+    assert answers.grade_choice(as_long, np.array([-1.0, -2.0])) == {"accuracy": 1.0, "accuracy_norm": 1.0}
     letters = forms.ChoiceForm("p", (" A", " B"), 0)
     assert answers.grade_choice(letters, np.array([-1.0, -2.0])) == {"accuracy": 1.0}
 

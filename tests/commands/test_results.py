@@ -67,6 +67,31 @@ def test_run_that_scored_only_is_completed(bundled_gguf, tmp_path, capsys):
     assert run(capsys, bundled_gguf, out)["tasks"][0]["boundaries"][0]["exact_match"] is not None
 
 
+def test_file_with_questions_of_several_sets_counts_each_by_itself(bundled_gguf, tmp_path, capsys):
+    lines = [
+        {"question": "How many?", "choices": ["1", "2"], "answer": 0},
+        {"context": "A dog sees a ball. It", "choices": ["runs.", "is a large planet of ice."], "answer": 0},
+        {"prompt": "The code of the hat is 41. The code of the hat is", "response": " 41", "answer": "41"},
+    ]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, command = (
+        tmp_path / "results.jsonl",
+        ["eval", bundled_gguf, tmp_path / "mixed.jsonl", "--threads", 1, "--json"],
+    )
+    assert main([*map(str, command), "--out", str(out)]) == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    rows = [row["figures"] for row in rows_of(out)[1:] if row["variant"] == "whole"]
+    assert [set(row) & {"accuracy", "accuracy_norm", "exact_match"} for row in rows] == [
+        {"accuracy"},
+        {"accuracy", "accuracy_norm"},
+        {"exact_match"},
+    ]
+    whole = task["boundaries"][0]
+    assert whole["samples"] == 3 and whole["differences"]["accuracy"]["within_noise"]
+    assert whole["accuracy"]["value"] == (rows[0]["accuracy"] + rows[1]["accuracy"]) / 2
+    assert whole["accuracy_norm"]["value"] == rows[1]["accuracy_norm"]
+
+
 def refused(capsys, *arguments: object) -> str:
     assert main([*map(str, arguments)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
