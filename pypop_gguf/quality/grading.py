@@ -43,12 +43,12 @@ def expect_number(answer: str) -> Grader:
 
 
 def find_number(text: str) -> float | None:
-    """Returns the number after ``####``, else the one in LaTeX's ``\\boxed{}``, else the last number of the text."""
+    """Returns the number in the last ``\\boxed{}`` of LaTeX, else the one after ``####``, else the last of the text."""
     numbers = _NUMBER.findall(text)[-1:]
-    if "####" in text:
-        numbers = _NUMBER.findall(text.split("####", 1)[1])[:1]
-    elif boxed := _BOXED.findall(text):
+    if boxed := _BOXED.findall(text):
         numbers = _NUMBER.findall(boxed[-1])[:1] or numbers
+    elif "####" in text:
+        numbers = _NUMBER.findall(text.rsplit("####", 1)[1])[:1]  # The last one: others are headings of Markdown.
     return float(numbers[0].replace(",", "")) if numbers else None
 
 

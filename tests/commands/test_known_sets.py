@@ -135,6 +135,8 @@ def test_choice_is_the_likeliest_ending_and_the_likeliest_by_letter():
         ("#### $1,234.50 in all, of 9", 1234.5),
         (r"The answer is \boxed{18} dollars, or 2 notes.", 18),
         (r"\boxed{x} = 4", 4),
+        ("#### Step 1\nAdd.\n#### \\[ \\boxed{\\$1,020} \\]", 1020),
+        ("#### Step 1\nAdd 3.\n#### 8 of 9", 8),
         ("It costs 5, then -6", -6),
         ("none", None),
     ],
