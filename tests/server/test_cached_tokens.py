@@ -4,6 +4,7 @@ The server moves, copies, shifts, saves, restores and trims cached tokens. Each 
 to the same request from an empty cache. fuzz/http_caches.py does the same with requests at random.
 """
 
+import concurrent.futures
 import itertools
 import json
 import random
@@ -226,6 +227,16 @@ def test_adapter_that_is_activated_shares_only_what_stands_before(adapted):
     adapted.ask(prompt, lora=lora(2))
     later = first + INVOCATION + second + INVOCATION + second[:5]
     assert adapted.ask_as_alone(later, lora=lora(2)) == 29
+
+
+def test_activated_adapter_does_not_read_what_stands_before_in_the_batch_of_another_slot(adapted):
+    first, second = adapted.prompts(40, 40)
+    options = dict(lora=lora(2), n_predict=40, ignore_eos=True, cache_prompt=False)
+    prompts = [first + INVOCATION + second[:n] for n in (3, 9, 20)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda at: adapted.ask(prompts[at], id_slot=at, **options), range(3)))
+    for prompt, answer in zip(prompts, done):
+        assert answer["logprobs"] == pytest.approx(adapted.ask(prompt, **options)["logprobs"], abs=ROUNDING)
 
 
 def test_answers_of_one_request_share_its_adapters(adapted):
