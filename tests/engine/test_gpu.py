@@ -21,9 +21,8 @@ from tests.support.adapter_v2 import write_scaled
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
 
-pytestmark = pytest.mark.skipif(
-    not llama_cpp.llama_supports_gpu_offload(), reason="this build finds no graphics device"
-)
+if not llama_cpp.llama_supports_gpu_offload():
+    pytest.skip("this build finds no graphics device", allow_module_level=True)
 
 ALL = 99
 N_PROMPT, N_STEPS = 41, 4
