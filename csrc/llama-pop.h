@@ -174,6 +174,10 @@ LLAMA_API int32_t llama_pop_n_incomplete(struct llama_context * ctx, llama_seq_i
 // have moved on, from images with non-causal attention behind pruned text, and from llama_pop_set_lost().
 LLAMA_API int32_t llama_pop_n_lost(struct llama_context * ctx, llama_seq_id seq_id);
 
+// Returns the position of the first token of a sequence that is not the whole model's, or the one behind the last token
+// if all are; also where completion is off. Returns -1 if seq_id is out of range.
+LLAMA_API llama_pos llama_pop_first_incomplete(struct llama_context * ctx, llama_seq_id seq_id);
+
 // Completes up to n_max tokens of a sequence, the lowest positions first, and writes to n_done how many it has
 // completed: fewer if no more are left or llama_pop_stop() was called. Logits and embeddings of the last llama_decode()
 // can be read as before, but not meanwhile. LoRA adapters and control vectors have to be those that the tokens were

@@ -335,6 +335,16 @@ static bool is_on(const llama_context * ctx) {
     return ctx->pop.completion || refuse("completion is off: llama_pop_set_completion() turns it on");
 }
 
+llama_pos llama_pop_first_incomplete(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded(-1, [&] {
+        if (!given(ctx) || !in_sequences(ctx, seq_id) || !has_memory(ctx)) {
+            return -1;
+        }
+        const llama_pos first = ctx->pop.completion ? ctx->pop_updated_completion().first_incomplete(seq_id) : -1;
+        return first >= 0 ? first : llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) + 1;
+    });
+}
+
 bool llama_pop_complete(llama_context * ctx, llama_seq_id seq_id, int32_t n_max, int32_t * n_done) {
     return guarded(false, [&] {
         if (!given(ctx, n_done) || !in_sequences(ctx, seq_id) || !in_range("n_max", n_max, 0, INT32_MAX) ||

@@ -195,6 +195,11 @@ uint32_t pop_completion::n_lost(llama_seq_id seq_id) const {
     return count(seq_id).second;
 }
 
+llama_pos pop_completion::first_incomplete(llama_seq_id seq_id) const {
+    const auto all = marked(seq_id);
+    return all.empty() ? -1 : all.front().pos;
+}
+
 // The cells of a chunk's first tokens in the cache of the windows: as many as are there, and none if the window of the
 // first token is not.
 std::vector<uint32_t> pop_completion::window_cells(llama_seq_id seq_id, const std::vector<cell> & chunk) const {

@@ -59,6 +59,9 @@ struct pop_completion {
     uint32_t n_incomplete(llama_seq_id seq_id) const;
     uint32_t n_lost(llama_seq_id seq_id) const;
 
+    // The position of the first token that is not the whole model's, -1 if there is none.
+    llama_pos first_incomplete(llama_seq_id seq_id) const;
+
     // The memory context of the next chunk of a sequence, of n_max tokens at most; nullptr if there is none. It throws
     // an exception if the tokens were read with other LoRA adapters.
     llama_memory_context_ptr next_chunk(llama_seq_id seq_id, uint32_t n_max, const llama_adapter_loras & loras);

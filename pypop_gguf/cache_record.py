@@ -29,6 +29,16 @@ class CacheRecord:
         self.boundaries[start:end] = self._counted(boundary)
         self.boundaries[start : min(end, self._n_head)] = self._n_layer
 
+    def complete(self, first: int, n_cached: int) -> None:
+        """Records that the positions before ``first`` are the whole model's, and those from there on are not.
+
+        What follows a pruned position was computed from its keys and values, so it counts as read with its boundary.
+        """
+        cached = self.boundaries[:n_cached]
+        lowest = int(cached[cached > 0].min(initial=self._n_layer))
+        cached[:first][cached[:first] > 0] = self._n_layer
+        cached[first:] = np.minimum(cached[first:], lowest)
+
     def forget(self, start: int, end: int) -> None:
         """Makes positions from ``start`` to ``end`` unusable for every prompt."""
         self.boundaries[start:end] = 0

@@ -144,7 +144,7 @@ def streamed_with_timings(
     Args:
         chunks: The stream.
         stepping: Makes a context in which the call is the running one, for each chunk anew.
-        timings: Gives the timings of the call once it has ended.
+        timings: Gives the timings of the call; called in the step of its last chunk.
         end: Called when the stream has ended, was closed, or is gone, even if no chunk was ever read.
     """
 
@@ -157,8 +157,8 @@ def streamed_with_timings(
                         chunk = next(chunks)
                     except StopIteration:
                         return
-                if any(choice["finish_reason"] for choice in chunk["choices"]):
-                    chunk["timings"] = timings()
+                    if any(choice["finish_reason"] for choice in chunk["choices"]):
+                        chunk["timings"] = timings()
                 yield chunk
         finally:
             end()

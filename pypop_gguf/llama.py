@@ -3,7 +3,8 @@
 It differs from its parent in two ways: only a prompt's last token asks for logits, and a record says which boundary
 each cached position was read with. Only this file writes the object's own fields. The others work on what it gives:
 ``opening`` reads the ``pop_*`` arguments, ``call`` has what a single call asks for, ``cache_record`` is the record,
-``images`` reads prompts with images, ``states`` saves and loads, and ``parent`` has what is private in the parent.
+``images`` reads prompts with images, ``states`` saves and loads, ``completion`` says when skipped layers run later, and
+``parent`` has what is private in the parent.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import functools
 import inspect
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from pypop_gguf import images, library, logprobs, native, opening, parent, states
+from pypop_gguf import completion, images, library, logprobs, native, opening, parent, states
 from pypop_gguf.cache_record import CacheRecord
 from pypop_gguf.call import Call, pieces, streamed_with_timings
 from pypop_gguf.errors import PopError, check_name
@@ -55,12 +57,20 @@ class PopLlama(llama_cpp.Llama):
             environment does so for the whole process, and also for projectors of images.
         flash_attn: Whether attention is flash attention. Default: wherever llama.cpp can compute it on the model's
             devices, which is faster for prompts. The parent's default is False.
+        pop_complete: When the layers that a prompt has skipped run for it after all, which makes the cache the whole
+            model's. ``"off"``: never. ``"call"``: in :meth:`complete_cache`. ``"idle"``: also in a thread of its own,
+            while no call uses the model. ``"answer"``: before each token of an answer after the first, a chunk, and
+            what is left after the last chunk of a stream. All but ``"off"`` keep one state for each position of the
+            context.
+        pop_complete_chunk: Tokens that are completed before each token of an answer. Default: as many as 4 decode steps
+            take time.
+        pop_complete_states: Type of the states that are kept: ``"f32"``, or ``"f16"`` or ``"bf16"`` of half the size.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes. What it took once is dropped, as it does itself.
 
     Raises:
         TypeError: Neither class knows an argument, or ``pop_boundary`` is of another type.
-        PopError: The file cannot be read, the model cannot be pruned at that boundary, or a number of tokens is out of
-            range.
+        PopError: The file cannot be read, the model cannot be pruned at that boundary, its cache cannot be completed,
+            or a number of tokens is out of range.
     """
 
     def __init__(
@@ -75,6 +85,9 @@ class PopLlama(llama_cpp.Llama):
         pop_adapter: str | os.PathLike | Sequence[str | os.PathLike] | bool | None = None,
         pop_kernels: bool = True,
         flash_attn: bool | None = None,
+        pop_complete: str = "off",
+        pop_complete_chunk: int | None = None,
+        pop_complete_states: str = "f32",
         **llama_kwargs,
     ) -> None:
         self._pid = os.getpid()
@@ -82,6 +95,7 @@ class PopLlama(llama_cpp.Llama):
         parent.let_close(self)
         opening.check_keywords(llama_kwargs)
         opening.check_sizes(llama_kwargs)
+        completion.check_arguments(pop_complete, pop_complete_chunk, pop_complete_states)
         opening.check_boundary_type("pop_boundary", pop_boundary)
         self._pop_arguments = dict(
             pop=pop,
@@ -91,6 +105,9 @@ class PopLlama(llama_cpp.Llama):
             pop_min_tokens=pop_min_tokens,
             pop_adapter=pop_adapter,
             pop_kernels=pop_kernels,
+        )
+        self._complete_arguments = dict(
+            pop_complete=pop_complete, pop_complete_chunk=pop_complete_chunk, pop_complete_states=pop_complete_states
         )
         self._flash_attn = flash_attn
         self._logits_everywhere = bool(llama_kwargs.get("logits_all", False))
@@ -119,6 +136,15 @@ class PopLlama(llama_cpp.Llama):
         self._adapters = {at: states.file_digest(path) for at, path in opened.adapters.items()}
         self._record = CacheRecord(len(self.input_ids), self._status.n_layer, opened.lossless, self._status.head)
         self._running: Call | None = None
+
+        # Every token of logits_all asks for logits, so nothing is pruned.
+        if pop_complete != "off" and not (self._logits_everywhere or llama_kwargs.get("vocab_only", False)):
+            chosen = pop_complete, pop_complete_chunk, pop_complete_states
+            self._completion = completion.Completion(self, self._turns, self._record, *chosen)
+            self._completes_answers = pop_complete == "answer"
+
+    _completion: completion.Completion | None = None  # while it is on
+    _completes_answers = False
 
     def _size_arrays(self) -> None:
         """Gives the arrays the length of the context that llama.cpp has made: it rounds what was asked for upwards."""
@@ -362,16 +388,27 @@ class PopLlama(llama_cpp.Llama):
         try:
             with self._stepping(call):
                 result = method()
-            is_stream = isinstance(result, Iterator)
-            if not is_stream:
-                result["timings"] = self.timings.as_dict()
-                return result
+                is_stream = isinstance(result, Iterator)
+                if not is_stream:
+                    result["timings"] = self._final_timings()
+                    return result
         finally:
             if not (is_stream and keep_turn):
                 self._end(call)
-        return streamed_with_timings(
-            result, lambda: self._stepping(call), lambda: self.timings.as_dict(), lambda: self._end(call)
-        )
+        if call.outermost and self._completes_answers:
+            result = self._completing_rest(result)
+        return streamed_with_timings(result, lambda: self._stepping(call), self._final_timings, lambda: self._end(call))
+
+    def _final_timings(self) -> dict[str, float | int | None]:
+        if self._completion is not None:
+            self._completion.end_call(self)
+        return self.timings.as_dict()
+
+    def _completing_rest(self, chunks: Iterator) -> Iterator:
+        """Yields a stream's chunks and, in the step that finds its end, completes what is left."""
+        yield from chunks
+        assert self._completion is not None
+        self._completion.run(self, None)
 
     def _check_process(self) -> None:
         """Refuses to go on in a fork of the process that loaded the model: it would wait for llama.cpp's threads."""
@@ -413,6 +450,7 @@ class PopLlama(llama_cpp.Llama):
         call = self._new_call()
         call.tokens[:] = tokens
         generator = None
+        answering = self._completion if self._completes_answers else None
         try:
             with self._stepping(call):
                 if kwargs.get("reset", True):
@@ -423,6 +461,9 @@ class PopLlama(llama_cpp.Llama):
             sent = None
             while True:
                 with self._stepping(call):
+                    if answering is not None and timings.generated_tokens and not answering.before_token(self):
+                        answering = None
+                    began = time.perf_counter()
                     call.in_use = True
                     try:
                         token = generator.send(sent)
@@ -430,6 +471,8 @@ class PopLlama(llama_cpp.Llama):
                         return
                     finally:
                         call.in_use = False
+                    if answering is not None and timings.generated_tokens:
+                        answering.count_step(1e3 * (time.perf_counter() - began))
                     if timings.generated_tokens == 0:
                         call.time_prompt(timings, native.n_pruned(self.ctx))
                         n_whole = self._record.usable(len(tokens), self._status.n_layer)
@@ -531,14 +574,53 @@ class PopLlama(llama_cpp.Llama):
         if usable < self.n_tokens:
             self._roll_back(usable)
 
+    # Completion
+
+    def complete_cache(
+        self,
+        max_tokens: int | None = None,
+        *,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> int:
+        """Runs the skipped layers for what is cached, the first positions first: the cache is then the whole model's.
+
+        Args:
+            max_tokens: Stop after so many tokens. Default: after all.
+            progress: Called as ``progress(done, total)``, in tokens, after each chunk of 64. It ends the work by
+                returning False.
+            cancel: Once it is set, from any thread, no further chunk begins.
+
+        Returns:
+            Tokens that are left. Those that can never be completed do not count.
+
+        Raises:
+            Cancelled: ``cancel`` was set while this call waited for another one.
+            PopError: The model was opened without ``pop_complete``, or with another LoRA than the tokens were read
+                with.
+        """
+        call = self._new_call(cancel=cancel)
+        with self._calling(call):
+            call.in_use = True  # for progress, which cannot begin another call
+            if self._completion is not None:
+                return self._completion.run(self, max_tokens, progress, cancel)
+        if self._complete_arguments["pop_complete"] == "off":
+            raise PopError('open the model with pop_complete="call", "idle" or "answer" to complete its cache')
+        return 0  # nothing was pruned
+
     # States
 
     def save_state(self):
-        """Saves a state as ``llama_cpp.Llama`` does, with a digest of the model and the boundary of each position."""
+        """Saves a state as ``llama_cpp.Llama`` does, with a digest of the model and the boundary of each position.
+
+        With ``pop_complete="idle"`` or ``"answer"`` the cache is completed first. With ``"call"`` it is saved as it is.
+        """
         # Without logits_all nobody reads scores, so they are not kept: a plain Llama spreads the one row over its own.
         self._check_process()
         zeros = np.zeros((1, self.n_vocab()), dtype=np.single)
         with self._turns.pause():
+            if self._completion is not None:
+                self._completion.begin_save(self)
             return states.save(
                 self.ctx,
                 input_ids=self.input_ids,
@@ -582,6 +664,8 @@ class PopLlama(llama_cpp.Llama):
             self.scores[:n] = state.scores
         elif self._logits_everywhere:
             self._record.forget(0, n)  # it was read without the logits that are needed
+        if self._completion is not None:
+            self._completion.end_load(self, self._status.n_layer)
 
     def set_cache(self, cache) -> None:
         """Sets the cache. Other models may share it, since each finds only its own entries."""
@@ -596,10 +680,12 @@ class PopLlama(llama_cpp.Llama):
             return
         if self._turns.is_mine():
             raise PopError(WITHIN)
+        if self._completion is not None:
+            self._completion.close()
         with self._turns.pause():
             super().close()
             parent.mark_closed(self)
 
     def __getstate__(self):
-        own = {**self._pop_arguments, "flash_attn": self._flash_attn, "logits_all": self._logits_everywhere}
-        return {**super().__getstate__(), **own}
+        own = {"flash_attn": self._flash_attn, "logits_all": self._logits_everywhere}
+        return {**super().__getstate__(), **self._pop_arguments, **self._complete_arguments, **own}

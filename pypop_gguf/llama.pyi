@@ -44,6 +44,9 @@ class _CallTimings(TypedDict):
     time_to_first_token_ms: float | None
     pruned_n: int
     boundary: int | None
+    completed_n: int
+    complete_ms: float
+    incomplete_n: int | None
 
 @type_check_only
 class _Completion(CreateCompletionResponse):
@@ -117,6 +120,9 @@ class PopLlama(Llama):
         pop_min_tokens: int | None = None,
         pop_adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | bool | None = None,
         pop_kernels: bool = True,
+        pop_complete: Literal["off", "call", "idle", "answer"] = "off",
+        pop_complete_chunk: int | None = None,
+        pop_complete_states: Literal["f32", "f16", "bf16"] = "f32",
         n_gpu_layers: int = 0,
         split_mode: int = ...,
         main_gpu: int = 0,
@@ -301,5 +307,12 @@ class PopLlama(Llama):
     ) -> npt.NDArray[np.float32]: ...
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None]: ...
     def eval(self, tokens: Sequence[int]) -> None: ...
+    def complete_cache(
+        self,
+        max_tokens: int | None = None,
+        *,
+        progress: Callable[[int, int], bool | None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> int: ...
     def save_state(self) -> LlamaState: ...
     def load_state(self, state: LlamaState) -> None: ...

@@ -230,6 +230,11 @@ def n_lost(ctx: int, seq_id: int = 0) -> int:
     return _checked_number(_functions().llama_pop_n_lost(_context(ctx), seq_id))
 
 
+def first_incomplete(ctx: int, seq_id: int = 0) -> int:
+    """Returns the position of the first token that is not the whole model's, or the one behind the last token."""
+    return _checked_number(_functions().llama_pop_first_incomplete(_context(ctx), seq_id))
+
+
 def complete(ctx: int, n_max: int, seq_id: int = 0) -> int:
     """Completes up to ``n_max`` tokens of a sequence, the lowest positions first; returns how many it has completed."""
     ffi, functions = _bound()

@@ -46,6 +46,10 @@ class Timings:
         time_to_first_token_ms: Time from the start of the call to the first token, sampling included.
         decode_ms_per_token: Mean time of the tokens after the first.
         boundary: Boundary that the prompt was read with; L if all layers have read all of it.
+        completed_tokens: Tokens whose skipped layers were run later, during the call or since.
+        complete_ms: Time that this took.
+        incomplete_tokens: Cached tokens that are not the whole model's at the end of the call; None where completion is
+            off.
     """
 
     prompt_tokens: int = 0
@@ -56,6 +60,14 @@ class Timings:
     time_to_first_token_ms: float | None = None
     decode_ms_per_token: float | None = None
     boundary: int | None = None
+    completed_tokens: int = 0
+    complete_ms: float = 0.0
+    incomplete_tokens: int | None = None
+
+    def count_completed(self, n_tokens: int, ms: float) -> None:
+        """Counts tokens whose skipped layers were run."""
+        self.completed_tokens += n_tokens
+        self.complete_ms += ms
 
     def count_token(self, ms: float) -> None:
         """Counts one more generated token, which came ``ms`` after the start of the call."""
@@ -66,7 +78,7 @@ class Timings:
         self.generated_tokens += 1
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Returns the ``timings`` of a response: the names of llama.cpp's server, and ``pruned_n`` and ``boundary``."""
+        """Returns the ``timings`` of a response: the names of llama.cpp's server, and some of ours."""
         read = self.prompt_tokens - self.reused_tokens
         after_first = self.generated_tokens - 1
         decode_ms = None if self.decode_ms_per_token is None else self.decode_ms_per_token * after_first
@@ -83,6 +95,9 @@ class Timings:
             "time_to_first_token_ms": self.time_to_first_token_ms,
             "pruned_n": self.pruned_tokens,
             "boundary": self.boundary,
+            "completed_n": self.completed_tokens,
+            "complete_ms": self.complete_ms,
+            "incomplete_n": self.incomplete_tokens,
         }
 
 

@@ -2,14 +2,16 @@
 
 A call has its turn from its first step to its end. A result takes one step; a stream takes one for each chunk, and
 keeps its turn while the caller looks at a chunk. A call from another thread waits. A call from the thread that the
-stream belongs to would wait for itself, so it is refused.
+stream belongs to would wait for itself, so it is refused. Idle work is no call: it runs while nobody has a turn, and a
+call that comes meanwhile interrupts it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from pypop_gguf.errors import PopError
 from pypop_gguf.status import Cancelled
@@ -17,6 +19,7 @@ from pypop_gguf.status import Cancelled
 WITHIN = "this model is in the middle of a call: a function that the call has called cannot begin another one"
 
 _POLL_S = 0.1  # a call that waits looks at its cancel event this often
+_REST_S = 0.05  # idle work waits this long after a call, because the next one often comes at once
 
 
 class Turns:
@@ -27,6 +30,10 @@ class Turns:
         self._turn: object | None = None  # whose turn it is
         self._thread: int | None = None  # the thread that is in a step
         self._last_thread: int | None = None  # the thread that made the last step
+        self._interrupt: Callable[[], None] | None = None  # interrupts the idle work that runs, unless it was called
+        self._may_have_work = False  # a call has used the context since idle work has begun for the last time
+        self._rests_until = 0.0  # idle work does not begin before this time
+        self._no_idle_work = False  # for ever
 
     def is_mine(self) -> bool:
         """Returns whether this thread is in a step."""
@@ -60,7 +67,7 @@ class Turns:
         try:
             yield
         finally:
-            self._leave()
+            self._leave_call()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -70,12 +77,12 @@ class Turns:
             return
         with self._changed:
             while self._thread is not None:
-                self._changed.wait()
+                self._wait()
             self._thread = threading.get_ident()
         try:
             yield
         finally:
-            self._leave()
+            self._leave_call()
 
     def end(self, turn: object) -> None:
         """Ends a turn, unless it has ended already."""
@@ -84,12 +91,74 @@ class Turns:
                 self._turn = None
                 self._changed.notify_all()
 
-    def _leave(self) -> None:
+    def wait_until_idle(self, work_is_left: bool) -> bool:
+        """Waits until idle work may begin.
+
+        Args:
+            work_is_left: Whether there is work although no call has used the context since it began the last time.
+
+        Returns:
+            False once ``end_idle_work`` was called.
+        """
         with self._changed:
-            self._thread = None
+            while not self._no_idle_work:
+                rest_s = self._rests_until - time.monotonic()
+                if not self._is_free() or not (work_is_left or self._may_have_work):
+                    self._changed.wait()
+                elif rest_s > 0:
+                    self._changed.wait(rest_s)
+                else:
+                    self._may_have_work = False
+                    return True
+            return False
+
+    @contextlib.contextmanager
+    def idle_step(self, interrupt: Callable[[], None]) -> Iterator[bool]:
+        """Makes a step of idle work, unless a call has come first; yields whether the work may run.
+
+        Args:
+            interrupt: Called once if a call comes, from its thread and perhaps when the work is already done, but not
+                after this block.
+        """
+        with self._changed:
+            may_run = self._is_free() and not self._no_idle_work
+            if may_run:
+                self._thread, self._interrupt = threading.get_ident(), interrupt
+        try:
+            yield may_run
+        finally:
+            if may_run:
+                self._leave_idle_step()
+
+    def end_idle_work(self) -> None:
+        """Lets no more idle work begin, and interrupts what runs."""
+        with self._changed:
+            self._no_idle_work = True
+            self._interrupt_idle_work()
             self._changed.notify_all()
 
-    def _wait(self, cancel: threading.Event | None) -> None:
+    def _is_free(self) -> bool:
+        return self._thread is None and self._turn is None
+
+    def _leave_call(self) -> None:
+        with self._changed:
+            self._thread, self._may_have_work, self._rests_until = None, True, time.monotonic() + _REST_S
+            self._changed.notify_all()
+
+    def _leave_idle_step(self) -> None:
+        with self._changed:
+            if self._interrupt is None:
+                self._rests_until = time.monotonic() + _REST_S  # lets the call begin that has interrupted it
+            self._thread = self._interrupt = None
+            self._changed.notify_all()
+
+    def _interrupt_idle_work(self) -> None:
+        if self._interrupt is not None:
+            self._interrupt()
+            self._interrupt = None
+
+    def _wait(self, cancel: threading.Event | None = None) -> None:
+        self._interrupt_idle_work()
         if cancel is None:
             self._changed.wait()
             return

@@ -6,6 +6,8 @@ the file whose layers from the boundary on are the identity: their output projec
 their caches. Stock reads the prompt with the copy, its state goes to stock with the original file, and there the last
 prompt token and three more are decoded. The states are compared too: they hold the caches.
 
+Where the cache can be completed later, it is completed at every boundary, and compared with the whole model.
+
 Then keys and values are fitted through the engine, as ``pop-gguf prepare`` does. The reference of a pruned pass with
 the fit is made in the same way: the fitted weights take the place of the model's own in the identity copy.
 
@@ -64,7 +66,9 @@ writes them.
 {models} models: {served} served, {refused} refused with the reason, {failing} failing. {compared} of the served models
 were compared with a reference that stock llama.cpp makes alone, with a third and with half of the layers skipped
 (tolerance {tolerance} normalized squared error; {exact} agree bit for bit). In {continued} models continuation is used:
-the last prompt token reuses what the layers below the boundary have computed for it. Weights were fitted in
+the last prompt token reuses what the layers below the boundary have computed for it. The caches of {completed} models
+can be completed later, at {completed_boundaries} boundaries in all, with an error of at most {completed_error:.0e}.
+Weights were fitted in
 {fitted} models, in each layer above the boundary in {fitted_everywhere} of them; {fit_compared} of the fits were
 compared with stock llama.cpp, and the largest error is {fit_error:.0e}.
 
@@ -75,6 +79,9 @@ compared with stock llama.cpp, and the largest error is {fit_error:.0e}.
 - *Continued*: the difference that continuation makes (tolerance {continued_tolerance}). *repeats*: the last prompt
   token runs the layers below the boundary again. That is so for recurrent states, and for caches where continuation was
   not proven correct.
+- *Completed*: the largest error against the whole model after the skipped layers were run later, in chunks of 9 tokens,
+  and the number of boundaries, which are all below the lossless one (tolerance {tolerance}). *no*: the cache cannot be
+  completed. That is so for recurrent states, for caches with an indexer, and where layers pass on more than one state.
 - *Fitted*: how many weights were fitted at boundary 1, as `pop-gguf prepare` does it. The layers above the boundary
   fill their caches by them. Where layers have hyper-connections (deepseek4, glm5-next, hy_v4, qwen4exp), they are the
   weights that mix the streams: keys and values come after those, and stay as they are. *Held out*: the mean squared
@@ -87,9 +94,9 @@ compared with stock llama.cpp, and the largest error is {fit_error:.0e}.
   The output layer and attention have a large share in tiny models; real models lie nearer to 1.5. Hybrids gain less,
   because a skipped recurrent layer still computes its state.
 
-| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Fitted | Held out | Fit's error | \
-Fit's effect | Limit | |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| Model | Layers | Lossless | Error there | Deep | POP's effect | Continued | Completed | Fitted | Held out | \
+Fit's error | Fit's effect | Limit | |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -104,6 +111,7 @@ class Row:
         errors: Error at each lower boundary against the reference.
         effect: Difference that POP makes at the lowest boundary, to judge the error against.
         continued: Difference that continuation makes, None where it is not used.
+        completed: Error after completion by boundary, empty where the cache cannot be completed.
         n_fitted: Number of fitted weights.
         fit_layers: Number of layers that have them.
         held_out: Mean error of the model's own weights and of the fitted ones on texts that were held out.
@@ -120,6 +128,7 @@ class Row:
     errors: dict[int, float] = field(default_factory=dict)
     effect: float = float("nan")
     continued: float | None = None
+    completed: dict[int, float] = field(default_factory=dict)
     n_fitted: int = 0
     fit_layers: int = 0
     held_out: tuple[float, float] | None = None
@@ -224,6 +233,13 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     fitted = engine.pop("fitted", None)
     engine.pop("unfitted", None)  # only its cache is of use
     _check_fit(row, found["fit"])
+    errors = found["completed"].get("errors", {})
+    row.completed = {int(boundary): error for boundary, error in errors.items() if error is not None}
+    row.failures += [
+        f"b = {boundary}: completed, it differs from the whole model by {error:.0e}"
+        for boundary, error in row.completed.items()
+        if not error <= TOLERANCE
+    ]
     row.lossless_error = squared_error(engine.pop(str(row.lossless)), full)
     if not row.lossless_error <= TOLERANCE:
         row.failures.append(f"lossless boundary differs by {row.lossless_error:.0e}")
@@ -299,6 +315,9 @@ def table(rows: list[Row]) -> str:
         continued_tolerance=f"{CONTINUED_TOLERANCE:.0e}",
         exact=exact,
         continued=continued,
+        completed=sum(bool(row.completed) for row in served),
+        completed_boundaries=sum(len(row.completed) for row in served),
+        completed_error=max((error for row in served for error in row.completed.values()), default=float("nan")),
         fitted=len(fitted),
         fitted_everywhere=sum(row.fit_layers == row.n_layer - 2 for row in fitted),
         fit_compared=len(fit_errors),
@@ -307,7 +326,7 @@ def table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if row.refusal:
-            lines.append(f"| {row.name} | {row.n_layer} |{' |' * 10} refused: {row.refusal} |")
+            lines.append(f"| {row.name} | {row.n_layer} |{' |' * 11} refused: {row.refusal} |")
             continue
         deep = f"{max(row.errors.values()):.0e}" if row.errors else "N/A"
         effect = f"{row.effect:.0e}" if row.errors else "N/A"
@@ -321,6 +340,7 @@ def table(rows: list[Row]) -> str:
             deep,
             effect,
             continued,
+            f"{max(row.completed.values()):.0e} ({len(row.completed)})" if row.completed else "no",
             row.n_fitted,
         ]
         cells.append("N/A" if row.held_out is None else " to ".join(f"{error:.0e}" for error in row.held_out))

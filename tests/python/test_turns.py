@@ -4,11 +4,13 @@ The right answers are those of calls that were alone.
 """
 
 import threading
+import time
 
 import llama_cpp
 import pytest
 
 from pypop_gguf import Cancelled, PopError, PopLlama
+from pypop_gguf.turns import Turns
 
 PROMPTS = ["Once upon a time there was a fox.", "The code of the mirror is 87. The code of the engine is"]
 CALL = dict(max_tokens=8, temperature=0)
@@ -243,3 +245,75 @@ def test_models_in_several_threads_share_a_cache(bundled_gguf, alone):
     assert run_in_threads([lambda model=model: ask(model) for model in models]) == [alone * 4] * 3
     for model in models:
         model.close()
+
+
+# Idle work
+
+
+def test_idle_work_waits_for_the_end_of_a_turn_and_for_a_moment_after_it():
+    turns, turn = Turns(), object()
+    with turns.step(turn):
+        pass
+    began = []
+    thread = threading.Thread(target=lambda: began.append(turns.wait_until_idle(work_is_left=False)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()  # a stream keeps its turn between its chunks
+    with turns.step(turn):
+        left_at = time.monotonic()
+    turns.end(turn)
+    thread.join(60)
+    assert began == [True] and time.monotonic() - left_at >= 0.05
+
+
+def test_idle_work_begins_again_after_each_use_of_the_context_or_while_work_is_left():
+    turns = Turns()
+    with turns.pause():
+        pass
+    assert turns.wait_until_idle(work_is_left=False)
+    assert turns.wait_until_idle(work_is_left=True)
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(turns.wait_until_idle(work_is_left=False)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    turns.end_idle_work()
+    thread.join(60)
+    assert ended == [False] and not turns.wait_until_idle(work_is_left=True)
+
+
+@pytest.mark.parametrize("use", ["step", "pause"])
+def test_call_interrupts_idle_work_once_and_then_comes_first(use):
+    turns, turn = Turns(), object()
+    interrupts, used = [], threading.Event()
+
+    def call():
+        with turns.step(turn) if use == "step" else turns.pause():
+            used.set()
+        turns.end(turn)
+
+    with turns.idle_step(lambda: interrupts.append(threading.get_ident())) as may_run:
+        assert may_run
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while not interrupts:
+            time.sleep(0.001)
+        time.sleep(0.1)
+        assert not used.is_set()
+    assert turns.wait_until_idle(work_is_left=True) and used.is_set()
+    for thread in threads:
+        thread.join(60)
+    assert len(interrupts) == 1 and interrupts[0] in {thread.ident for thread in threads}
+
+
+def test_idle_step_does_not_run_beside_a_call_or_after_the_end():
+    turns, turn = Turns(), object()
+    with turns.step(turn):
+        pass
+    with turns.idle_step(lambda: None) as may_run:
+        assert not may_run
+    turns.end(turn)
+    turns.end_idle_work()
+    with turns.idle_step(lambda: None) as may_run:
+        assert not may_run

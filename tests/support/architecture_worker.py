@@ -16,7 +16,7 @@ import numpy as np
 if sys.argv[1] == "engine":
     from gguf import GGMLQuantizationType
 
-    from pypop_gguf import PopLlama, library, native
+    from pypop_gguf import PopError, PopLlama, library, native
     from pypop_gguf.fitting.adapter_file import write_replacements
     from pypop_gguf.fitting.engine_fit import collect, layer_of
     from pypop_gguf.gguf_files.header import read_header
@@ -30,6 +30,7 @@ N_PROMPT, N_DECODE = 41, 3
 N_TEXTS, N_TEXT = 24, 40  # to fit keys and values on
 FIT_BOUNDARY = 1  # the fit then has layers of every kind
 N_CTX, N_UBATCH = 128, 16
+CHUNK = 9  # tokens that are completed at once
 F32 = 0
 
 
@@ -118,6 +119,35 @@ def prune(model, context, boundary: int, name: str, results: dict[str, np.ndarra
         results[f"{name} continued"] = last_logits(model, context, tokens, last_alone=False)
 
 
+def complete(model, lossless: int) -> dict:
+    """Completes a pruned prompt at every boundary where something is lost.
+
+    Returns:
+        The error against the whole model by boundary, None where a boundary cannot be completed; or the refusal.
+    """
+    tokens, context = tokens_for(model), new_context(model)
+    memory = llama_cpp.llama_get_memory(context)
+    try:
+        decode(context, tokens[: N_PROMPT - 1], 0, False)
+        whole = last_logits(model, context, tokens)
+        llama_cpp.llama_memory_clear(memory, True)
+        native.set_completion(context, "f32")
+        errors = {}
+        for boundary in range(1, lossless):
+            llama_cpp.llama_memory_clear(memory, True)
+            native.set_boundary(context, boundary)
+            decode(context, tokens[: N_PROMPT - 1], 0, False)
+            while native.n_incomplete(context):
+                native.complete(context, CHUNK)
+            error = float(np.sum((last_logits(model, context, tokens) - whole) ** 2) / np.sum(whole**2))
+            errors[boundary] = None if native.n_lost(context) else error
+    except PopError as refused:
+        return {"refused": str(refused)}
+    finally:
+        llama_cpp.llama_free(context)
+    return {"errors": errors}
+
+
 def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) -> dict:
     """Fits keys and values as ``pop-gguf prepare`` does, but to random texts and stored as F32."""
     llm = PopLlama(
@@ -168,7 +198,7 @@ def engine(path: str, out: str, adapter: str) -> dict:
     model = load(path)
     n_layer, lossless = native.n_layer(model), native.lossless_boundary(model)
     found = {"n_layer": n_layer, "lossless": lossless, "refusal": native.refusal(model), "pruned": {}, "errors": {}}
-    found |= {"fit": None, "fit_boundary": FIT_BOUNDARY}
+    found |= {"fit": None, "fit_boundary": FIT_BOUNDARY, "completed": {}}
     if found["refusal"]:
         return found
     results = {}
@@ -180,6 +210,7 @@ def engine(path: str, out: str, adapter: str) -> dict:
         except (RuntimeError, ValueError) as error:
             found["errors"][boundary] = str(error)
         llama_cpp.llama_free(context)
+    found["completed"] = complete(model, lossless)
     if lossless > FIT_BOUNDARY:
         found["fit"] = fit(path, FIT_BOUNDARY, adapter, results)
     np.savez(out, **results)
