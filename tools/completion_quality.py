@@ -2,9 +2,9 @@
 
 The whole model answers a prompt. Its answer is then put behind a pruned prompt token by token, and the KL divergence
 to the whole model is taken before each token: with the skipped layers' own weights, with fitted ones, and with fitted
-ones while some tokens of the prompt are completed before each token of the answer after the first. The prompts and the
-fit are those of tools/real_quality.py. OUT.jsonl gets a line for each prompt, and a run that was interrupted goes on
-where it stopped.
+ones while some tokens of the prompt are completed before each token of the answer after the first. The whole model that
+reads the prompt in pieces of 64 tokens shows how much rounding alone changes. The prompts and the fit are those of
+tools/real_quality.py. OUT.jsonl gets a line for each prompt, and a run that was interrupted goes on where it stopped.
 
     python -m tools.completion_quality smollm2-135m --boundary 20,15 --data DATA --out OUT.jsonl
 """
@@ -27,6 +27,7 @@ from pypop_gguf.terminal import aligned, available_cores, integer_list, progress
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts
 
+_PIECE = 64  # tokens
 SHOWN = (1, 2, 4, 8, 16, 32)  # tokens of the answer, counted from 1
 
 
@@ -101,8 +102,7 @@ def measure(llm: PopLlama, prompt: Sequence[int], adapters: dict, chunks: Sequen
         log_p = _log_probabilities(llm, prompt, answer, boundary, chunk)
         return [round(float(kl), 7) for kl in (np.exp(whole) * (whole - log_p)).sum(axis=1)]
 
-    # what the same passes differ by between two sizes of micro-batches is far below: the whole model repeats itself
-    found = {f"{n_layer} whole": divergence(n_layer, 0)}
+    found = {f"{n_layer} whole, in pieces": divergence(n_layer, 0)}
     found |= {f"{boundary} plain": divergence(boundary, 0) for boundary in adapters}
     for adapter in adapters.values():
         native.add_adapter(llm.ctx, adapter)
@@ -128,7 +128,13 @@ def _answer(llm: PopLlama, prompt: Sequence[int]) -> tuple[list[int], np.ndarray
 def _log_probabilities(
     llm: PopLlama, prompt: Sequence[int], answer: Sequence[int], boundary: int, chunk: int
 ) -> np.ndarray:
-    rows = [_begin(llm, prompt, boundary)]
+    if boundary == llm.pop.n_layer:  # other micro-batches round in another way, which no completion can avoid
+        llm.score(prompt[:_PIECE], [0], pop=False)
+        for start in range(_PIECE, len(prompt), _PIECE):
+            llm.eval(prompt[start : start + _PIECE])
+        rows = [llm._logits_of(1)[0]]
+    else:
+        rows = [_begin(llm, prompt, boundary)]
     for token in answer[:-1]:
         if chunk:
             llm.complete_cache(chunk)
