@@ -200,7 +200,7 @@ def main() -> int:
 def fuzz(arguments: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.execv = os.execve = os.execvp = start
-    sys.stdin = io.StringIO()
+    sys.stdin = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     harness.limit_memory(4096)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, 16 << 20))  # random-model would write gigabytes
     with harness.directory() as base:

@@ -315,7 +315,8 @@ def test_work_that_outgrows_memory_ends_in_upstreams_abort(model):
     """ggml's CPU backend allocates its work buffer with `new`, and nothing catches the exception that this throws."""
     code = (
         LIMITED
-        + "llm = PopLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_ubatch=2048, **one); limit(int(sys.argv[2]))\n"
+        + "llm = PopLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_ubatch=2048, flash_attn=False, **one)\n"
+        + "limit(int(sys.argv[2]))\n"
     )
     code += "llm.eval([5 + i % 1000 for i in range(2000)]); print(llm.n_tokens)"
     assert python(code, model, 200).stdout == "2000\n"

@@ -56,12 +56,14 @@ def chat(model, monkeypatch):
 @pytest.fixture(scope="module")
 def fastapi_server(model, tmp_path_factory):
     code, options = re.search(r'python -c "(.+?)" \\\n +(.+)', PAGE).groups()
-    assert options == "--model model.gguf --logits_all false"
+    assert options == "--model model.gguf --logits_all false --flash_attn true"
     arguments = [
         "--model",
         model,
         "--logits_all",
         "false",
+        "--flash_attn",
+        "true",
         "--n_ctx",
         256,
         "--n_threads",
