@@ -160,6 +160,7 @@ def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) 
         n_threads_batch=1,
         type_k=F32,
         type_v=F32,
+        flash_attn=False,
         verbose=False,
     )
     texts = np.random.default_rng(4).integers(0, min(llm.n_vocab(), 128), (N_TEXTS, N_TEXT)).tolist()
