@@ -277,7 +277,9 @@ bool llama_pop_open(llama_context *    ctx,
 
 static bool set_completion(llama_context * ctx, int32_t type) {
     if (type == LLAMA_POP_STATES_OFF) {
-        ctx->pop.completion.reset();
+        if (ctx->pop.completion) {
+            ctx->pop_set_completion(GGML_TYPE_COUNT);
+        }
         return true;
     }
     if (type != LLAMA_POP_STATES_F32 && type != LLAMA_POP_STATES_F16 && type != LLAMA_POP_STATES_BF16) {

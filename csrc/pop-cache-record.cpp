@@ -48,6 +48,10 @@ void pop_cache_record::move(int32_t n_keep) {
     adapted_from = adapted_from == NONE ? NONE : std::min(adapted_from, n_keep);
 }
 
+void pop_cache_record::complete(int32_t n_whole) {
+    pruned_from = std::max(pruned_from, n_whole);
+}
+
 void pop_cache_record::begin(int32_t n_past, bool prunes, const pop_reading & reading) {
     if (pruned_from >= n_past) {
         pruned_from = prunes ? n_past : NONE;

@@ -44,6 +44,9 @@ struct pop_cache_record {
     // Called when the tokens from n_keep on have moved to other positions.
     void move(int32_t n_keep);
 
+    // Called when completion has made the first n_whole tokens whole, or all of them if n_whole is NONE.
+    void complete(int32_t n_whole);
+
     // Called when a request begins to read its prompt after n_past cached tokens. prunes says whether it really prunes
     // in a way that changes results.
     void begin(int32_t n_past, bool prunes, const pop_reading & reading);

@@ -2,12 +2,12 @@
 //
 // For each cell of the cache that needs it a pop_completion keeps the state of its token at a boundary, and a mark that
 // says which boundary that is. llama_context (patch pop/0008) calls begin_ubatch() before each micro-batch of decode(),
-// pop_context calls ubatch_done() after it, and llama_context::pop_complete() runs the chunks.
+// pop_context calls ubatch_done() after it, and llama_context::pop_complete() runs the chunks (pop-chunks.cpp).
 //
-// A token is whole if it was run whole and the token before it in its sequence is whole: others attend to caches that
-// are not the whole model's. Completion goes in the order of positions, so the marked tokens end a sequence. The state
-// that is kept of a token is the one at the lowest boundary of all marked tokens before it and its own, because only up
-// to there its state is the whole model's.
+// A token is the whole model's if it was run whole and the token before it in its sequence is the whole model's. Other
+// tokens attend to caches that are not. Completion goes in the order of positions, so the marked tokens end a sequence.
+// The state that is kept of a token is the one at the lowest boundary of all marked tokens before it and its own,
+// because only up to there its state is the whole model's.
 //
 // The marks describe what the cache holds, so they move with it: whatever writes keys and values also writes marks, and
 // a removal, a copy within a stream or a shift of positions changes neither.
@@ -30,7 +30,8 @@ struct llama_model;
 struct llama_ubatch;
 
 struct pop_completion {
-    // kv is the cache whose cells number the states; the states lie in memory of the type buft
+    // The memory is of a kind that find_cache() knows. The states have this type and lie in a buffer of the type buft.
+    // It throws an exception if there is no room for them.
     pop_completion(llama_memory_i & memory, const llama_model & model, ggml_type type, ggml_backend_buffer_type_t buft);
 
     // The cache whose cells number the states, or nullptr if this kind of memory cannot be completed.

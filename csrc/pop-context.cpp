@@ -73,13 +73,16 @@ pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
                                                llm_graph_type        gtype,
                                                const llama_ubatch &  ubatch) const {
     pop_graph_params res;
-    if (!ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT || pop_needs_whole_model(cparams)) {
+    if (!ubatch.data || gtype != LLM_GRAPH_TYPE_DEFAULT) {
         return res;
     }
     const auto & label = ubatch.data->pop;
     if (label.completes) {
         res            = { label.part, label.completes };
         res.completion = completion->states;
+        return res;
+    }
+    if (pop_needs_whole_model(cparams)) {
         return res;
     }
     // if no states were kept, the pruned pass was left whole, and so is what follows it
@@ -260,8 +263,14 @@ void llama_context::pop_try_completion(uint32_t boundary) {
         works(chunk, n_tokens) && works(chunk, n_seqs) && works(whole, n_seqs) && works(pruned, n_tokens);
 }
 
+// With GGML_TYPE_COUNT no states are kept. The new reservation also drops the graphs that refer to the old states.
 void llama_context::pop_set_completion(ggml_type type) {
     synchronize();
+    sched_need_reserve = true;
+    if (type == GGML_TYPE_COUNT) {
+        pop.completion.reset();
+        return;
+    }
     const uint32_t il   = pop.boundary ? pop.boundary : model.hparams.n_layer() - 1;
     auto *         buft = ggml_backend_dev_buffer_type(model.dev_layer(il));
 
@@ -270,7 +279,7 @@ void llama_context::pop_set_completion(ggml_type type) {
     for (const auto & tried : pop.tried) {
         pop_try_completion(tried.first);
     }
-    sched_need_reserve = true;
+    sched_need_reserve = true; // with the states
     LLAMA_LOG_INFO("%s: %.1f MiB for the states that pruned tokens are completed from\n", __func__,
                    ggml_nbytes(pop.completion->states) / 1024.0 / 1024.0);
 }
@@ -279,71 +288,6 @@ void llama_context::pop_set_completion(ggml_type type) {
 pop_completion & llama_context::pop_updated_completion() {
     memory_update(false);
     return *pop.completion;
-}
-
-namespace {
-
-// While a chunk runs, there are no outputs, and the computation also ends if stop is set. Afterwards, also after an
-// exception, all is as it was: what the last decode() has computed can still be read.
-class chunk_scope {
-public:
-    chunk_scope(llama_context & ctx, uint32_t & n_outputs, ggml_abort_callback before, void * data) :
-        ctx(ctx), n_outputs(n_outputs), n_outputs_before(n_outputs), before(before), data(data) {
-        n_outputs = 0;
-        ctx.set_abort_callback(should_stop, this);
-    }
-
-    ~chunk_scope() {
-        n_outputs = n_outputs_before;
-        ctx.set_abort_callback(before, data);
-    }
-
-    chunk_scope(const chunk_scope &) = delete;
-
-private:
-    static bool should_stop(void * scope) {
-        const auto & self = *(const chunk_scope *) scope;
-        return self.ctx.pop.completion->stop || (self.before && self.before(self.data));
-    }
-
-    llama_context &     ctx;
-    uint32_t &          n_outputs;
-    const uint32_t      n_outputs_before;
-    ggml_abort_callback before;
-    void *              data;
-};
-
-} // namespace
-
-// A chunk that is given up leaves its marks, and the next try writes all of it again.
-uint32_t llama_context::pop_complete(llama_seq_id seq_id, uint32_t n_max) {
-    synchronize();
-    sched_reserve();
-    memory_update(false);
-
-    const chunk_scope scope(*this, n_outputs, abort_callback, abort_callback_data);
-
-    auto &   completion = *pop.completion;
-    uint32_t n_done     = 0;
-    while (n_done < n_max && !completion.stop) {
-        auto mctx = completion.next_chunk(seq_id, std::min(n_max - n_done, cparams.n_ubatch), *loras);
-        if (!mctx) {
-            break;
-        }
-        const auto & ubatch = mctx->get_ubatch();
-        ggml_status  status;
-        if (!process_ubatch(ubatch, LLM_GRAPH_TYPE_DEFAULT, mctx.get(), status)) {
-            if (status == GGML_STATUS_ABORTED) {
-                break;
-            }
-            throw std::runtime_error("the chunk could not be computed");
-        }
-        synchronize();
-        completion.chunk_done(ubatch);
-        n_done += ubatch.n_tokens;
-    }
-    completion.stop = false;
-    return n_done;
 }
 
 // The states lie on the device of the first boundary's layer. At another boundary the scheduler copies what has to

@@ -2,6 +2,8 @@
 
 #include "llama-pop.h"
 
+#include <algorithm>
+
 bool pop_server::init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why) {
     // with POP off the file's keys do not matter, so they are not read
     const llama_pop_request request =
@@ -29,7 +31,59 @@ void pop_server::begin_prompt(
     slot.prunes          = reading.prunes && pop_boundary < pop_n_layer && n_tokens - n_past >= min_tokens;
     slot.n_pruned_before = llama_pop_n_pruned_in(ctx, seq_id);
     llama_pop_set_sequence(ctx, seq_id, slot.prunes);
+
+    // a pruned prompt without marks was restored, and the states to complete it are not there
+    if (chunk > 0 && record.pruned_from < n_past && llama_pop_n_incomplete(ctx, seq_id) == 0 &&
+        llama_pop_n_lost(ctx, seq_id) == 0) {
+        llama_pop_set_lost(ctx, seq_id, record.pruned_from);
+    }
     record.begin(n_past, slot.prunes && !exact, reading);
+}
+
+bool pop_server::init_completion(const std::string & mode, int32_t chunk, bool swa_full, std::string & why) {
+    if (mode == "off" || pop_boundary == pop_n_layer || exact) {
+        return true; // there is nothing to complete
+    }
+    if (llama_model_n_swa(llama_get_model(ctx)) > 0 && !swa_full) {
+        why = "the sliding windows of this model are not kept, so its cache cannot be completed: give --swa-full, or "
+              "--pop-complete off";
+        return false;
+    }
+    if (!llama_pop_set_completion(ctx, LLAMA_POP_STATES_F32)) {
+        why = llama_pop_last_error();
+        return false;
+    }
+    if (!llama_pop_completes(ctx)) {
+        why = "what is pruned at boundary " + std::to_string(pop_boundary) + " of this model cannot be completed";
+        return false;
+    }
+    this->chunk = chunk;
+    answers     = mode == "answer";
+    return true;
+}
+
+bool pop_server::is_incomplete(llama_seq_id seq_id) const {
+    return chunk > 0 && llama_pop_n_incomplete(ctx, seq_id) > 0;
+}
+
+uint64_t pop_server::complete(llama_seq_id seq_id, pop_cache_record & record, bool has_images) {
+    int32_t n_done = 0;
+    if (!llama_pop_complete(ctx, seq_id, chunk, &n_done)) {
+        llama_pop_set_lost(ctx, seq_id, llama_pop_first_incomplete(ctx, seq_id)); // it would fail again
+        return 0;
+    }
+    if (!has_images) { // else positions are no indices
+        const bool all = llama_pop_n_incomplete(ctx, seq_id) == 0 && llama_pop_n_lost(ctx, seq_id) == 0;
+        record.complete(all ? pop_cache_record::NONE : llama_pop_first_incomplete(ctx, seq_id));
+    }
+    return n_done;
+}
+
+void pop_server::move(llama_seq_id seq_id, pop_cache_record & record, int32_t n_keep) {
+    record.move(n_keep);
+    if (is_incomplete(seq_id)) {
+        llama_pop_set_lost(ctx, seq_id, std::max(n_keep, llama_pop_first_incomplete(ctx, seq_id)));
+    }
 }
 
 uint64_t pop_server::n_pruned(llama_seq_id seq_id) const {

@@ -35,6 +35,23 @@ public:
     // server has adapters, as read with unknown ones. Throws std::runtime_error if the file is damaged.
     pop_cache_record restored_record(const std::string & path, bool has_adapters, size_t & n_record) const;
 
+    // Lets the context keep what completion needs: mode is off, idle or answer, chunk a number of tokens. Returns
+    // false, and the reason in why, if the model's cache cannot be completed.
+    bool init_completion(const std::string & mode, int32_t chunk, bool swa_full, std::string & why);
+
+    // Returns whether chunks run between the tokens of answers, too.
+    bool completes_answers() const { return answers; }
+
+    bool is_incomplete(llama_seq_id seq_id) const;
+
+    // Completes a chunk of a slot, whose LoRA adapters are set, and returns how many tokens it had. Where all tokens
+    // are text, the record says that they are whole now.
+    uint64_t complete(llama_seq_id seq_id, pop_cache_record & record, bool has_images);
+
+    // Called when the tokens of a slot from n_keep on have moved to other positions. Those that are incomplete stay so:
+    // completed now, they would attend to another text.
+    void move(llama_seq_id seq_id, pop_cache_record & record, int32_t n_keep);
+
 private:
     struct slot {
         bool     prunes          = false;
@@ -46,5 +63,7 @@ private:
     int32_t           pop_boundary = 0;
     int32_t           min_tokens   = 0;
     bool              exact        = false; // pruning at this boundary changes no result
+    int32_t           chunk        = 0;     // tokens that are completed at once, 0 if completion is off
+    bool              answers      = false; // see completes_answers()
     std::vector<slot> slots;
 };

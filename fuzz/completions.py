@@ -102,14 +102,14 @@ class Pair:
 
     def copy(self) -> None:
         source, target = self.any(), self.any()
-        if source == target or self.past[source] >= _LONGEST:
+        # llama.cpp copies caches when it decodes, so one has to follow: a state saved before has the old ones
+        if source == target or not 0 < self.past[source] < _LONGEST:
             return
         for engine in (self.pruned, self.whole):
             llama_cpp.llama_memory_seq_rm(engine.memory, target, -1, -1)
             llama_cpp.llama_memory_seq_cp(engine.memory, source, target, -1, -1)
-            if self.past[source]:  # llama.cpp copies caches when it decodes, and a state saved before has the old ones
-                engine.step(7, self.past[source], target)
-        self.past[target] = self.past[source] + (self.past[source] > 0)
+            engine.step(7, self.past[source], target)
+        self.past[target] = self.past[source] + 1
         self.copied = True
 
     def shift(self) -> None:

@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with the keys of which clients must send one, one key per line",
     )
     parser.add_argument(
+        "--complete",
+        choices=("off", "idle", "answer"),
+        default="off",
+        help="when the layers that prompts have skipped run for them after all, which makes their caches the whole "
+        "model's: never, while no request runs, or also between the tokens of answers (default: off)",
+    )
+    parser.add_argument(
         "--server-options",
         nargs=argparse.REMAINDER,
         default=[],
@@ -177,6 +184,7 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
     given = {
         "--model": arguments.model,
         "--pop-boundary": arguments.boundary,
+        "--pop-complete": None if arguments.complete == "off" else arguments.complete,
         "--host": arguments.host,
         "--port": arguments.port,
         "--parallel": arguments.parallel,

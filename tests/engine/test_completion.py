@@ -362,6 +362,22 @@ def test_a_restored_state_counts_as_whole_until_it_is_called_lost(reference_mode
 # Off
 
 
+def test_completion_can_be_turned_off_and_on_again(reference_models):
+    model = reference_models["llama"]
+    tokens = model.tokens(40)
+    with whole_engine(model) as whole, engine(model) as pruned:
+        whole.prefill(tokens)
+        pruned.prefill(tokens)
+        native.set_completion(pruned.context, "off")
+        assert n_incomplete(pruned) == 0
+        pruned.step(5, 40)
+        llama_cpp.llama_memory_clear(pruned.memory, True)
+        native.set_completion(pruned.context, "f32")
+        pruned.prefill(tokens)
+        assert complete(pruned) == 40
+        assert squared_error(next_logits(pruned, 40), next_logits(whole, 40)) <= TOLERANCE
+
+
 def test_without_completion_a_graph_has_no_node_more(reference_models):
     model, counts = reference_models["llama"], []
     for states in (None, "off", "f32"):
