@@ -223,7 +223,11 @@ def _budget_text(rows: list[Row]) -> str:
             f" Half of the intervals reach {100 * np.median(widths):.1f} points or more to each side, so smaller "
             "losses are hardly seen with these numbers of questions."
         )
-    limit = f"up to a KL divergence of {good[-1].kl.value:.4f}, over {len(good)} rows," if good else "in no row"
+    limit = (
+        f"up to a KL divergence of {good[-1].kl.value:.4f}, over {len(good)} row{'s'[: len(good) > 1]},"
+        if good
+        else "in no row"
+    )
     return (
         f"Rows are sorted by their mean KL divergence over the four kinds. {limit[0].upper()}{limit[1:]} no task loses "
         f"more than {100 * BUDGET_LOSS:.0f} point beyond noise. {breach}"
