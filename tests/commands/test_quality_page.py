@@ -37,7 +37,7 @@ def test_page_has_paired_differences_and_the_budget_that_they_allow(tmp_path, mo
     assert row[1] == "21" and row[2].startswith("95.2 [")
     assert row[3].startswith("**-40.0 [") and row[4].startswith("+0.0 [+0.0, +0.0]")
     assert "b 20, plain" in text and "b 20, fitted" in text and "By hand." in text
-    assert "over 1 rows, no task loses" in text and "GSM8K loses 40.0 points" in text
+    assert "over 1 row, no task loses" in text and "GSM8K loses 40.0 points" in text
     for name in ("kl.png", "losses.png"):
         assert (tmp_path / "quality" / name).read_bytes().startswith(b"\x89PNG")
 
