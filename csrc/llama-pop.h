@@ -155,8 +155,8 @@ enum llama_pop_states {
 };
 
 // Lets a context keep the state at the boundary of every token that is not the whole model's, one of an enum
-// llama_pop_states. It takes one row of n_embd values for each cell of the cache. A token is the whole model's if it was
-// run whole and all tokens before it in its sequence are; generated tokens behind a pruned prompt are not.
+// llama_pop_states. It takes one row of n_embd values for each cell of the cache. A token is the whole model's if it
+// was run whole and all tokens before it in its sequence are; generated tokens behind a pruned prompt are not.
 // Returns false if the cache is not empty, if it cannot be completed (recurrent and hybrid models, and caches with
 // indexers), or if there is no memory for the states.
 LLAMA_API bool llama_pop_set_completion(struct llama_context * ctx, int32_t type);

@@ -46,8 +46,8 @@ struct pop_graph_params {
 
     llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
 
-    // For completion. A CONTINUATION for which this is not nullptr is a chunk: it goes on from these states and computes
-    // nothing but keys and values.
+    // For completion. A CONTINUATION for which this is not nullptr is a chunk: it goes on from these states and
+    // computes nothing but keys and values.
     ggml_tensor * completion = nullptr; // [n_embd, cells], owned by pop_completion
     uint32_t      keeps      = 0;       // PRUNED, WHOLE: the boundary whose states are written there
 

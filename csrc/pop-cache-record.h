@@ -54,7 +54,7 @@ struct pop_cache_record {
     // Appends the record to a slot file, with a checksum of the whole file. Returns the number of bytes, 0 if it fails.
     size_t write(const std::string & path) const;
 
-    // Reads the record at the end of a slot file. Returns its number of bytes, 0 if the file has none, as those of stock
-    // llama.cpp. Throws std::runtime_error if the file is damaged.
+    // Reads the record at the end of a slot file. Returns its number of bytes, 0 if the file has none, as those of
+    // stock llama.cpp. Throws std::runtime_error if the file is damaged.
     size_t read(const std::string & path);
 };

@@ -1,8 +1,8 @@
 // A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
 //
 // llama_context (patches pop/0003 and pop/0008) holds a pop_context: decode() calls begin_batch() before it splits a
-// batch, begin_ubatch() before each micro-batch and ubatch_done() after it, graph_params() calls graph_params_for(), and
-// process_ubatch() calls choose_kernels() before it computes a graph.
+// batch, begin_ubatch() before each micro-batch and ubatch_done() after it, graph_params() calls graph_params_for(),
+// and process_ubatch() calls choose_kernels() before it computes a graph.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// How quantized weights are unpacked to bytes, scales and offsets: what all types share, and the types with blocks of 32
-// weights. ggml-quants.c dequantizes the same.
+// How quantized weights are unpacked to bytes, scales and offsets: what all types share, and the types with blocks of
+// 32 weights. ggml-quants.c dequantizes the same.
 //
 // Each struct describes a type:
 //   is_k    a block of the file has 256 weights, and the activations share one scale in it as in ggml

@@ -54,8 +54,8 @@ static void append_rows(const ggml_tensor * t, std::vector<float> & to) {
     }
 }
 
-// The name of the weight that a product reads. Where the product runs on another device than its weight lies on, it reads
-// a copy, which the scheduler of llama.cpp has named DEVICE#WEIGHT#NUMBER.
+// The name of the weight that a product reads. Where the product runs on another device than its weight lies on, it
+// reads a copy, which the scheduler of llama.cpp has named DEVICE#WEIGHT#NUMBER.
 static std::string weight_name(const ggml_tensor * product) {
     const std::string name  = product->src[0]->name;
     const size_t      first = name.find('#');

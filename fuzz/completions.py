@@ -68,7 +68,7 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.name} n_seq={self.n_seq} {self.options}"
 
-    # What happens to the sequences
+    # Changes of the sequences
 
     def set_boundary(self) -> None:
         native.set_boundary(self.pruned.context, self.chance.choice([0, *range(1, self.n_layer)]))

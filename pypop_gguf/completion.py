@@ -76,7 +76,7 @@ def _smoothed(before: float | None, now: float) -> float:
 
 
 class Completion:
-    """What completes the cache of one ``PopLlama``. The model comes as an argument, so that it is not kept alive.
+    """Completes the cache of one ``PopLlama``. The model comes as an argument, so that it is not kept alive.
 
     Args:
         llm: The model, whose context is empty.

@@ -1,4 +1,4 @@
-"""What a ``PopLlama`` evaluates and caches: prompts and tokens, with a record of the boundary of each position.
+"""Evaluates and caches prompts and tokens for ``PopLlama``, with a record of the boundary of each position.
 
 It differs from llama-cpp-python in two ways: only a prompt's last token asks for logits, and a record says which
 boundary each cached position was read with. ``cache_record`` is the record, ``completion`` says when skipped layers run

@@ -1,4 +1,4 @@
-"""What our kernels change in the numbers of a whole model: `python -m tools.kernel_quality MODEL.gguf --text FILE`.
+"""Shows how our kernels change the numbers of a whole model: `python -m tools.kernel_quality MODEL.gguf --text FILE`.
 
 The first table compares perplexity and log probabilities of a text with kernels on and with llama.cpp's own (off). What
 rounding alone does is shown by llama.cpp with attention computed in another way (flash attention off).

@@ -46,7 +46,7 @@ as in HumanEval; "question", "choices" and "answer", as in MMLU; "context" or "c
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What is measured of one task.
+    """The measurements of one task.
 
     Attributes:
         task: The task.
@@ -204,7 +204,7 @@ def _measure_item(
     missing = []
     for boundary in dict.fromkeys([llm.pop.n_layer, *boundaries]):
         kept = results.get(task.name, item.id, _name(llm, boundary))
-        # What is kept may come from a run that did not score, or that asked no questions.
+        # The kept results may come from a run that did not score, or that asked no questions.
         asked = item.question is None or (kept is not None and kept.keys() & METRICS.keys())
         if kept is None or "nll" not in kept or not asked:
             missing.append(boundary)

@@ -60,7 +60,7 @@ def completed_error(model, boundary=B, states="f32", **parameters) -> float:
         return squared_error(next_logits(pruned, len(tokens)), next_logits(whole, len(tokens)))
 
 
-# What a completed cache holds
+# Completed caches equal those of the whole model
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 64])
@@ -250,7 +250,7 @@ def test_a_stop_without_a_completion_stops_the_next_one_and_no_other(reference_m
         assert complete(pruned) == 40
 
 
-# What cannot be completed
+# Refusals
 
 
 @pytest.mark.parametrize("name", ["lfm2"])

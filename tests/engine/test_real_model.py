@@ -120,7 +120,7 @@ def test_tool_call_has_the_arguments_of_its_schema(prepared):
     answer = llm.create_chat_completion(question, tools=[TOOL], tool_choice=choice, temperature=0, max_tokens=32)
     [call] = answer["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "buy_ticket"
-    assert 1 <= json.loads(call["function"]["arguments"])["adults"] <= 9
+    assert json.loads(call["function"]["arguments"]) == {"adults": 2}
     assert answer["timings"]["pruned_n"] > 80
 
 

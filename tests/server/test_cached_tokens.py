@@ -85,7 +85,7 @@ def lora(index: int, scale: float = 1.0) -> list[dict]:
     return [{"id": index, "scale": scale}]
 
 
-# What was pruned, and what has moved
+# Pruned tokens and moved tokens
 
 
 def test_moved_chunk_is_still_known_to_be_pruned(slots):
@@ -98,7 +98,7 @@ def test_moved_chunk_is_still_known_to_be_pruned(slots):
 
 @pytest.mark.parametrize("pop", [True, False])
 def test_moved_chunk_is_used_only_where_moving_is_asked_for(slots, pop):
-    """What was read at another position, after other tokens, is an approximation that n_cache_reuse asks for."""
+    """Tokens that were read at another position are an approximation, which a request asks for by n_cache_reuse."""
     first, second = slots.prompts(26, 52)
     slots.ask(first + second, pop=False)
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_tokens_after_a_context_shift_are_not_reused_at_their_new_positions(serv
         assert slots.ask(shifted, id_slot=0)["cached"] == 9
 
 
-# Which adapters have read
+# Tokens that were read with adapters
 
 
 def test_request_without_lora_does_not_use_what_an_adapter_has_read(adapted):
