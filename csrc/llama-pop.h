@@ -242,6 +242,9 @@ struct llama_pop_observer;
 // Returns NULL if the boundary is out of range or the model cannot be pruned there.
 LLAMA_API struct llama_pop_observer * llama_pop_observer_init(struct llama_context * ctx, int32_t boundary);
 
+// Lets an observer copy the products of one more weight, whatever they serve. Returns false if an argument is NULL.
+LLAMA_API bool llama_pop_observer_add(struct llama_pop_observer * observer, const char * weight);
+
 // Frees an observer that is not attached. Returns false if it is NULL.
 LLAMA_API bool llama_pop_observer_free(struct llama_pop_observer * observer);
 

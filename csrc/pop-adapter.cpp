@@ -10,6 +10,7 @@
 #include "ggml.h"
 #include "gguf.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -21,6 +22,15 @@
 #include <vector>
 
 #define POP_ADAPTER_TYPE "pop"
+
+// What is added to the name of a weight to name a tensor that belongs to it.
+static const std::string SHIFT      = ".shift";
+static const std::string BOTTLENECK = ".bottleneck";
+static const std::string FURTHER    = ".further";
+
+static bool has_suffix(const std::string & name, const std::string & suffix) {
+    return name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
 
 // FNV-1a
 static void hash(uint64_t & h, const void * data, size_t n) {
@@ -59,8 +69,8 @@ std::string pop_adapter_path(const std::string & path_model, int32_t boundary) {
     const size_t name = slash == std::string::npos ? 0 : slash + 1;
     const size_t dot  = path_model.rfind('.');
     // a name that begins with its only dot has no suffix
-    const bool has_suffix = dot != std::string::npos && dot > name;
-    return path_model.substr(0, has_suffix ? dot : std::string::npos) + ".pop-b" + std::to_string(boundary) + ".gguf";
+    const bool ends_name = dot != std::string::npos && dot > name;
+    return path_model.substr(0, ends_name ? dot : std::string::npos) + ".pop-b" + std::to_string(boundary) + ".gguf";
 }
 
 static std::string value(const llama_adapter_lora & adapter, const char * key) {
@@ -75,8 +85,8 @@ uint32_t pop_adapter_boundary(const llama_adapter_lora & adapter) {
 // Returns why an adapter that could be loaded is not for this model; empty if it is.
 static std::string mismatch(const llama_model & model, const llama_adapter_lora & adapter) {
     const std::string version = value(adapter, "pop.adapter.version");
-    if (version != "1" && version != "2") {
-        return "its version is " + (version.empty() ? "missing" : version) + ", this build reads 1 and 2";
+    if (version != "1" && version != "2" && version != "3") {
+        return "its version is " + (version.empty() ? "missing" : version) + ", this build reads 1 to 3";
     }
     char expected[17];
     snprintf(expected, sizeof(expected), "%016llx", (unsigned long long) pop_fingerprint(model));
@@ -89,26 +99,45 @@ static std::string mismatch(const llama_model & model, const llama_adapter_lora 
         return why;
     }
     for (const auto & [name, weight] : adapter.ab_map) {
-        int il = -1;
-        if (sscanf(name.c_str(), "blk.%d.", &il) != 1 || il <= (int) b) {
-            return name + " is no weight of a layer above its boundary " + std::to_string(b);
+        const bool below = has_suffix(name, BOTTLENECK);
+        int        il    = -1;
+        if (sscanf(name.c_str(), "blk.%d.", &il) != 1 || (below ? il >= (int) b : il <= (int) b)) {
+            return name + (below ? " reads no state below" : " is no weight of a layer above") + " its boundary " +
+                   std::to_string(b);
         }
     }
     return "";
 }
 
 bool pop_adapter_replaces(const llama_adapter_lora & adapter) {
-    return value(adapter, "pop.adapter.version") == "2";
-}
-
-static const std::string SHIFT = ".shift";
-
-static bool is_shift(const std::string & name) {
-    return name.size() > SHIFT.size() && name.compare(name.size() - SHIFT.size(), SHIFT.size(), SHIFT) == 0;
+    return value(adapter, "pop.adapter.version") != "1";
 }
 
 static std::string weight_of(const std::string & name) {
-    return is_shift(name) ? name.substr(0, name.size() - SHIFT.size()) : name;
+    for (const auto & suffix : { SHIFT, BOTTLENECK, FURTHER }) {
+        if (has_suffix(name, suffix)) {
+            return name.substr(0, name.size() - suffix.size());
+        }
+    }
+    return name;
+}
+
+static ggml_tensor * find(const llama_adapter_lora & adapter, const std::string & name) {
+    const auto it = adapter.ab_map.find(name);
+    return it == adapter.ab_map.end() ? nullptr : it->second.a;
+}
+
+ggml_tensor * pop_adapter_bottleneck(const llama_adapter_lora & adapter, const ggml_tensor * weight) {
+    return find(adapter, weight->name + BOTTLENECK);
+}
+
+ggml_tensor * pop_adapter_further(const llama_adapter_lora & adapter, const ggml_tensor * weight) {
+    return find(adapter, weight->name + FURTHER);
+}
+
+size_t pop_adapter_n_bottlenecks(const llama_adapter_lora & adapter) {
+    return std::count_if(adapter.ab_map.begin(), adapter.ab_map.end(),
+                         [](const auto & entry) { return has_suffix(entry.first, BOTTLENECK); });
 }
 
 // Returns where a replacement of a weight goes, which is the weight's device. A buffer of repacked weights takes no
@@ -118,21 +147,62 @@ static ggml_backend_buffer_type_t buffer_type(const ggml_tensor * weight) {
     return ggml_backend_dev_buffer_type(dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
 }
 
+static bool fits(const ggml_tensor * t, const ggml_tensor * weight) {
+    if (has_suffix(t->name, SHIFT)) {
+        return t->type == GGML_TYPE_F32 && ggml_nelements(t) == weight->ne[1] && t->ne[0] == weight->ne[1];
+    }
+    if (has_suffix(t->name, BOTTLENECK)) {
+        return ggml_is_matrix(t) && t->ne[0] == weight->ne[0];
+    }
+    if (has_suffix(t->name, FURTHER)) {
+        return ggml_is_matrix(t) && t->ne[1] == weight->ne[1];
+    }
+    return ggml_are_same_shape(t, weight);
+}
+
 static void check_shape(const ggml_tensor * t, const ggml_tensor * weight) {
     const std::string name = t->name;
     if (!weight) {
         throw std::runtime_error(name + " belongs to no weight of this model");
     }
-    const bool fits = is_shift(name)
-                          ? t->type == GGML_TYPE_F32 && ggml_nelements(t) == weight->ne[1] && t->ne[0] == weight->ne[1]
-                          : ggml_are_same_shape(t, weight);
-    if (!fits) {
+    if (!fits(t, weight)) {
         throw std::runtime_error(name + " has another shape than this model's");
     }
 }
 
-// Reads an adapter of version 2: for each weight its replacement [n_in, n_out] under the same name, and F32
-// <name>.shift [n_out]. Throws.
+// Checks that every weight has all that belongs to it, and that all matrices of further inputs agree on their rank.
+static void check_complete(const llama_adapter_lora & adapter) {
+    int64_t rank  = 0;
+    bool    reads = false;
+    bool    feeds = false;
+    for (const auto & [name, pair] : adapter.ab_map) {
+        const bool bottleneck = has_suffix(name, BOTTLENECK);
+        const bool further    = has_suffix(name, FURTHER);
+        if (!bottleneck && !further) {
+            if (!pair.a || !pair.b) {
+                throw std::runtime_error(name + " lacks its replacement or its shift");
+            }
+            continue;
+        }
+        const int64_t own = pair.a->ne[bottleneck ? 1 : 0];
+        if (rank != 0 && own != rank) {
+            throw std::runtime_error(name + " has another rank than the other bottlenecks");
+        }
+        if (further && !find(adapter, weight_of(name))) {
+            throw std::runtime_error(name + " belongs to no weight that is replaced");
+        }
+        rank  = own;
+        reads = reads || bottleneck;
+        feeds = feeds || further;
+    }
+    if (reads != feeds) {
+        throw std::runtime_error("its further inputs lack their bottlenecks or their use");
+    }
+}
+
+// Reads an adapter of version 2 or 3: for each weight its replacement [n_in, n_out] under the same name, and F32
+// <name>.shift [n_out]. Version 3 has <name>.further [rank, n_out] too, and for weights below the boundary
+// <name>.bottleneck [n_in, rank]. Throws.
 static void load_replacements(
     llama_model & model, FILE * file, const gguf_context * gguf, ggml_context * meta, llama_adapter_lora & adapter) {
     std::map<ggml_backend_buffer_type_t, std::vector<ggml_tensor *>> in_file; // by where they go
@@ -163,25 +233,26 @@ static void load_replacements(
                 throw std::runtime_error(std::string(t->name) + " holds values that are not numbers");
             }
             ggml_backend_tensor_set(t, data.data(), 0, data.size());
-            auto & pair                           = adapter.ab_map[weight_of(t->name)];
-            (is_shift(t->name) ? pair.b : pair.a) = t;
+            if (has_suffix(t->name, SHIFT)) {
+                adapter.ab_map[weight_of(t->name)].b = t;
+            } else {
+                adapter.ab_map[t->name].a = t;
+            }
         }
     }
-    for (const auto & [name, pair] : adapter.ab_map) {
-        if (!pair.a || !pair.b) {
-            throw std::runtime_error(name + " lacks its replacement or its shift");
-        }
-    }
+    check_complete(adapter);
 }
 
-// Reads an adapter of either version. Throws.
+// Reads an adapter of any version. Throws.
 static void load_file(llama_model & model, FILE * file, llama_adapter_lora & adapter) {
     ggml_context *   meta = nullptr;
     gguf_context_ptr gguf(gguf_init_from_file_ptr(file, { /*no_alloc =*/true, &meta }));
     ggml_context_ptr meta_owner(meta);
 
-    const int64_t key = gguf ? gguf_find_key(gguf.get(), "pop.adapter.version") : -1;
-    if (key < 0 || gguf_get_kv_type(gguf.get(), key) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), key) != 2) {
+    const int64_t  key       = gguf ? gguf_find_key(gguf.get(), "pop.adapter.version") : -1;
+    const bool     is_number = key >= 0 && gguf_get_kv_type(gguf.get(), key) == GGUF_TYPE_UINT32;
+    const uint32_t version   = is_number ? gguf_get_val_u32(gguf.get(), key) : 0;
+    if (version != 2 && version != 3) {
         rewind(file);
         llama_adapter_lora_init_impl(model, file, adapter);
         return;

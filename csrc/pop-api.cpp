@@ -329,6 +329,16 @@ llama_pop_observer * llama_pop_observer_init(llama_context * ctx, int32_t bounda
     });
 }
 
+bool llama_pop_observer_add(llama_pop_observer * observer, const char * weight) {
+    return guarded(false, [&] {
+        if (!given(observer, weight)) {
+            return false;
+        }
+        observer->add(weight);
+        return true;
+    });
+}
+
 bool llama_pop_observer_free(llama_pop_observer * observer) {
     const bool done = given(observer);
     delete observer;

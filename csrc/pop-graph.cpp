@@ -115,6 +115,11 @@ struct rewrite {
     ggml_tensor * keep_rows = nullptr; // a node to add
     ggml_tensor * keep_from = nullptr; // the states to keep for completion
 
+    // With an adapter that has further inputs: for each product that reads one, what the bottleneck makes of it, and the
+    // sum of these.
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> narrowed;
+    ggml_tensor *                                          bottleneck = nullptr; // F32 [rank, n_tokens]
+
     std::vector<std::unique_ptr<llm_graph_input_i>> inputs;        // inputs to add
     std::vector<ggml_tensor *>                      ids_of_inputs; // their tensors
 
@@ -183,13 +188,43 @@ struct rewrite {
         return pop.adapter && t->op == GGML_OP_MUL_MAT ? pop.adapter->get_weight(t->src[0]) : nullptr;
     }
 
+    // Lets the states that the adapter has as further inputs go through its bottleneck. Each has to be computed below the
+    // boundary, once for each token.
+    bool plan_further(const tensor_set & below) {
+        const size_t n = pop.adapter ? pop_adapter_n_bottlenecks(*pop.adapter) : 0;
+        if (n == 0) {
+            return true;
+        }
+        tensor_set weights;
+        for (ggml_tensor * node : nodes) {
+            ggml_tensor * a =
+                node->op == GGML_OP_MUL_MAT ? pop_adapter_bottleneck(*pop.adapter, node->src[0]) : nullptr;
+            if (!a || !weights.insert(a).second) {
+                continue;
+            }
+            ggml_tensor * x = node->src[1];
+            if (!below.count(x) || !ggml_is_matrix(x) || x->ne[1] != n_tokens) {
+                return false;
+            }
+            reach(node, kept);
+            narrowed[node] = ggml_mul_mat(res.get_ctx(), a, x);
+            bottleneck     = bottleneck ? ggml_add(res.get_ctx(), bottleneck, narrowed[node]) : narrowed[node];
+        }
+        return weights.size() == n;
+    }
+
     // From now on, what reads the product reads what the adapter makes of it: with an adapter that replaces weights the
-    // sum of A x and B, else the sum of the product and B A x. x is the state that the product itself reads.
+    // sum of A x, B and what follows from further inputs, else the sum of the product and B A x. x is the state that the
+    // product itself reads.
     void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
         ggml_context * ctx = res.get_ctx();
         if (pop_adapter_replaces(*pop.adapter)) {
-            product->src[0]   = w.a;
-            replaced[product] = ggml_add(ctx, product, w.b);
+            ggml_tensor * further = pop_adapter_further(*pop.adapter, product->src[0]);
+            product->src[0]       = w.a;
+            replaced[product]     = ggml_add(ctx, product, w.b);
+            if (further) {
+                replaced[product] = ggml_add(ctx, replaced[product], ggml_mul_mat(ctx, further, bottleneck));
+            }
         } else {
             ggml_tensor * low = ggml_mul_mat(ctx, w.a, product->src[1]);
             replaced[product] = ggml_add(ctx, product, ggml_mul_mat(ctx, w.b, low));
@@ -266,6 +301,9 @@ struct rewrite {
 
         tensor_set below;
         reach(x_b, below);
+        if (!plan_further(below)) {
+            return false;
+        }
         for (ggml_tensor * node : nodes) {
             // a write to memory that outlives the graph: a KV cache or a recurrent state
             if (!is_in_place(node) || !node->view_src->buffer || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
@@ -385,6 +423,9 @@ struct rewrite {
         for (ggml_tensor * node : nodes) {
             if (kept.count(node)) {
                 ggml_build_forward_expand(gf, node);
+            }
+            if (narrowed.count(node)) { // at once, so that the state itself need not be kept
+                ggml_build_forward_expand(gf, narrowed[node]);
             }
             if (keep_all && node == keep_from) {
                 ggml_build_forward_expand(gf, keep_all);

@@ -84,6 +84,11 @@ bool pop_product_observer::observe(ggml_tensor * t, bool ask) {
     return true; // go on with the graph
 }
 
+void pop_product_observer::add(const std::string & weight) {
+    weights.push_back(weight);
+    products[weight] = {};
+}
+
 void pop_product_observer::clear() {
     for (const auto & name : weights) {
         products[name] = {};

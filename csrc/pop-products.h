@@ -37,6 +37,9 @@ struct pop_product_observer {
     // ggml's evaluation callback calls this twice: it asks whether a tensor is wanted, then hands it over.
     bool observe(ggml_tensor * t, bool ask);
 
+    // Copies the products of one more weight.
+    void add(const std::string & weight);
+
     // Forgets what was copied.
     void clear();
 };

@@ -305,6 +305,11 @@ def observer_init(ctx: int, boundary: int):
     return observer
 
 
+def observer_add(observer, weight: str) -> None:
+    """Lets an observer copy the products of one more weight, whatever they serve."""
+    _check(_functions().llama_pop_observer_add(observer, weight.encode()))
+
+
 def observer_free(observer) -> None:
     """Frees an observer that is not attached."""
     _check(_functions().llama_pop_observer_free(observer))

@@ -4,6 +4,8 @@ An observer in the engine (csrc/pop-products.h) copies what the weights that fil
 pass over a text gives the outputs, and usually the inputs at every boundary too: what a layer above the boundary reads
 in a pruned pass follows from what the boundary layer reads in a whole one, because both normalize the same state. Where
 it does not follow, a pruned pass at that boundary gives the inputs.
+
+States of layers below the boundary, which run anyway, are further inputs of every weight that reads the state there.
 """
 
 from __future__ import annotations
@@ -17,13 +19,23 @@ import numpy as np
 
 from pypop_gguf import library, native
 from pypop_gguf.errors import PopError
-from pypop_gguf.fitting.regression import FittedWeight, InputSums, Moments, OutputSums, Relation, relate, solve
+from pypop_gguf.fitting.regression import (
+    FittedWeight,
+    InputSums,
+    Moments,
+    OutputSums,
+    Relation,
+    find_bottleneck,
+    relate,
+    solve,
+)
 from pypop_gguf.llama import PopLlama
 
 llama_cpp = library.load()
 
 _HELD_OUT = 8  # every eighth text chooses lambda and takes no part in the fit
 _RARITY = -0.25  # A token counts by this power of how often the texts have it: 8% less KL divergence on SmolLM2-135M.
+_MOST = 8192  # Columns of an input and the further ones: the sums of more would take several gigabytes.
 _FIRST = 1  # the first position of a text is left out: its state is unlike all others
 
 
@@ -34,6 +46,7 @@ class Products:
         self._llm, self._observer = llm, observer
         names = (native.observer_weight(observer, i) for i in itertools.count())
         self.weights: list[str] = [name for name in itertools.takewhile(bool, names) if name]
+        self._added: list[str] = []
         self.n_layer = llm.pop.n_layer
 
     def evaluate(self, tokens: Sequence[int], boundary: int) -> None:
@@ -51,6 +64,20 @@ class Products:
                 raise PopError(f"llama.cpp cannot read a text of {len(tokens)} tokens (status {status})")
         finally:
             llama_cpp.llama_batch_free(batch)
+
+    def add(self, weight: str) -> None:
+        """Observes one more weight, which fills no cache above the boundary."""
+        if weight not in self._added:
+            native.observer_add(self._observer, weight)
+            self._added.append(weight)
+
+    def get_all(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns what :meth:`get` gives, for every weight that was evaluated."""
+        found = {}
+        for name in (*self.weights, *self._added):
+            with contextlib.suppress(PopError):  # a weight that the model does not have, or does not use
+                found[name] = self.get(name)
+        return found
 
     def get(self, weight: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns what the product has read and written but for position 0, F32 [n - 1, n_in] and [n - 1, n_out]."""
@@ -84,10 +111,11 @@ class BoundarySums:
 
     Attributes:
         relations: For each weight the base input that its own follows from, and how.
+        further: The weights below the boundary whose inputs are further inputs.
         needs_pruned_pass: Whether a base is taken from a pruned pass.
     """
 
-    def __init__(self, boundary: int, products: Products, text: Sequence[int]) -> None:
+    def __init__(self, boundary: int, products: Products, text: Sequence[int], further: bool) -> None:
         self.boundary = boundary
         products.evaluate(text, products.n_layer)
         # A weight that a whole pass uses twice has two outputs, and one replacement cannot give both.
@@ -96,6 +124,10 @@ class BoundarySums:
         bases: dict[str, np.ndarray] = {}
         if self._whole_base is not None:
             bases[""] = products.get(self._whole_base)[0]
+        self.further: list[str] = []
+        self._n_further: list[int] = []  # columns of each
+        if further and self._whole_base is not None:
+            self._choose_further(products, text)
         products.evaluate(text, boundary)
         self.relations: dict[str, tuple[str, Relation]] = {}
         for name in weights:
@@ -112,6 +144,21 @@ class BoundarySums:
         self._inputs: dict[tuple[str, bool], InputSums] = {}
         self._outputs: dict[tuple[str, bool], OutputSums] = {}
 
+    def _choose_further(self, products: Products, text: Sequence[int]) -> None:
+        assert self._whole_base is not None
+        candidates = _further_candidates(self._whole_base)
+        for name in candidates:
+            products.add(name)
+        products.evaluate(text, products.n_layer)
+        whole = products.get_all()
+        n_in = whole[self._whole_base][0].shape[1]
+        for name in candidates:
+            x = whole[name][0] if name in whole else np.empty((0, 0))
+            if len(x) == len(text) - _FIRST and n_in + x.shape[1] <= _MOST:
+                self.further.append(name)
+                self._n_further.append(x.shape[1])
+                n_in += x.shape[1]
+
     def add(
         self, products: Products, text: Sequence[int], whole: dict[str, tuple], weights: np.ndarray, held_out: bool
     ) -> None:
@@ -124,7 +171,9 @@ class BoundarySums:
             weights: How much each token counts, F32 [len(text) - 1].
             held_out: Whether the text only chooses lambda.
         """
-        bases = {} if self._whole_base is None else {"": whole[self._whole_base][0]}
+        bases = {}
+        if self._whole_base is not None:
+            bases[""] = np.concatenate([whole[name][0] for name in (self._whole_base, *self.further)], axis=1)
         if self.needs_pruned_pass:
             products.evaluate(text, self.boundary)
             bases |= {key: products.get(key)[0] for key, _ in self.relations.values() if key}
@@ -136,6 +185,33 @@ class BoundarySums:
             x, y = centred[key], whole[name][1]
             self._outputs.setdefault((name, held_out), OutputSums(x.shape[1], y.shape[1])).add(x, y, weights)
 
+    def narrow(self) -> dict[str, np.ndarray]:
+        """Chooses what of the further inputs passes the bottleneck. No text can be added after that.
+
+        Returns:
+            For each further input F32 [rank, n_in]; nothing where there are none.
+
+        Raises:
+            PopError: The sums are not finite.
+        """
+        names = [name for name, (key, _) in self.relations.items() if not key]
+        if not self.further or not names:
+            return {}
+        inputs, outputs = self._inputs["", False], [self._outputs[name, False] for name in names]
+        for name, one in zip(names, outputs, strict=True):
+            _check_finite(name, inputs.gram, one.cross)
+        n_own = len(self.relations[names[0]][1].scale)
+        bottleneck = find_bottleneck(inputs, outputs, n_own)
+        rank, n_further = bottleneck.shape
+        transform = np.zeros((n_own + n_further, n_own + rank), dtype=np.float32)
+        transform[:n_own, :n_own], transform[n_own:, n_own:] = np.eye(n_own), bottleneck.T
+        for part in (False, True):
+            self._inputs["", part] = self._inputs["", part].transformed(transform)
+            for name in names:
+                self._outputs[name, part] = self._outputs[name, part].transformed(transform)
+        parts = np.split(bottleneck, np.cumsum(self._n_further)[:-1], axis=1)
+        return dict(zip(self.further, parts, strict=True))
+
     def solve(self, name: str, weight: np.ndarray) -> FittedWeight:
         """Fits one weight, F32 [n_out, n_in].
 
@@ -144,11 +220,30 @@ class BoundarySums:
         """
         key, relation = self.relations[name]
         fitted, held_out = (
-            Moments.from_sums(self._inputs[key, part], self._outputs[name, part], relation) for part in (False, True)
+            Moments.from_sums(
+                self._inputs[key, part],
+                self._outputs[name, part],
+                relation.extended(len(self._inputs[key, part].sum)),
+            )
+            for part in (False, True)
         )
-        if not (np.isfinite(fitted.xx).all() and np.isfinite(fitted.xy).all()):
-            raise PopError(f"{name} reads or writes values that are not finite: the file is damaged")
+        _check_finite(name, fitted.xx, fitted.xy)
         return solve(fitted, held_out, weight)
+
+
+def _check_finite(name: str, *sums: np.ndarray) -> None:
+    if not all(np.isfinite(one).all() for one in sums):
+        raise PopError(f"{name} reads or writes values that are not finite: the file is damaged")
+
+
+def _further_candidates(base: str) -> list[str]:
+    """Returns the weights whose inputs may be further inputs, by the weight that reads the state at the boundary.
+
+    They are the state half way up to the boundary, and the hidden activations of the feed-forward network below it.
+    """
+    boundary, part = layer_of(base), base.split(".", 2)[2]
+    half = [f"blk.{boundary // 2}.{part}"] if boundary > 1 else []
+    return [*half, f"blk.{boundary - 1}.ffn_down.weight"]
 
 
 def collect(
@@ -156,6 +251,8 @@ def collect(
     texts: Sequence[Sequence[int]],
     boundaries: Sequence[int],
     progress: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    further: bool = False,
 ) -> list[BoundarySums]:
     """Sums what the regression needs, for several boundaries at once.
 
@@ -164,6 +261,7 @@ def collect(
         texts: Token ids of at least eight texts; longer ones are cut to the context.
         boundaries: 1..L-1 each.
         progress: Called with the tokens that are read and those in all.
+        further: Whether states of layers below a boundary are further inputs.
 
     Raises:
         PopError: There are too few texts, or the model cannot be pruned at a boundary.
@@ -175,10 +273,10 @@ def collect(
     counts = collections.Counter(itertools.chain.from_iterable(texts))
     with observing(llm, min(boundaries)) as products:
         longest = max(texts[: 2 * _HELD_OUT], key=len)
-        sums = [BoundarySums(boundary, products, longest) for boundary in boundaries]
+        sums = [BoundarySums(boundary, products, longest, further) for boundary in boundaries]
         for i, text in enumerate(texts):
             products.evaluate(text, products.n_layer)
-            whole = {name: products.get(name) for name in products.weights}
+            whole = products.get_all()
             # A rare token, such as a name or a number, matters more to an answer than one more comma does.
             weights = np.array([counts[token] ** _RARITY for token in text[_FIRST:]], dtype=np.float32)
             for one in sums:

@@ -3,15 +3,22 @@
 For a boundary and a weight W of a layer above it, x is what the product of W reads in a pruned pass, and y is what it
 writes in a whole pass over the same text. Fitted are a weight W' and a shift s, so that ``W' x + s`` is near y:
 ``(W' - W)`` is penalized with lambda, so that few tokens change little.
+
+Further inputs are states of layers below, which know what x has forgotten. They pass a bottleneck P, which all
+weights share, and each weight has a matrix V behind it: ``W' x + V P s`` plus the shift is fitted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+RANK = 128  # most numbers that pass the bottleneck
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean variance of an input
+_LEAST, _LEAST_FURTHER = 1e-2, 1e-1  # penalties of own and further inputs where the bottleneck is found
+_ITERATIONS = 6  # of the search for leading directions; their span hardly changes after that
 _ROUNDING = 1e-4  # two inputs that differ by less than this share of their size are the same numbers
 
 
@@ -21,6 +28,11 @@ class Relation:
 
     scale: np.ndarray
     offset: np.ndarray
+
+    def extended(self, n_in: int) -> Relation:
+        """Returns the relation of inputs to which further columns are added, up to ``n_in``, that are the same."""
+        n = n_in - len(self.scale)
+        return Relation(np.append(self.scale, np.ones(n)), np.append(self.offset, np.zeros(n)))
 
 
 def relate(base: np.ndarray, x: np.ndarray) -> Relation | None:
@@ -68,6 +80,18 @@ class InputSums:
         self.gram += (x * weights[:, None]).T @ x
         return x
 
+    def transformed(self, transform: np.ndarray) -> InputSums:
+        """Returns the sums of ``T' x`` for a matrix T [n_in, n]."""
+        sums = InputSums(transform.shape[1])
+        sums.weight, sums.sum = self.weight, self.sum @ transform
+        sums.origin = self.origin @ transform
+        sums.gram = transform.T @ self.gram @ transform
+        return sums
+
+    def covariance(self) -> np.ndarray:
+        """Returns the covariance of the input times the sum of the weights, F64 [n_in, n_in]."""
+        return self.gram - np.outer(self.sum, self.sum / self.weight)
+
 
 class OutputSums:
     """Weighted sums over one output and an input less its origin: y, x y' [n_in, n_out], and the square of y."""
@@ -82,6 +106,16 @@ class OutputSums:
         self.sum += weights.astype(np.float64) @ y
         self.square += float(weights.astype(np.float64) @ np.square(y, dtype=np.float64).sum(axis=1))
         self.cross += x.T @ weighted
+
+    def transformed(self, transform: np.ndarray) -> OutputSums:
+        """Returns the sums for the input ``T' x``."""
+        sums = OutputSums(transform.shape[1], len(self.sum))
+        sums.sum, sums.square, sums.cross = self.sum, self.square, transform.T @ self.cross
+        return sums
+
+    def covariance(self, inputs: InputSums) -> np.ndarray:
+        """Returns the covariance of input and output times the sum of the weights, F64 [n_in, n_out]."""
+        return self.cross - np.outer(inputs.sum, self.sum / inputs.weight)
 
 
 @dataclass(frozen=True)
@@ -108,8 +142,8 @@ class Moments:
     def from_sums(cls, inputs: InputSums, outputs: OutputSums, relation: Relation) -> Moments:
         n, scale = inputs.weight, relation.scale
         mean_x, mean_y = inputs.sum / n, outputs.sum / n
-        xx = (inputs.gram - n * np.outer(mean_x, mean_x)) * np.outer(scale, scale)
-        xy = (outputs.cross - n * np.outer(mean_x, mean_y)) * scale[:, None]
+        xx = inputs.covariance() * np.outer(scale, scale)
+        xy = outputs.covariance(inputs) * scale[:, None]
         yy = outputs.square - n * float(mean_y @ mean_y)
         return cls(n, xx, xy, yy, (inputs.origin + mean_x) * scale + relation.offset, mean_y)
 
@@ -125,7 +159,7 @@ class FittedWeight:
     """A replacement of one weight.
 
     Attributes:
-        weight: F32 [n_out, n_in].
+        weight: F32 [n_out, n_in]; columns for further inputs follow those of the model's own weight.
         shift: F32 [n_out].
         penalty: The lambda that errs least on the tokens held out.
         error_before: Error of the model's own weight on the tokens held out; see :meth:`Moments.error`.
@@ -139,26 +173,69 @@ class FittedWeight:
     error_after: float
 
 
+def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int) -> np.ndarray:
+    """Finds what of the further inputs says most about all outputs, beyond what the own input says about them.
+
+    This is reduced-rank regression: each weight's outputs count as a share of their variance.
+
+    Args:
+        inputs: The own input in the first ``n_own`` columns, then the further inputs.
+        outputs: The outputs of all weights.
+        n_own: Columns of the own input.
+
+    Returns:
+        F32 [rank, n_in - n_own], of further inputs.
+    """
+    xx = inputs.covariance()
+    own, mixed, further = xx[:n_own, :n_own], xx[:n_own, n_own:], xx[n_own:, n_own:]
+    predictor = np.linalg.solve(own + _LEAST * np.trace(own) / n_own * np.eye(n_own), mixed)
+    rest = further - mixed.T @ predictor
+    rest += np.diag(_LEAST_FURTHER * np.diag(rest))  # The columns have very different sizes.
+    factor = np.linalg.cholesky((rest + rest.T) / 2)
+    parts = []
+    for one in outputs:
+        xy = one.covariance(inputs)
+        variance = max(one.square - float(one.sum @ one.sum) / inputs.weight, 1e-30)
+        parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) / np.sqrt(variance))
+    target = np.linalg.solve(factor, np.concatenate(parts, axis=1))
+    rank = min(RANK, n_own // 4)
+    basis = _leading_directions(target, rank)
+    rows = np.linalg.solve(factor.T, basis).T
+    return (rows * np.sqrt(inputs.weight)).astype(np.float32)
+
+
+def _leading_directions(matrix: np.ndarray, n: int) -> np.ndarray:
+    """The n leading left singular vectors of a matrix, nearly: by subspace iteration, which is fast."""
+    basis = np.random.default_rng(0).standard_normal((len(matrix), n))
+    for _ in range(_ITERATIONS):
+        basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    return basis
+
+
 def solve(fitted: Moments, held_out: Moments, weight: np.ndarray) -> FittedWeight:
     """Solves the regression with each of ``LAMBDAS`` and keeps the solution that errs least on other tokens.
 
     Args:
         fitted: Tokens to fit on.
         held_out: Other tokens.
-        weight: The model's own weight, F32 [n_out, n_in].
+        weight: The model's own weight, F32 [n_out, n_in]. Where the input has more columns, these are further inputs.
 
     Returns:
         The replacement. If no solution is better than the model's own weight, that weight, with a shift if one helps.
     """
-    own = weight.astype(np.float64)
+    n_own, n_in = weight.shape[1], len(fitted.xx)
+    own = np.pad(weight.astype(np.float64), ((0, 0), (0, n_in - n_own)))
     before = held_out.error(own, np.zeros(len(own)))
-    best = FittedWeight(weight, np.zeros(len(own), dtype=np.float32), np.inf, before, before)
-    level = np.trace(fitted.xx) / len(fitted.xx)
+    best = FittedWeight(own.astype(np.float32), np.zeros(len(own), dtype=np.float32), np.inf, before, before)
+    variances = np.diag(fitted.xx)
+    level = np.repeat(variances[:n_own].mean(), n_in)
+    if n_own < n_in:
+        level[n_own:] = variances[n_own:].mean()
     solution = own  # to which an infinite penalty leads
     for penalty in (np.inf, *LAMBDAS):
         if np.isfinite(penalty):
-            ridge = fitted.xx + penalty * level * np.eye(len(fitted.xx))
-            solution = np.linalg.solve(ridge, fitted.xy + penalty * level * own.T).T
+            ridge = fitted.xx + np.diag(penalty * level)
+            solution = np.linalg.solve(ridge, fitted.xy + (penalty * level * own).T).T
         shift = fitted.mean_y - solution @ fitted.mean_x
         error = held_out.error(solution, shift)
         if error < best.error_after:

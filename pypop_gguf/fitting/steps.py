@@ -86,7 +86,12 @@ def open_whole(source: Path, n_threads: int) -> PopLlama:
 
 
 def fit(
-    llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters: Mapping[int, Path]
+    llm: PopLlama,
+    source: Path,
+    prompts: Sequence[Sequence[int]],
+    adapters: Mapping[int, Path],
+    *,
+    further: bool = False,
 ) -> dict[int, dict[str, FitError]]:
     """Fits keys and values at several boundaries and writes an adapter for each.
 
@@ -95,6 +100,7 @@ def fit(
         source: Its file.
         prompts: Token ids of the prompts to fit on.
         adapters: The file to write for each boundary.
+        further: Whether states of layers below the boundary are further inputs.
 
     Returns:
         The error of each weight at each boundary.
@@ -103,7 +109,7 @@ def fit(
         PopError: There are too few prompts, the model holds values that are not finite, or a file cannot be written.
     """
     with progress(total=sum(map(len, prompts)), description="reading prompts to fit on", unit="tokens") as bar:
-        sums = collect(llm, prompts, list(adapters), bar.update_to)
+        sums = collect(llm, prompts, list(adapters), bar.update_to, further=further)
     weights = read_matrices(source, {name for one in sums for name in one.relations})
     architecture = llm.metadata["general.architecture"]
     fingerprint = f"{native.fingerprint(llm.model):016x}"
@@ -111,11 +117,15 @@ def fit(
     total = sum(len(one.relations) for one in sums)
     with progress(total=total, description="fitting keys and values", unit="weights") as bar:
         for one in sums:
-            replacements = {}
+            replacements, further = {}, {}
+            bottlenecks = one.narrow()
             errors[one.boundary] = {}
             for name in one.relations:
                 fitted = one.solve(name, weights[name])
-                replacements[name] = fitted.weight, fitted.shift
+                n_own = weights[name].shape[1]
+                replacements[name] = fitted.weight[:, :n_own], fitted.shift
+                if n_own < fitted.weight.shape[1]:
+                    further[name] = fitted.weight[:, n_own:]
                 errors[one.boundary][name] = FitError(fitted.error_before, fitted.error_after)
                 bar.update()
             write_replacements(
@@ -124,6 +134,8 @@ def fit(
                 architecture=architecture,
                 boundary=one.boundary,
                 fingerprint=fingerprint,
+                bottlenecks=bottlenecks,
+                further=further,
             )
     return errors
 

@@ -96,8 +96,8 @@ def test_adapter_of_a_later_version_is_refused_in_one_line(tmp_path):
     raw = ADAPTER.read_bytes()
     at = raw.index(b"pop.adapter.version") + len(b"pop.adapter.version") + 4
     path = tmp_path / "newer.gguf"
-    path.write_bytes(raw[:at] + struct.pack("<I", 3) + raw[at + 4 :])
-    with Engine(MODEL) as engine, pytest.raises(PopError, match="its version is 3, this build reads 1 and 2"):
+    path.write_bytes(raw[:at] + struct.pack("<I", 4) + raw[at + 4 :])
+    with Engine(MODEL) as engine, pytest.raises(PopError, match="its version is 4, this build reads 1 to 3"):
         native.load_adapter(engine.context, engine.model, path)
 
 

@@ -14,10 +14,11 @@ from pypop_gguf.fitting.regression import InputSums, Moments, OutputSums, Relati
 from pypop_gguf.gguf_files.tensors import read_matrices
 from tests.support import pop_reference
 from tests.support.engine import Engine
-from tests.support.projections import find_projections, record
+from tests.support.projections import Projection, find_projections, record
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2"]
 B, N_PROMPT, N_TOKENS = 2, 40, 44
+_RANK = 24
 EXACT = dict(n_ctx=128, type_k=0, type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, verbose=False)
 
 
@@ -59,26 +60,37 @@ def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name
     model = reference_models[name]
     texts = make_texts(model)
     llm = PopLlama(str(model.gguf), pop=False, **EXACT)
-    [sums] = engine_fit.collect(llm, texts, [B])
+    [sums] = engine_fit.collect(llm, texts, [B], further=True)
     assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
     weights = read_matrices(model.gguf, sums.relations.keys())
+    state, hidden = sums.further
+    assert engine_fit.layer_of(state) == 1 and hidden == "blk.1.ffn_down.weight"
+    modules = {state: model.layers[1].self_attn.k_proj, hidden: model.layers[1].mlp.down_proj}
+    bottleneck = np.concatenate(list(sums.narrow().values()), axis=1).astype(np.float64)
+    below = [Projection(1, weight, module, slice(None), "below") for weight, module in modules.items()]
     for projection in find_projections(model.torch_model, B):
         part = {"key": "attn_k", "value": "attn_v"}[projection.kind]
         found = sums.solve(f"blk.{projection.layer}.{part}.weight", weights[f"blk.{projection.layer}.{part}.weight"])
-        pairs = [
-            torch_products(model, text, [projection])[projection.name] for i, text in enumerate(texts) if i % 8 != 7
-        ]
-        x, y = (np.concatenate(column).astype(np.float64) for column in zip(*pairs, strict=True))
+        records = [torch_products(model, text, [projection, *below]) for i, text in enumerate(texts) if i % 8 != 7]
+        x, y = (
+            np.concatenate([one[projection.name][column] for one in records]).astype(np.float64) for column in (0, 1)
+        )
+        n_own = x.shape[1]
+        further = np.concatenate([np.concatenate([one[weight][0] for weight in modules], axis=1) for one in records])
+        x = np.concatenate([x, further @ bottleneck.T], axis=1)
         if np.isinf(found.penalty):
             continue
         counts = collections.Counter(token for text in texts for token in text)
         w = np.array([counts[token] ** -0.25 for i, text in enumerate(texts) if i % 8 != 7 for token in text[1:]])
         mean_x, mean_y = np.average(x, axis=0, weights=w), np.average(y, axis=0, weights=w)
         centred, weighted = x - mean_x, (x - mean_x).T * w
-        own = projection.module.weight.detach().double().numpy()
-        level = found.penalty * np.trace(weighted @ centred) / x.shape[1]
-        ridge = weighted @ centred + level * np.eye(x.shape[1])
-        expected = np.linalg.solve(ridge, weighted @ (y - mean_y) + level * own.T).T
+        own = np.zeros((y.shape[1], x.shape[1]))
+        own[:, :n_own] = projection.module.weight.detach().double().numpy()
+        variances = np.diag(weighted @ centred)
+        parts = [variances[:n_own], variances[n_own:]]
+        level = found.penalty * np.concatenate([np.full(len(part), part.mean()) for part in parts])
+        ridge = weighted @ centred + np.diag(level)
+        expected = np.linalg.solve(ridge, weighted @ (y - mean_y) + (level * own).T).T
         shift = mean_y - expected @ mean_x
         assert pop_reference.squared_error(x @ found.weight.T + found.shift, x @ expected.T + shift) <= 1e-6
         assert found.error_after <= found.error_before
@@ -114,6 +126,49 @@ def test_pruned_passes_use_the_replaced_weights_and_whole_ones_do_not(reference_
     assert error <= 1e-4  # A product with a Q8_0 weight rounds what it reads.
     assert pop_reference.squared_error(plain, expected) > 20 * error
     bare = PopLlama(str(model.gguf), pop_boundary=B, **EXACT)
+    assert np.array_equal(whole, bare.score(tokens[:N_PROMPT], continuation, pop=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_pruned_passes_add_what_further_inputs_say(reference_models, name, tmp_path):
+    model = reference_models[name]
+    tokens, boundary = model.tokens(N_TOKENS), 3
+    generator = torch.Generator().manual_seed(1)
+    sources = {f"blk.{il}.attn_k.weight": model.layers[il].self_attn.k_proj for il in (1, 2)}
+    bottlenecks = {
+        weight: torch.randn(_RANK, module.in_features, generator=generator) / 8 for weight, module in sources.items()
+    }
+    replacements, further, expected_further = {}, {}, {}
+    for projection in find_projections(model.torch_model, boundary):
+        if projection.kind == "value":
+            weight = f"blk.{projection.layer}.attn_v.weight"
+            own = projection.module.weight.detach().numpy()
+            replacements[weight] = own, np.zeros(len(own), np.float32)
+            further[weight] = torch.randn(len(own), _RANK, generator=generator) / 8
+            for source, module in sources.items():
+                expected_further[module, projection.module] = further[weight] @ bottlenecks[source]
+    path = tmp_path / "fit.gguf"
+    write_replacements(
+        path,
+        replacements,
+        architecture=gguf.GGUFReader(model.gguf).get_field("general.architecture").contents(),
+        boundary=boundary,
+        fingerprint=library.fingerprint(model.gguf),
+        bottlenecks={name: matrix.numpy() for name, matrix in bottlenecks.items()},
+        further={name: matrix.numpy() for name, matrix in further.items()},
+        kind=gguf.GGMLQuantizationType.F32,
+    )
+    torch_model, layers = model.torch_model, model.layers
+    plain = pop_reference.logits(torch_model, layers, tokens, boundary, N_PROMPT)
+    expected = pop_reference.logits(torch_model, layers, tokens, boundary, N_PROMPT, further=expected_further)
+    continuation = [*tokens[N_PROMPT:], 0]
+    llm = PopLlama(str(model.gguf), pop_boundary=boundary, pop_adapter=path, **EXACT)
+    error = pop_reference.squared_error(llm.score(tokens[:N_PROMPT], continuation), expected)
+    whole = llm.score(tokens[:N_PROMPT], continuation, pop=False)
+    llm.close()
+    assert error <= 1e-6
+    assert pop_reference.squared_error(plain, expected) > 1e-3
+    bare = PopLlama(str(model.gguf), pop_boundary=boundary, **EXACT)
     assert np.array_equal(whole, bare.score(tokens[:N_PROMPT], continuation, pop=False))
 
 

@@ -10,7 +10,15 @@ import torch
 
 
 def logits(
-    model, decoder_layers, tokens: list[int], boundary: int, n_prompt: int, head: int = 0, tail: int = 1, added=None
+    model,
+    decoder_layers,
+    tokens: list[int],
+    boundary: int,
+    n_prompt: int,
+    head: int = 0,
+    tail: int = 1,
+    added=None,
+    further=None,
 ) -> np.ndarray:
     """Returns the logits of the last prompt token and of every token after it.
 
@@ -24,6 +32,8 @@ def logits(
         tail: Last tokens of the prompt that run through the whole model.
         added: For some modules, a matrix [n_out, n_in] that the pruned pass adds to the weight, or such a matrix and a
             shift [n_out] that it adds to the output.
+        further: For pairs of modules, a matrix by which the pruned pass multiplies what the first one reads, and adds
+            the product to what the second one writes.
 
     Returns:
         F32 [T - N + 1, n_vocab].
@@ -33,6 +43,11 @@ def logits(
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
+    read = {}
+
+    def remember(module, args):
+        read[module] = args[0]
+
     ids = torch.tensor([tokens])
     with torch.no_grad():
         cache = model(input_ids=ids[:, :head], use_cache=True).past_key_values if head else None
@@ -41,6 +56,13 @@ def logits(
             module.register_forward_hook(lambda _module, args, output, add=add: output + args[0] @ add[0].T + add[1])
             for module, add in ((module, _with_shift(change)) for module, change in (added or {}).items())
         ]
+        for (source, target), matrix in (further or {}).items():
+            hooks.append(source.register_forward_pre_hook(remember))
+            hooks.append(
+                target.register_forward_hook(
+                    lambda _module, _args, output, source=source, matrix=matrix: output + read[source] @ matrix.T
+                )
+            )
         try:
             pruned = ids[:, head : n_prompt - tail]
             cache = model(input_ids=pruned, past_key_values=cache, use_cache=True).past_key_values
