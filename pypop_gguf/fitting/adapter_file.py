@@ -60,7 +60,7 @@ def write_replacements(
         writer = GGUFWriter(beside, architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "pop")
-        writer.add_uint32("pop.adapter.version", _VERSION_FURTHER if further else _VERSION)
+        writer.add_uint32("pop.adapter.version", _VERSION_FURTHER if further or bottlenecks else _VERSION)
         writer.add_uint32("pop.boundary", boundary)
         writer.add_string("pop.fingerprint", fingerprint)
         for name, matrix in bottlenecks.items():
@@ -68,8 +68,8 @@ def write_replacements(
         for name, (weight, shift) in replacements.items():
             add_matrix(name, weight)
             writer.add_tensor(f"{name}.shift", shift.astype(np.float32))
-            if name in further:
-                add_matrix(f"{name}.further", further[name])
+        for name, matrix in further.items():
+            add_matrix(f"{name}.further", matrix)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -6,19 +6,19 @@ in a pruned pass follows from what the boundary layer reads in a whole one, beca
 it does not follow, a pruned pass at that boundary gives the inputs.
 
 States of layers below the boundary, which run anyway, are further inputs of every weight that reads the state there.
+They pass one bottleneck, which is found after some of the texts: from then on, sums of what has passed it are enough.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pypop_gguf import library, native
 from pypop_gguf.errors import PopError
+from pypop_gguf.fitting.products import FIRST, Products, layer_of, observing
 from pypop_gguf.fitting.regression import (
     FittedWeight,
     InputSums,
@@ -31,79 +31,10 @@ from pypop_gguf.fitting.regression import (
 )
 from pypop_gguf.llama import PopLlama
 
-llama_cpp = library.load()
-
 _HELD_OUT = 8  # every eighth text chooses lambda and takes no part in the fit
 _RARITY = -0.25  # A token counts by this power of how often the texts have it: 8% less KL divergence on SmolLM2-135M.
 _MOST = 8192  # Columns of an input and the further ones: the sums of more would take several gigabytes.
-_FIRST = 1  # the first position of a text is left out: its state is unlike all others
-
-
-class Products:
-    """Evaluates texts on a context and gives the products of the observed weights."""
-
-    def __init__(self, llm: PopLlama, observer) -> None:
-        self._llm, self._observer = llm, observer
-        names = (native.observer_weight(observer, i) for i in itertools.count())
-        self.weights: list[str] = [name for name in itertools.takewhile(bool, names) if name]
-        self._added: list[str] = []
-        self.n_layer = llm.pop.n_layer
-
-    def evaluate(self, tokens: Sequence[int], boundary: int) -> None:
-        """Reads a text into the empty cache without asking for logits, pruned at a boundary; L for a whole pass."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._llm.ctx), True)
-        native.set_boundary(self._llm.ctx, boundary)
-        native.observer_clear(self._observer)
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-        try:
-            batch.n_tokens = len(tokens)
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, i, False
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            if status := llama_cpp.llama_decode(self._llm.ctx, batch):
-                raise PopError(f"llama.cpp cannot read a text of {len(tokens)} tokens (status {status})")
-        finally:
-            llama_cpp.llama_batch_free(batch)
-
-    def add(self, weight: str) -> None:
-        """Observes one more weight, which fills no cache above the boundary."""
-        if weight not in self._added:
-            native.observer_add(self._observer, weight)
-            self._added.append(weight)
-
-    def get_all(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns what :meth:`get` gives, for every weight that was evaluated."""
-        found = {}
-        for name in (*self.weights, *self._added):
-            with contextlib.suppress(PopError):  # a weight that the model does not have, or does not use
-                found[name] = self.get(name)
-        return found
-
-    def get(self, weight: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what the product has read and written but for position 0, F32 [n - 1, n_in] and [n - 1, n_out]."""
-        x, y = native.observer_get(self._observer, weight)
-        return x[_FIRST:], y[_FIRST:]
-
-
-@contextlib.contextmanager
-def observing(llm: PopLlama, boundary: int) -> Iterator[Products]:
-    """Observes the weights that fill the caches of layers from the boundary on."""
-    observer = native.observer_init(llm.ctx, boundary)
-    native.set_ends(llm.ctx, n_head=0, n_tail=1)  # A head would run its products a second time, in a whole pass.
-    native.observe(llm.ctx, observer)
-    try:
-        yield Products(llm, observer)
-    finally:
-        native.observe(llm.ctx, None)
-        native.observer_free(observer)
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
-        native.set_ends(llm.ctx, n_head=llm.pop.head, n_tail=llm.pop.tail)
-        native.set_boundary(llm.ctx, llm.pop.boundary)
-
-
-def layer_of(weight: str) -> int:
-    """The layer of a weight's name, such as 7 for ``blk.7.attn_v.weight``."""
-    return int(weight.split(".")[1])
+_TO_NARROW = 10_000  # tokens after which the bottleneck is found
 
 
 class BoundarySums:
@@ -112,22 +43,24 @@ class BoundarySums:
     Attributes:
         relations: For each weight the base input that its own follows from, and how.
         further: The weights below the boundary whose inputs are further inputs.
+        bottlenecks: F32 [rank, n_in] for each further input, after :meth:`narrow`.
         needs_pruned_pass: Whether a base is taken from a pruned pass.
     """
 
-    def __init__(self, boundary: int, products: Products, text: Sequence[int], further: bool) -> None:
+    def __init__(self, boundary: int, products: Products, text: Sequence[int]) -> None:
         self.boundary = boundary
         products.evaluate(text, products.n_layer)
         # A weight that a whole pass uses twice has two outputs, and one replacement cannot give both.
-        weights = [name for name in products.weights if len(products.get(name)[0]) == len(text) - _FIRST]
+        weights = [name for name in products.weights if len(products.get(name)[0]) == len(text) - FIRST]
         self._whole_base = next((name for name in weights if layer_of(name) == boundary), None)
         bases: dict[str, np.ndarray] = {}
         if self._whole_base is not None:
             bases[""] = products.get(self._whole_base)[0]
         self.further: list[str] = []
         self._n_further: list[int] = []  # columns of each
-        if further and self._whole_base is not None:
-            self._choose_further(products, text)
+        self.bottlenecks: dict[str, np.ndarray] = {}
+        if self._whole_base is not None:
+            self._choose_further(products, text, self._whole_base)
         products.evaluate(text, boundary)
         self.relations: dict[str, tuple[str, Relation]] = {}
         for name in weights:
@@ -144,17 +77,16 @@ class BoundarySums:
         self._inputs: dict[tuple[str, bool], InputSums] = {}
         self._outputs: dict[tuple[str, bool], OutputSums] = {}
 
-    def _choose_further(self, products: Products, text: Sequence[int]) -> None:
-        assert self._whole_base is not None
-        candidates = _further_candidates(self._whole_base)
+    def _choose_further(self, products: Products, text: Sequence[int], base: str) -> None:
+        candidates = _further_candidates(base)
         for name in candidates:
             products.add(name)
         products.evaluate(text, products.n_layer)
         whole = products.get_all()
-        n_in = whole[self._whole_base][0].shape[1]
+        n_in = whole[base][0].shape[1]
         for name in candidates:
             x = whole[name][0] if name in whole else np.empty((0, 0))
-            if len(x) == len(text) - _FIRST and n_in + x.shape[1] <= _MOST:
+            if len(x) == len(text) - FIRST and n_in + x.shape[1] <= _MOST:
                 self.further.append(name)
                 self._n_further.append(x.shape[1])
                 n_in += x.shape[1]
@@ -173,7 +105,11 @@ class BoundarySums:
         """
         bases = {}
         if self._whole_base is not None:
-            bases[""] = np.concatenate([whole[name][0] for name in (self._whole_base, *self.further)], axis=1)
+            further = [whole[name][0] for name in self.further]
+            if self.bottlenecks:
+                narrowed = (x @ self.bottlenecks[name].T for name, x in zip(self.further, further, strict=True))
+                further = [np.sum(list(narrowed), axis=0)]
+            bases[""] = np.concatenate([whole[self._whole_base][0], *further], axis=1)
         if self.needs_pruned_pass:
             products.evaluate(text, self.boundary)
             bases |= {key: products.get(key)[0] for key, _ in self.relations.values() if key}
@@ -185,32 +121,25 @@ class BoundarySums:
             x, y = centred[key], whole[name][1]
             self._outputs.setdefault((name, held_out), OutputSums(x.shape[1], y.shape[1])).add(x, y, weights)
 
-    def narrow(self) -> dict[str, np.ndarray]:
-        """Chooses what of the further inputs passes the bottleneck. No text can be added after that.
-
-        Returns:
-            For each further input F32 [rank, n_in]; nothing where there are none.
+    def narrow(self) -> None:
+        """Finds what of the further inputs passes the bottleneck, unless it is found. No text may be held out yet.
 
         Raises:
             PopError: The sums are not finite.
         """
         names = [name for name, (key, _) in self.relations.items() if not key]
-        if not self.further or not names:
-            return {}
+        if self.bottlenecks or not self.further or not names:
+            return
         inputs, outputs = self._inputs["", False], [self._outputs[name, False] for name in names]
         for name, one in zip(names, outputs, strict=True):
             _check_finite(name, inputs.gram, one.cross)
         n_own = len(self.relations[names[0]][1].scale)
         bottleneck = find_bottleneck(inputs, outputs, n_own)
-        rank, n_further = bottleneck.shape
-        transform = np.zeros((n_own + n_further, n_own + rank), dtype=np.float32)
-        transform[:n_own, :n_own], transform[n_own:, n_own:] = np.eye(n_own), bottleneck.T
-        for part in (False, True):
-            self._inputs["", part] = self._inputs["", part].transformed(transform)
-            for name in names:
-                self._outputs[name, part] = self._outputs[name, part].transformed(transform)
-        parts = np.split(bottleneck, np.cumsum(self._n_further)[:-1], axis=1)
-        return dict(zip(self.further, parts, strict=True))
+        self._inputs["", False] = inputs.narrowed(bottleneck)
+        for name, one in zip(names, outputs, strict=True):
+            self._outputs[name, False] = one.narrowed(bottleneck)
+        ends = np.cumsum(self._n_further)[:-1]
+        self.bottlenecks = dict(zip(self.further, np.split(bottleneck, ends, axis=1), strict=True))
 
     def solve(self, name: str, weight: np.ndarray) -> FittedWeight:
         """Fits one weight, F32 [n_out, n_in].
@@ -251,8 +180,6 @@ def collect(
     texts: Sequence[Sequence[int]],
     boundaries: Sequence[int],
     progress: Callable[[int, int], object] = lambda done, total: None,
-    *,
-    further: bool = False,
 ) -> list[BoundarySums]:
     """Sums what the regression needs, for several boundaries at once.
 
@@ -261,26 +188,30 @@ def collect(
         texts: Token ids of at least eight texts; longer ones are cut to the context.
         boundaries: 1..L-1 each.
         progress: Called with the tokens that are read and those in all.
-        further: Whether states of layers below a boundary are further inputs.
 
     Raises:
         PopError: There are too few texts, or the model cannot be pruned at a boundary.
     """
-    texts = [list(text)[: llm.n_ctx()] for text in texts if len(text) > 2 * _FIRST + 2]
+    texts = [list(text)[: llm.n_ctx()] for text in texts if len(text) > 2 * FIRST + 2]
     if len(texts) < _HELD_OUT:
         raise PopError(f"{len(texts)} texts are too few to fit keys and values: give at least {_HELD_OUT}")
     total, done = sum(map(len, texts)), 0
     counts = collections.Counter(itertools.chain.from_iterable(texts))
+    held_out = texts[_HELD_OUT - 1 :: _HELD_OUT]
+    del texts[_HELD_OUT - 1 :: _HELD_OUT]
     with observing(llm, min(boundaries)) as products:
-        longest = max(texts[: 2 * _HELD_OUT], key=len)
-        sums = [BoundarySums(boundary, products, longest, further) for boundary in boundaries]
-        for i, text in enumerate(texts):
+        longest = max(texts[:_HELD_OUT], key=len)
+        sums = [BoundarySums(boundary, products, longest) for boundary in boundaries]
+        for i, text in enumerate([*texts, *held_out]):
+            if done >= _TO_NARROW or i == len(texts):
+                for one in sums:
+                    one.narrow()
             products.evaluate(text, products.n_layer)
             whole = products.get_all()
             # A rare token, such as a name or a number, matters more to an answer than one more comma does.
-            weights = np.array([counts[token] ** _RARITY for token in text[_FIRST:]], dtype=np.float32)
+            weights = np.array([counts[token] ** _RARITY for token in text[FIRST:]], dtype=np.float32)
             for one in sums:
-                one.add(products, text, whole, weights, held_out=i % _HELD_OUT == _HELD_OUT - 1)
+                one.add(products, text, whole, weights, held_out=i >= len(texts))
             done += len(text)
             progress(done, total)
     return sums

@@ -56,6 +56,12 @@ def relate(base: np.ndarray, x: np.ndarray) -> Relation | None:
     return Relation(scale, offset) if worst <= _ROUNDING * np.abs(x).max() else None
 
 
+def _narrow(rows: np.ndarray, bottleneck: np.ndarray) -> np.ndarray:
+    """Replaces the last rows, one for each column of the bottleneck, by their products with it."""
+    n = len(rows) - bottleneck.shape[1]
+    return np.concatenate([rows[:n], bottleneck @ rows[n:]])
+
+
 class InputSums:
     """Weighted sums over one input: the weights of the tokens, x, and x x' [n_in, n_in].
 
@@ -80,12 +86,11 @@ class InputSums:
         self.gram += (x * weights[:, None]).T @ x
         return x
 
-    def transformed(self, transform: np.ndarray) -> InputSums:
-        """Returns the sums of ``T' x`` for a matrix T [n_in, n]."""
-        sums = InputSums(transform.shape[1])
-        sums.weight, sums.sum = self.weight, self.sum @ transform
-        sums.origin = self.origin @ transform
-        sums.gram = transform.T @ self.gram @ transform
+    def narrowed(self, bottleneck: np.ndarray) -> InputSums:
+        """Returns the sums where the last columns pass a bottleneck, F32 [rank, n]."""
+        sums = InputSums(len(self.sum) - bottleneck.shape[1] + len(bottleneck))
+        sums.weight, sums.sum = self.weight, _narrow(self.sum, bottleneck)
+        sums.origin, sums.gram = _narrow(self.origin, bottleneck), _narrow(_narrow(self.gram, bottleneck).T, bottleneck)
         return sums
 
     def covariance(self) -> np.ndarray:
@@ -107,10 +112,10 @@ class OutputSums:
         self.square += float(weights.astype(np.float64) @ np.square(y, dtype=np.float64).sum(axis=1))
         self.cross += x.T @ weighted
 
-    def transformed(self, transform: np.ndarray) -> OutputSums:
-        """Returns the sums for the input ``T' x``."""
-        sums = OutputSums(transform.shape[1], len(self.sum))
-        sums.sum, sums.square, sums.cross = self.sum, self.square, transform.T @ self.cross
+    def narrowed(self, bottleneck: np.ndarray) -> OutputSums:
+        """Returns the sums for the input whose last columns pass a bottleneck, F32 [rank, n]."""
+        sums = OutputSums(len(self.cross) - bottleneck.shape[1] + len(bottleneck), len(self.sum))
+        sums.sum, sums.square, sums.cross = self.sum, self.square, _narrow(self.cross, bottleneck)
         return sums
 
     def covariance(self, inputs: InputSums) -> np.ndarray:
@@ -186,11 +191,11 @@ def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int
     Returns:
         F32 [rank, n_in - n_own], of further inputs.
     """
-    xx = inputs.covariance()
+    xx = inputs.covariance().astype(np.float32)
     own, mixed, further = xx[:n_own, :n_own], xx[:n_own, n_own:], xx[n_own:, n_own:]
-    predictor = np.linalg.solve(own + _LEAST * np.trace(own) / n_own * np.eye(n_own), mixed)
+    predictor = np.linalg.solve(own + _LEAST * np.trace(own) / n_own * np.eye(n_own, dtype=np.float32), mixed)
     rest = further - mixed.T @ predictor
-    rest += np.diag(_LEAST_FURTHER * np.diag(rest))  # The columns have very different sizes.
+    rest[np.diag_indices_from(rest)] *= 1 + _LEAST_FURTHER  # The columns have very different sizes.
     factor = np.linalg.cholesky((rest + rest.T) / 2)
     parts = []
     for one in outputs:

@@ -11,8 +11,9 @@ import numpy as np
 from pypop_gguf import native
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting.adapter_file import write_replacements
-from pypop_gguf.fitting.engine_fit import collect, layer_of
+from pypop_gguf.fitting.engine_fit import collect
 from pypop_gguf.fitting.measure import Cost, Meter
+from pypop_gguf.fitting.products import layer_of
 from pypop_gguf.gguf_files.tensors import read_matrices
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.speedup_limit import speedup_limits
@@ -86,12 +87,7 @@ def open_whole(source: Path, n_threads: int) -> PopLlama:
 
 
 def fit(
-    llm: PopLlama,
-    source: Path,
-    prompts: Sequence[Sequence[int]],
-    adapters: Mapping[int, Path],
-    *,
-    further: bool = False,
+    llm: PopLlama, source: Path, prompts: Sequence[Sequence[int]], adapters: Mapping[int, Path]
 ) -> dict[int, dict[str, FitError]]:
     """Fits keys and values at several boundaries and writes an adapter for each.
 
@@ -100,7 +96,6 @@ def fit(
         source: Its file.
         prompts: Token ids of the prompts to fit on.
         adapters: The file to write for each boundary.
-        further: Whether states of layers below the boundary are further inputs.
 
     Returns:
         The error of each weight at each boundary.
@@ -109,7 +104,7 @@ def fit(
         PopError: There are too few prompts, the model holds values that are not finite, or a file cannot be written.
     """
     with progress(total=sum(map(len, prompts)), description="reading prompts to fit on", unit="tokens") as bar:
-        sums = collect(llm, prompts, list(adapters), bar.update_to, further=further)
+        sums = collect(llm, prompts, list(adapters), bar.update_to)
     weights = read_matrices(source, {name for one in sums for name in one.relations})
     architecture = llm.metadata["general.architecture"]
     fingerprint = f"{native.fingerprint(llm.model):016x}"
@@ -118,7 +113,6 @@ def fit(
     with progress(total=total, description="fitting keys and values", unit="weights") as bar:
         for one in sums:
             replacements, further = {}, {}
-            bottlenecks = one.narrow()
             errors[one.boundary] = {}
             for name in one.relations:
                 fitted = one.solve(name, weights[name])
@@ -134,7 +128,7 @@ def fit(
                 architecture=architecture,
                 boundary=one.boundary,
                 fingerprint=fingerprint,
-                bottlenecks=bottlenecks,
+                bottlenecks=one.bottlenecks,
                 further=further,
             )
     return errors

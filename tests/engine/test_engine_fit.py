@@ -10,6 +10,7 @@ import torch
 from pypop_gguf import PopError, PopLlama, library, native
 from pypop_gguf.fitting import engine_fit
 from pypop_gguf.fitting.adapter_file import write_replacements
+from pypop_gguf.fitting.products import layer_of, observing
 from pypop_gguf.fitting.regression import InputSums, Moments, OutputSums, Relation, relate, solve
 from pypop_gguf.gguf_files.tensors import read_matrices
 from tests.support import pop_reference
@@ -40,8 +41,8 @@ def test_observed_inputs_and_outputs_are_pytorchs(reference_models, name):
     projections = [p for p in find_projections(model.torch_model, B) if p.kind != "key"]
     expected = torch_products(model, text, projections)
     llm = PopLlama(str(model.gguf), pop=False, **EXACT)
-    with engine_fit.observing(llm, B) as products:
-        assert all(engine_fit.layer_of(weight) >= B for weight in products.weights)
+    with observing(llm, B) as products:
+        assert all(layer_of(weight) >= B for weight in products.weights)
         products.evaluate(text, B)
         inputs = {weight: products.get(weight)[0] for weight in products.weights}
         products.evaluate(text, products.n_layer)
@@ -56,17 +57,18 @@ def test_observed_inputs_and_outputs_are_pytorchs(reference_models, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name):
+def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name, monkeypatch):
+    monkeypatch.setattr(engine_fit, "_TO_NARROW", 400)  # about half of the texts
     model = reference_models[name]
     texts = make_texts(model)
     llm = PopLlama(str(model.gguf), pop=False, **EXACT)
-    [sums] = engine_fit.collect(llm, texts, [B], further=True)
+    [sums] = engine_fit.collect(llm, texts, [B])
     assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
     weights = read_matrices(model.gguf, sums.relations.keys())
     state, hidden = sums.further
-    assert engine_fit.layer_of(state) == 1 and hidden == "blk.1.ffn_down.weight"
+    assert layer_of(state) == 1 and hidden == "blk.1.ffn_down.weight"
     modules = {state: model.layers[1].self_attn.k_proj, hidden: model.layers[1].mlp.down_proj}
-    bottleneck = np.concatenate(list(sums.narrow().values()), axis=1).astype(np.float64)
+    bottleneck = np.concatenate(list(sums.bottlenecks.values()), axis=1).astype(np.float64)
     below = [Projection(1, weight, module, slice(None), "below") for weight, module in modules.items()]
     for projection in find_projections(model.torch_model, B):
         part = {"key": "attn_k", "value": "attn_v"}[projection.kind]
@@ -129,7 +131,7 @@ def test_pruned_passes_use_the_replaced_weights_and_whole_ones_do_not(reference_
     assert np.array_equal(whole, bare.score(tokens[:N_PROMPT], continuation, pop=False))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mixtral"])
 def test_pruned_passes_add_what_further_inputs_say(reference_models, name, tmp_path):
     model = reference_models[name]
     tokens, boundary = model.tokens(N_TOKENS), 3
@@ -191,6 +193,39 @@ def test_replacement_that_does_not_fit_is_refused_in_one_line(reference_models, 
     replacement = np.zeros(shape, np.float32), np.zeros(n_out, np.float32)
     fingerprint = library.fingerprint(model.gguf)
     write_replacements(path, {name: replacement}, architecture="llama", boundary=B, fingerprint=fingerprint)
+    with Engine(model.gguf) as engine, pytest.raises(PopError, match=message) as raised:
+        native.load_adapter(engine.context, engine.model, path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("bottlenecks", "further", "message"),
+    [
+        ({"blk.2.attn_v.weight": 8}, {"blk.3.attn_v.weight": 8}, "reads no state below its boundary 2"),
+        ({"blk.1.attn_v.weight": 8}, {"blk.3.attn_v.weight": 4}, "has another rank than the other bottlenecks"),
+        ({"blk.1.attn_v.weight": 8}, {"blk.3.attn_k.weight": 8}, "belongs to no weight that is replaced"),
+        ({"blk.1.attn_v.weight": 8}, {}, "its further inputs lack their bottlenecks or their use"),
+        ({}, {"blk.3.attn_v.weight": 8}, "its further inputs lack their bottlenecks or their use"),
+        ({"blk.1.attn_x.weight": 8}, {"blk.3.attn_v.weight": 8}, "belongs to no weight of this model"),
+    ],
+    ids=["above", "rank", "unused weight", "no use", "no bottleneck", "unknown"],
+)
+def test_further_inputs_that_do_not_fit_are_refused_in_one_line(
+    reference_models, tmp_path, bottlenecks, further, message
+):
+    model = reference_models["llama"]
+    own = read_matrices(model.gguf, ["blk.3.attn_v.weight"])["blk.3.attn_v.weight"]
+    n_out, n_in = own.shape
+    path = tmp_path / "fit.gguf"
+    write_replacements(
+        path,
+        {"blk.3.attn_v.weight": (own, np.zeros(n_out, np.float32))},
+        architecture="llama",
+        boundary=B,
+        fingerprint=library.fingerprint(model.gguf),
+        bottlenecks={name: np.zeros((rank, n_in), np.float32) for name, rank in bottlenecks.items()},
+        further={name: np.zeros((n_out, rank), np.float32) for name, rank in further.items()},
+    )
     with Engine(model.gguf) as engine, pytest.raises(PopError, match=message) as raised:
         native.load_adapter(engine.context, engine.model, path)
     assert "\n" not in str(raised.value)

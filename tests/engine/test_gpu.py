@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pypop_gguf import PopLlama, native
-from pypop_gguf.fitting import engine_fit
+from pypop_gguf.fitting.products import observing
 from tests.support.adapter_v2 import write_scaled
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
@@ -194,7 +194,7 @@ def test_what_a_fit_observes(reference_models, name):
     def observe(n_gpu_layers, op_offload):
         options = dict(n_gpu_layers=n_gpu_layers, op_offload=op_offload, offload_kqv=op_offload)
         llm = PopLlama(str(model.gguf), pop=False, n_ctx=128, type_k=0, type_v=0, verbose=False, **options)
-        with engine_fit.observing(llm, 3) as products:
+        with observing(llm, 3) as products:
             products.evaluate(text, 3)
             inputs = {weight: products.get(weight)[0].copy() for weight in products.weights}
             products.evaluate(text, products.n_layer)

@@ -15,6 +15,7 @@ import torch
 
 from pypop_gguf import PopError, PopLlama
 from pypop_gguf.fitting import engine_fit, steps
+from pypop_gguf.fitting.products import observing
 from pypop_gguf.fitting.texts import read_prompts
 from pypop_gguf.gguf_files.tensors import read_matrices
 from tests.support.server import serve
@@ -74,7 +75,7 @@ def test_fit_is_the_one_of_pytorch_on_the_same_activations(plain):
     [sums] = engine_fit.collect(llm, texts, [B])
     names = [f"blk.{B + 1}.attn_v.weight", f"blk.{N_LAYER - 1}.attn_k.weight"]
     inputs, outputs = {name: [] for name in names}, {name: [] for name in names}
-    with engine_fit.observing(llm, B) as products:
+    with observing(llm, B) as products:
         for text in [text for i, text in enumerate(texts) if i % 8 != 7]:
             products.evaluate(text, B)
             for name in names:

@@ -18,7 +18,8 @@ if sys.argv[1] == "engine":
 
     from pypop_gguf import PopError, PopLlama, library, native
     from pypop_gguf.fitting.adapter_file import write_replacements
-    from pypop_gguf.fitting.engine_fit import collect, layer_of
+    from pypop_gguf.fitting.engine_fit import collect
+    from pypop_gguf.fitting.products import layer_of
     from pypop_gguf.gguf_files.header import read_header
     from pypop_gguf.gguf_files.tensors import list_tensors, read_matrices
 
@@ -178,20 +179,30 @@ def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) 
     biases = {tensor.name for tensor in list_tensors(read_header(path)) if tensor.name.endswith(".bias")}
     if architecture in ("kimi-k3", "kimi-linear", "mimo2"):
         biases = set()  # llama.cpp loads them, but its graph does not add all of them
+    n_own = {name: weight.shape[1] for name, weight in weights.items()}
     replacements = {
-        name: (fit.weight, fit.shift * (name.removesuffix("weight") + "bias" in biases)) for name, fit in fits.items()
+        name: (fit.weight[:, : n_own[name]], fit.shift * (name.removesuffix("weight") + "bias" in biases))
+        for name, fit in fits.items()
     }
-    write_replacements(
-        Path(adapter),
-        replacements,
-        architecture=architecture,
-        boundary=boundary,
-        fingerprint=library.fingerprint(path),
-        kind=GGMLQuantizationType.F32,
-    )
+    further = {name: fit.weight[:, n_own[name] :] for name, fit in fits.items() if fit.weight.shape[1] > n_own[name]}
     prune(llm.model, llm.ctx, boundary, "unfitted", results)
-    native.load_adapter(llm.ctx, llm.model, adapter)
-    prune(llm.model, llm.ctx, boundary, "fitted", results)
+    # The reference has no further inputs, so the adapter that is compared with it has none either.
+    for key, inputs in (("fitted with further inputs", further), ("fitted", {})):
+        write_replacements(
+            Path(adapter),
+            replacements,
+            architecture=architecture,
+            boundary=boundary,
+            fingerprint=library.fingerprint(path),
+            bottlenecks=sums.bottlenecks if inputs else {},
+            further=inputs,
+            kind=GGMLQuantizationType.F32,
+        )
+        loaded = native.adapter_init(llm.model, adapter)
+        native.clear_adapters(llm.ctx)
+        native.add_adapter(llm.ctx, loaded)
+        prune(llm.model, llm.ctx, boundary, key, results)
+    found["further"] = bool(further)
     return found
 
 
