@@ -168,11 +168,12 @@ def _check_finite(name: str, *sums: np.ndarray) -> None:
 def _further_candidates(base: str) -> list[str]:
     """Returns the weights whose inputs may be further inputs, by the weight that reads the state at the boundary.
 
-    They are the state half way up to the boundary, and the hidden activations of the feed-forward network below it.
+    They are the states near the input and two layers below the boundary, and the hidden activations of the feed-forward
+    network below the boundary.
     """
     boundary, part = layer_of(base), base.split(".", 2)[2]
-    half = [f"blk.{boundary // 2}.{part}"] if boundary > 1 else []
-    return [*half, f"blk.{boundary - 1}.ffn_down.weight"]
+    layers = dict.fromkeys(max(0, layer) for layer in (boundary // 8, boundary - 2))
+    return [*(f"blk.{layer}.{part}" for layer in layers if layer < boundary), f"blk.{boundary - 1}.ffn_down.weight"]
 
 
 def collect(

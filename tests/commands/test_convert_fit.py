@@ -34,10 +34,12 @@ def test_adapter_lies_beside_the_file_and_popllama_finds_it(bundled_gguf, short_
     shown = capsys.readouterr().out
     assert files_in(tmp_path) == ["out.gguf", "out.pop-b6.gguf"]
     adapter = gguf.GGUFReader(tmp_path / "out.pop-b6.gguf")
-    assert adapter.fields["pop.adapter.version"].contents() == 2
+    assert adapter.fields["pop.adapter.version"].contents() == 3
     assert adapter.fields["pop.boundary"].contents() == 6
     weights = {f"blk.{il}.{name}.weight" for il in range(7, 12) for name in ("attn_k", "attn_v")}
-    assert {tensor.name for tensor in adapter.tensors} == weights | {f"{name}.shift" for name in weights}
+    below = {"blk.0.attn_v.weight", "blk.4.attn_v.weight", "blk.5.ffn_down.weight"}
+    expected = {f"{name}{part}" for name in weights for part in ("", ".shift", ".further")}
+    assert {tensor.name for tensor in adapter.tensors} == expected | {f"{name}.bottleneck" for name in below}
     metadata = read_metadata(target)
     assert (metadata.boundary, metadata.head) == (6, 1)
     llm = PopLlama(str(target), n_ctx=64, verbose=False)

@@ -66,8 +66,8 @@ def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name
     assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
     weights = read_matrices(model.gguf, sums.relations.keys())
     state, hidden = sums.further
-    assert layer_of(state) == 1 and hidden == "blk.1.ffn_down.weight"
-    modules = {state: model.layers[1].self_attn.k_proj, hidden: model.layers[1].mlp.down_proj}
+    assert layer_of(state) == 0 and hidden == "blk.1.ffn_down.weight"
+    modules = {state: model.layers[0].self_attn.k_proj, hidden: model.layers[1].mlp.down_proj}
     bottleneck = np.concatenate(list(sums.bottlenecks.values()), axis=1).astype(np.float64)
     below = [Projection(1, weight, module, slice(None), "below") for weight, module in modules.items()]
     for projection in find_projections(model.torch_model, B):

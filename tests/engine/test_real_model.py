@@ -76,10 +76,14 @@ def test_fit_is_the_one_of_pytorch_on_the_same_activations(plain):
     names = [f"blk.{B + 1}.attn_v.weight", f"blk.{N_LAYER - 1}.attn_k.weight"]
     inputs, outputs = {name: [] for name in names}, {name: [] for name in names}
     with observing(llm, B) as products:
+        for name in sums.further:
+            products.add(name)
         for text in [text for i, text in enumerate(texts) if i % 8 != 7]:
             products.evaluate(text, B)
+            # Further inputs pass the bottleneck, and are columns like those of the weight's own input then.
+            narrowed = sum(products.get(name)[0] @ sums.bottlenecks[name].T for name in sums.further)
             for name in names:
-                inputs[name].append(products.get(name)[0])
+                inputs[name].append(np.concatenate([products.get(name)[0], narrowed], axis=1))
             products.evaluate(text, N_LAYER)
             for name in names:
                 outputs[name].append(products.get(name)[1])
@@ -93,10 +97,12 @@ def test_fit_is_the_one_of_pytorch_on_the_same_activations(plain):
         mean_x, mean_y = ((w * values).sum(0) / w.sum() for values in (x, y))
         centred, target = w.sqrt() * (x - mean_x), w.sqrt() * (y - mean_y)
         # A ridge is least squares with more rows: they ask for the model's own weight, each input by itself.
-        level = (found.penalty * centred.square().sum(0).mean()).sqrt()
-        own = torch.from_numpy(weight).double()
-        rows = torch.cat([centred, level * torch.eye(x.shape[1], dtype=torch.float64)])
-        expected = torch.linalg.lstsq(rows, torch.cat([target, level * own.T])).solution
+        variances, n_own = centred.square().sum(0), weight.shape[1]
+        levels = [part.mean().expand(len(part)) for part in (variances[:n_own], variances[n_own:])]
+        penalties = (found.penalty * torch.cat(levels)).sqrt().diag()
+        own = torch.nn.functional.pad(torch.from_numpy(weight).double(), (0, x.shape[1] - n_own))
+        rows = torch.cat([centred, penalties])
+        expected = torch.linalg.lstsq(rows, torch.cat([target, penalties @ own.T])).solution
         predicted = (x - mean_x) @ expected + mean_y
         ours = x @ torch.from_numpy(found.weight).double().T + torch.from_numpy(found.shift).double()
         assert (predicted - ours).square().sum() / predicted.square().sum() <= 1e-6
