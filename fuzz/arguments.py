@@ -25,8 +25,8 @@ from fuzz import harness
 from fuzz.harness import Failure
 from pypop_gguf import PopError, cli
 from pypop_gguf import boundary_rules as boundary
-from tests.support.adapter_v2 import write_scaled
 from tests.support.gguf_files import UINT32, write_keys, write_model
+from tests.support.scaled_adapter import write_scaled
 
 _NUMBERS = [
     "0",

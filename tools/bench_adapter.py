@@ -2,9 +2,9 @@
 
     python -m tools.bench_adapter MODEL.gguf --boundary 11 --prompt 512,2048 --runs 5
 
-The adapter holds the model's own weights of keys and values, because its time does not depend on its values. Sixteen
-tokens are also written after each prompt, where the adapter takes no part. Run it from the source tree with nothing
-else on the machine.
+The adapter holds the model's own weights of keys and values, and further inputs as a fit has them, because its time
+does not depend on its values. Sixteen tokens are also written after each prompt, where the adapter takes no part. Run
+it from the source tree with nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from pypop_gguf import library, native
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.terminal import available_cores, integer_list
-from tests.support.adapter_v2 import write_scaled
+from tests.support.scaled_adapter import write_scaled
 
 llama_cpp = library.load()
 

@@ -78,7 +78,7 @@ class BoundarySums:
         self._outputs: dict[tuple[str, bool], OutputSums] = {}
 
     def _choose_further(self, products: Products, text: Sequence[int], base: str) -> None:
-        candidates = _further_candidates(base)
+        candidates = further_candidates(base)
         for name in candidates:
             products.add(name)
         products.evaluate(text, products.n_layer)
@@ -165,7 +165,7 @@ def _check_finite(name: str, *sums: np.ndarray) -> None:
         raise PopError(f"{name} reads or writes values that are not finite: the file is damaged")
 
 
-def _further_candidates(base: str) -> list[str]:
+def further_candidates(base: str) -> list[str]:
     """Returns the weights whose inputs may be further inputs, by the weight that reads the state at the boundary.
 
     They are the states near the input and two layers below the boundary, and the hidden activations of the feed-forward

@@ -8,8 +8,8 @@ import pytest
 
 from pypop_gguf import PopLlama, cli
 from pypop_gguf.gguf_files.metadata import read_metadata
-from tests.support.adapter_v2 import write_scaled
 from tests.support.gguf_files import write_model
+from tests.support.scaled_adapter import write_scaled
 
 STORY = "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. "
 

@@ -17,9 +17,9 @@ import pytest
 
 from pypop_gguf import PopLlama, native
 from pypop_gguf.fitting.products import observing
-from tests.support.adapter_v2 import write_scaled
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
+from tests.support.scaled_adapter import write_scaled
 
 if not llama_cpp.llama_supports_gpu_offload():
     pytest.skip("this build finds no graphics device", allow_module_level=True)
