@@ -70,7 +70,8 @@ the last prompt token reuses what the layers below the boundary have computed fo
 can be completed later, at {completed_boundaries} boundaries in all, with an error of at most {completed_error:.0e}.
 Weights were fitted in
 {fitted} models, in each layer above the boundary in {fitted_everywhere} of them; {fit_compared} of the fits were
-compared with stock llama.cpp, and the largest error is {fit_error:.0e}.
+compared with stock llama.cpp, without their further inputs, and the largest error is {fit_error:.0e}. With further
+inputs, which {further} of the fits have, the engine was run, and its results are finite.
 
 - *Lossless*: the lowest lossless boundary, which is the last layer that writes to the cache. *Error there*: the error
   against the whole model over the last prompt token and three decoded ones.
@@ -113,6 +114,7 @@ class Row:
         continued: Difference that continuation makes, None where it is not used.
         completed: Error after completion by boundary, empty where the cache cannot be completed.
         n_fitted: Number of fitted weights.
+        has_further: Whether these weights have further inputs.
         fit_layers: Number of layers that have them.
         held_out: Mean error of the model's own weights and of the fitted ones on texts that were held out.
         fit_error: Error with the fit against the reference.
@@ -130,6 +132,7 @@ class Row:
     continued: float | None = None
     completed: dict[int, float] = field(default_factory=dict)
     n_fitted: int = 0
+    has_further: bool = False
     fit_layers: int = 0
     held_out: tuple[float, float] | None = None
     fit_error: float | None = None
@@ -232,6 +235,10 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
     caches = {name.split()[0]: engine.pop(name) for name in list(engine) if name.endswith("cache")}
     fitted = engine.pop("fitted", None)
     engine.pop("unfitted", None)  # only its cache is of use
+    further = engine.pop("further", None)
+    row.has_further = bool(found["fit"] and found["fit"].get("further"))
+    if further is not None and not (np.isfinite(further).all() and np.isfinite(caches["further"]).all()):
+        row.failures.append("with further inputs the result is not finite")
     _check_fit(row, found["fit"])
     errors = found["completed"].get("errors", {})
     row.completed = {int(boundary): error for boundary, error in errors.items() if error is not None}
@@ -321,6 +328,7 @@ def table(rows: list[Row]) -> str:
         fitted=len(fitted),
         fitted_everywhere=sum(row.fit_layers == row.n_layer - 2 for row in fitted),
         fit_compared=len(fit_errors),
+        further=sum(row.has_further for row in fitted),
         fit_error=max(fit_errors, default=float("nan")),
     )
     lines = []

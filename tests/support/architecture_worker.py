@@ -168,7 +168,7 @@ def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) 
     [sums] = collect(llm, texts, [boundary])
     weights = read_matrices(path, sums.relations)
     fits = {name: sums.solve(name, weights[name]) for name in sums.relations}
-    found = {"weights": len(fits), "layers": len({layer_of(name) for name in fits})}
+    found = {"weights": len(fits), "layers": len({layer_of(name) for name in fits}), "further": bool(sums.bottlenecks)}
     if not fits:
         return found
     found["held_out"] = [
@@ -187,7 +187,7 @@ def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) 
     further = {name: fit.weight[:, n_own[name] :] for name, fit in fits.items() if fit.weight.shape[1] > n_own[name]}
     prune(llm.model, llm.ctx, boundary, "unfitted", results)
     # The reference has no further inputs, so the adapter that is compared with it has none either.
-    for key, inputs in (("fitted with further inputs", further), ("fitted", {})):
+    for key, inputs in (("further", further), ("fitted", {})):
         write_replacements(
             Path(adapter),
             replacements,
@@ -202,7 +202,6 @@ def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) 
         native.clear_adapters(llm.ctx)
         native.add_adapter(llm.ctx, loaded)
         prune(llm.model, llm.ctx, boundary, key, results)
-    found["further"] = bool(further)
     return found
 
 
