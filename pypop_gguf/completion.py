@@ -95,7 +95,7 @@ class Completion:
         if not native.completes(llm.ctx):
             raise PopError(
                 f"what is pruned at boundary {native.get_boundary(llm.ctx)} of this model cannot be completed: leave "
-                'pop_complete at "off"'
+                "completion off"
             )
         self._turns, self._record, self._mode = turns, record, mode
         self._pace = Pace(chunk)

@@ -1,4 +1,4 @@
-"""Progress, tables, lists of numbers as arguments, the number of cores and the choice of kernels, for all commands."""
+"""Progress, tables, lists of numbers as arguments, the number of cores, and options that several commands have."""
 
 from __future__ import annotations
 
@@ -74,6 +74,17 @@ def add_kernels_argument(parser: argparse.ArgumentParser) -> None:
         choices=("on", "off"),
         help="who computes prompts on a CPU: kernels of pypop_gguf where they are faster (on), or those of llama.cpp "
         "alone (default: on, unless POP_KERNELS=off is in the environment)",
+    )
+
+
+def add_complete_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--complete``, which says when the cache is completed."""
+    parser.add_argument(
+        "--complete",
+        choices=("off", "idle", "answer"),
+        default="off",
+        help="when the layers that prompts have skipped run for them after all, which makes their caches the whole "
+        "model's: never, while no answer is wanted, or also between the tokens of answers (default: off)",
     )
 
 

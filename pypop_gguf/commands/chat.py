@@ -12,7 +12,14 @@ from pypop_gguf import PopLlama
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, one_line
 from pypop_gguf.streams import StdoutError, check_text, read_question
-from pypop_gguf.terminal import Progress, add_kernels_argument, available_cores, choose_kernels, progress
+from pypop_gguf.terminal import (
+    Progress,
+    add_complete_argument,
+    add_kernels_argument,
+    available_cores,
+    choose_kernels,
+    progress,
+)
 
 DESCRIPTION = """\
 Talks with a model. Answers are shown as they come, and stderr shows how far a prompt is read. Ctrl-C stops reading or
@@ -52,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
     add_kernels_argument(parser)
+    add_complete_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
         check_text("--system", arguments.system)
     threads = arguments.threads or available_cores()
     model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
-    llm = PopLlama(str(model), n_ctx=arguments.context, n_threads=threads, n_threads_batch=threads, verbose=False)
+    llm = PopLlama(
+        str(model),
+        n_ctx=arguments.context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        pop_complete=arguments.complete,
+        verbose=False,
+    )
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)
     if not sys.stdin.isatty():
         question = read_question().strip()
@@ -146,9 +161,10 @@ class Chat:
         self._messages.append({"role": "user", "content": question})
         parts: list[str] = []
         stopped = False
+        stream: Any = None
         try:
             with _ReadingBar() as bar:
-                stream: Any = self._llm.create_chat_completion(
+                stream = self._llm.create_chat_completion(
                     self._messages,
                     stream=True,
                     max_tokens=self._max_tokens,
@@ -160,6 +176,8 @@ class Chat:
                     if text := chunk["choices"][0]["delta"].get("content"):
                         parts.append(text)
                         print(one_line(text, allowed="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+                    if chunk["choices"][0]["finish_reason"]:
+                        break
         except KeyboardInterrupt:
             stopped = True
         except StdoutError:
@@ -176,6 +194,8 @@ class Chat:
         self._messages.append({"role": "assistant", "content": "".join(parts)})
         if sys.stdin.isatty():
             print(_format_timings(self._llm), file=sys.stderr)
+            with contextlib.suppress(KeyboardInterrupt):
+                next(stream, None)  # completes what is left, which only a further question makes use of
         return 0
 
 
@@ -198,7 +218,8 @@ def _format_timings(llm: PopLlama) -> str:
     timings = llm.timings
     speed = f", {1e3 / timings.decode_ms_per_token:.1f} tokens/s" if timings.decode_ms_per_token else ""
     first = f"{timings.time_to_first_token_ms:.0f} ms" if timings.time_to_first_token_ms is not None else "N/A"
+    completed = f", {timings.completed_tokens} completed" if timings.completed_tokens else ""
     return (
         f"[first token after {first}: {timings.prompt_tokens} prompt tokens, {timings.reused_tokens} from the cache, "
-        f"{timings.pruned_tokens} pruned{speed}]"
+        f"{timings.pruned_tokens} pruned{completed}{speed}]"
     )

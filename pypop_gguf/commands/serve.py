@@ -17,7 +17,7 @@ from pypop_gguf import library
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, check_name
 from pypop_gguf.gguf_files.metadata import read_metadata
-from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
+from pypop_gguf.terminal import add_complete_argument, add_kernels_argument, available_cores, choose_kernels
 
 DESCRIPTION = """\
 Serves a model over HTTP, with OpenAI-compatible endpoints and several requests at once: /v1/chat/completions,
@@ -66,13 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file with the keys of which clients must send one, one key per line",
     )
-    parser.add_argument(
-        "--complete",
-        choices=("off", "idle", "answer"),
-        default="off",
-        help="when the layers that prompts have skipped run for them after all, which makes their caches the whole "
-        "model's: never, while no request runs, or also between the tokens of answers (default: off)",
-    )
+    add_complete_argument(parser)
     parser.add_argument(
         "--server-options",
         nargs=argparse.REMAINDER,

@@ -49,55 +49,95 @@ def test_answer_in_the_terminals_language_is_shown_as_text(bundled_gguf, tmp_pat
     assert b"\x1b[2J" in piped and b"\\x1b[2J" in shown and b"\x1b" not in shown
 
 
-@unix_only
-def test_terminal_shows_progress_time_to_first_token_and_obeys_commands(bundled_gguf):
-    import fcntl
-    import pty
-    import termios
+class Terminal:
+    """A pseudo-terminal in which the program runs until the block of its ``with`` ends."""
 
-    pid, terminal = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        os.execv(sys.executable, [*PROGRAM, str(bundled_gguf), *OPTIONS])
-    seen = [b""]
+    def __init__(self, *arguments: object) -> None:
+        import fcntl
+        import pty
+        import termios
 
-    def expect(pattern: str) -> str:
-        deadline, start = time.monotonic() + 60, len(seen[0])
-        while not re.search(pattern, text := seen[0][expect.at :].decode(errors="replace")):
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+            os.execv(sys.executable, [*PROGRAM, *map(str, arguments), *OPTIONS])
+        self._seen, self._said_at = b"", 0
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._terminal)
+
+    def expect(self, pattern: str) -> str:
+        """Waits until this is shown after what was said last, and returns all that is shown after it."""
+        deadline = time.monotonic() + 60
+        while not re.search(pattern, text := self._seen[self._said_at :].decode(errors="replace")):
             assert time.monotonic() < deadline, f"no {pattern!r} in {text!r}"
-            if select.select([terminal], [], [], 0.5)[0]:
-                seen[0] += os.read(terminal, 4096)
-        expect.at = max(start, expect.at)
+            if select.select([self._terminal], [], [], 0.5)[0]:
+                self._seen += os.read(self._terminal, 4096)
         return text
 
-    expect.at = 0
+    def say(self, line: str) -> None:
+        self._said_at = len(self._seen)
+        os.write(self._terminal, line.encode() + b"\n")
 
-    def say(line: str) -> None:
-        expect.at = len(seen[0])
-        os.write(terminal, line.encode() + b"\n")
+    def ask(self, question: str) -> tuple[str, list[int]]:
+        """Returns what the answer has shown, and its prompt tokens, those from the cache, and those pruned."""
+        self.say(question)
+        shown = self.expect(r"first token after \d+ ms: .*\][\s\S]*> ")
+        return shown, [
+            int(n) for n in re.search(r": (\d+) prompt .* (\d+) from the cache, (\d+) pruned", shown).groups()
+        ]
 
-    try:
-        expect(r"prompts are read by all 12 layers\. /help lists commands\.[\s\S]*> ")
-        say("/pop 8")
-        expect(r"prompts are read by 8 of 12 layers\s[\s\S]*> ")
-        say(QUESTION)
-        shown = expect(r"first token after \d+ ms: (\d+) prompt tokens, 0 from the cache, (\d+) pruned[\s\S]*> ")
-        prompt, pruned = map(int, re.search(r": (\d+) prompt tokens, 0 from the cache, (\d+) pruned", shown).groups())
+    def end(self) -> int:
+        """Says /bye and returns the status of the program."""
+        os.write(self._terminal, b"/bye\n")
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+@unix_only
+def test_terminal_shows_progress_time_to_first_token_and_obeys_commands(bundled_gguf):
+    with Terminal(bundled_gguf) as terminal:
+        terminal.expect(r"prompts are read by all 12 layers\. /help lists commands\.[\s\S]*> ")
+        terminal.say("/pop 8")
+        terminal.expect(r"prompts are read by 8 of 12 layers\s[\s\S]*> ")
+        shown, (prompt, cached, pruned) = terminal.ask(QUESTION)
         assert re.search(r"\r +\r[^\r]*\w[^\r]*\r\n\[first token", shown)  # The bar is removed, the answer is not.
-        assert pruned == prompt - 1 and re.search(r"reading: +0% \| {20}\| 0/\d+ tokens", shown)
-        say("And then?")
-        expect(r"first token after \d+ ms: \d+ prompt tokens, [1-9]\d* from the cache[\s\S]*> ")
-        say("/pop 99")
-        expect(r"give /pop on, /pop off or /pop 1 to 12[\s\S]*> ")
-        say("long " * 600)
-        expect(r"exceed context window[\s\S]*/new begins a new conversation[\s\S]*> ")
-        say("/new")
-        expect(r"a new conversation[\s\S]*> ")
-        say("/pop off")
-        expect(r"prompts are read by all 12 layers[\s\S]*> ")
-        say(QUESTION)
-        expect(r", 0 pruned[\s\S]*> ")
-        os.write(terminal, b"/bye\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    finally:
-        os.close(terminal)
+        assert pruned == prompt - 1 and cached == 0 and " completed" not in shown
+        assert re.search(r"reading: +0% \| {20}\| 0/\d+ tokens", shown)
+        _, (_, cached, _) = terminal.ask("And then?")
+        assert cached > 0
+        terminal.say("/pop 99")
+        terminal.expect(r"give /pop on, /pop off or /pop 1 to 12[\s\S]*> ")
+        terminal.say("long " * 600)
+        terminal.expect(r"exceed context window[\s\S]*/new begins a new conversation[\s\S]*> ")
+        terminal.say("/new")
+        terminal.expect(r"a new conversation[\s\S]*> ")
+        terminal.say("/pop off")
+        terminal.expect(r"prompts are read by all 12 layers[\s\S]*> ")
+        _, (_, _, pruned) = terminal.ask(QUESTION)
+        assert pruned == 0
+        assert terminal.end() == 0
+
+
+@unix_only
+@pytest.mark.parametrize("mode", ["off", "idle", "answer"])
+def test_what_was_completed_is_not_read_again_by_all_layers(bundled_gguf, mode):
+    with Terminal(bundled_gguf, "--complete", mode) as terminal:
+        terminal.expect("> ")
+        for pause in (0, 1, 4, 16):  # seconds that the thread of "idle" gets
+            terminal.say("/new")
+            terminal.expect(r"a new conversation[\s\S]*> ")
+            terminal.say("/pop 8")
+            terminal.expect(r"8 of 12 layers[\s\S]*> ")
+            shown, (first, _, pruned) = terminal.ask(f"I have {pause} balls. {QUESTION}")
+            assert pruned > 10 and (" completed" in shown) == (mode == "answer")
+            time.sleep(pause)
+            terminal.say("/pop off")
+            terminal.expect(r"all 12 layers[\s\S]*> ")
+            _, (_, cached, _) = terminal.ask("And then?")
+            if cached >= first or mode != "idle":
+                break
+        assert (cached >= first) == (mode != "off")
+        assert terminal.end() == 0
