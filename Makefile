@@ -69,10 +69,11 @@ bench: $(VENV)/.installed $(STOCK)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/python -m tools.quality_page
 
-# mixed traffic on the server; MINUTES=5 is what CI runs
+# mixed traffic on the server; MINUTES=5 is what CI runs. COMPLETE=idle or answer also completes pruned prompts
 MINUTES := 60
+COMPLETE := off
 soak: $(VENV)/.installed
-	$(BIN)/python -m tools.soak --minutes $(MINUTES)
+	$(BIN)/python -m tools.soak --minutes $(MINUTES) --complete $(COMPLETE)
 
 # the licence of each installed package; a package that names none is an error
 licences: $(VENV)/.installed

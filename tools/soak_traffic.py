@@ -46,18 +46,27 @@ class Traffic:
         answers: Expected answers by prompt, for pruned prompts under True and for whole ones under False.
         n_requests: How many requests all clients together send at most.
         stuck_s: A request that is not answered for so long is a fault.
+        complete: The server's ``--complete``.
 
     Attributes:
         done: How many requests of each kind were sent.
         faults: One line for each fault. The first fault ends the traffic.
+        n_reused: How many tokens whole requests have found in the cache after everything was completed.
         over: Set when the clients have to end.
     """
 
     def __init__(
-        self, client: httpx.Client, answers: dict[bool, dict[str, str]], n_requests: int, stuck_s: float = 60
+        self,
+        client: httpx.Client,
+        answers: dict[bool, dict[str, str]],
+        n_requests: int,
+        stuck_s: float = 60,
+        complete: str = "off",
     ) -> None:
         self._http, self._answers, self._left, self._stuck_s = client, answers, n_requests, stuck_s
-        self._lock = threading.Lock()
+        self._complete = complete
+        self._twice = sorted(answers[True].keys() & answers[False].keys())
+        self._lock, self._others_wait, self.n_reused = threading.Lock(), threading.Lock(), 0
         self.done, self.faults, self.over = collections.Counter(), [], threading.Event()
 
     def fault(self, text: str) -> None:
@@ -88,12 +97,15 @@ class Traffic:
             self.bad: 15,
             self.no_http: 5,
             self.look: 5,
+            self.answer_again: 20 if self._twice else 0,
         }
         while not self.over.is_set():
             with self._lock:
                 self._left -= 1
                 if self._left < 0:
                     return
+            with self._others_wait:
+                pass
             [action] = chance.choices(list(actions), list(actions.values()))
             self._run(action.__name__, functools.partial(action, chance))
             with self._lock:
@@ -110,15 +122,45 @@ class Traffic:
 
     def answer(self, chance: random.Random) -> None:
         """Asks for a greedy answer, streamed or in one piece, and compares it with the expected one."""
-        pop, stream = chance.random() < 0.6, chance.random() < 0.4
-        prompt, expected = chance.choice(list(self._answers[pop].items()))
-        response = self._post(self._body(chance, pop, prompt, stream))
+        pop = chance.random() < 0.6
+        self._compare(chance, pop, chance.choice(list(self._answers[pop])), chance.random() < 0.4)
+
+    def answer_again(self, chance: random.Random) -> None:
+        """Asks for a pruned answer, and then for the whole model's to the same prompt in the same slot.
+
+        Half of the time, the server first completes all that is cached, while the other clients wait.
+        """
+        prompt, slot = chance.choice(self._twice), chance.choice(SLOTS[True])
+        self._compare(chance, True, prompt, False, id_slot=slot)
+        if chance.random() < 0.5:
+            self._compare(chance, False, prompt, False, id_slot=slot)
+            return
+        with self._others_wait:
+            deadline = time.monotonic() + self._stuck_s
+            while self.is_busy():
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(0.02)
+            last = self._compare(chance, False, prompt, False, id_slot=slot, cache_prompt=True)
+            self.n_reused += last.get("timings", {}).get("cache_n", 0)
+
+    def is_busy(self) -> bool:
+        """Returns whether the server computes a request or has something to complete."""
+        slots = self._http.get("/slots", timeout=self._stuck_s).raise_for_status().json()
+        return any(slot["is_processing"] or slot["n_incomplete"] for slot in slots)
+
+    def _compare(self, chance: random.Random, pop: bool, prompt: str, stream: bool, **options: object) -> dict:
+        """Asks for an answer, compares it with the expected one, and returns its last event."""
+        response = self._post(self._body(chance, pop, prompt, stream, **options))
         if response.status_code != 200:
-            return self.fault(f"status {response.status_code} for {prompt!r}: {response.text[:200]}")
+            self.fault(f"status {response.status_code} for {prompt!r}: {response.text[:200]}")
+            return {}
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
-        text = "".join(json.loads(event)["content"] for event in (lines if stream else [response.text]))
-        if text != expected:
+        events = [json.loads(event) for event in (lines if stream else [response.text])]
+        text, expected = "".join(event["content"] for event in events), self._answers[pop][prompt]
+        if not (text.startswith(expected) if pop and self._complete == "answer" else text == expected):
             self.fault(f"pop {pop}, {prompt!r}: {text!r} instead of {expected!r}")
+        return events[-1]
 
     def hang_up(self, chance: random.Random) -> None:
         """Ends the connection in the middle of a streamed answer."""
@@ -162,8 +204,11 @@ class Traffic:
         headers = {"Content-Type": "application/json"}
         return self._http.post("/completion", content=body, headers=headers, timeout=self._stuck_s)
 
-    @staticmethod
-    def _body(chance: random.Random, pop: bool, prompt: str, stream: bool, n_predict: int = N_WRITTEN) -> bytes:
-        options = {"cache_prompt": chance.random() < 0.5, "id_slot": chance.choice(SLOTS[pop]), "stream": stream}
+    def _body(
+        self, chance: random.Random, pop: bool, prompt: str, stream: bool, n_predict: int = N_WRITTEN, **others: object
+    ) -> bytes:
+        # A pruned request that reused what is completed would not get the answer of a pruned prompt.
+        cache_prompt = chance.random() < 0.5 and not (pop and self._complete != "off")
+        options = {"cache_prompt": cache_prompt, "id_slot": chance.choice(SLOTS[pop]), "stream": stream, **others}
         body = {"prompt": prompt, "pop": pop, "n_predict": n_predict, "temperature": 0, **options}
         return json.dumps(body).encode()

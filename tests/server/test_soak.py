@@ -27,9 +27,9 @@ def server(served_gguf, tmp_path: Path):
         yield running
 
 
-def run(server, answers: dict, n_requests: int, max_growth: float = 9.0) -> soak.Report:
+def run(server, answers: dict, n_requests: int, max_growth: float = 9.0, complete: str = "off") -> soak.Report:
     """A soak of some requests. A run as short as this one says nothing about growth, so much of it is allowed."""
-    options = dict(minutes=2, n_clients=8, seed=1, max_growth=max_growth)
+    options = dict(minutes=2, n_clients=8, seed=1, max_growth=max_growth, complete=complete)
     return soak.soak(server, answers, n_requests=n_requests, **options)
 
 
@@ -40,6 +40,18 @@ def test_mixed_requests_are_answered_as_alone(server, answers, capsys):
     assert report.requests["answer"] > 40
     soak.print_report(report, 8, server.log)
     assert f"passed: {report.requests['answer']} greedy answers equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("complete", ["idle", "answer"])
+def test_whole_answers_on_completed_caches_are_the_expected_ones(served_gguf, tmp_path, complete, capsys):
+    expected = soak.expected_answers(served_gguf, 6, seed=1, complete=complete)
+    assert len(expected[True].keys() & expected[False].keys()) >= 2
+    with serve(served_gguf, tmp_path / "log.txt", "--complete", complete, *soak.SERVER_OPTIONS) as server:
+        report = run(server, expected, 100, complete=complete)
+    assert report.faults == [] and report.requests["answer_again"] > 5
+    assert report.n_completed > 100 and report.n_reused > 20
+    soak.print_report(report, 8, server.log)
+    assert f"{report.n_completed} tokens completed, and {report.n_reused} reused" in capsys.readouterr().out
 
 
 def test_wrong_answer_is_a_fault(server, answers, capsys):
