@@ -1,4 +1,4 @@
-"""Makes prompts of numbers and CSV files of runs, for bench_server.py and bench_cancel.py."""
+"""Makes prompts of numbers and CSV files of runs, for the scripts bench_*.py."""
 
 from __future__ import annotations
 

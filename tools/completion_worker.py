@@ -1,0 +1,90 @@
+"""One engine of bench_completion.py in a process of its own: it answers prompts or completes them, and times it.
+
+Its arguments are the mode and the options of the model as JSON. Each line of stdin is a request, and each line of
+stdout answers one. The mode "stock" imports the llama_cpp that comes first on the path, so this file imports nothing of
+ours before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+
+_PAUSE_S = 0.2  # the threads of what ran before have stopped spinning by then
+
+
+class Worker:
+    """A model. Each public method answers the request of its name."""
+
+    def __init__(self, mode: str, boundary: int, **options) -> None:
+        self._mode = mode
+        if mode == "stock":
+            import llama_cpp
+
+            if hasattr(llama_cpp.llama_cpp._lib, "llama_pop_set_boundary"):
+                raise RuntimeError(f"{llama_cpp.__file__} has POP: give --stock an unpatched one")
+            self._llm = llama_cpp.Llama(**options)
+        else:
+            from pypop_gguf import PopLlama, native
+
+            self._native = native
+            complete = "off" if mode == "whole" else mode
+            self._llm = PopLlama(pop=mode != "whole", pop_boundary=boundary, pop_complete=complete, **options)
+
+    def answer(self, seed: int, n_prompt: int, n_answer: int) -> dict:
+        """Answers a random prompt. ``at_ms`` is when each token of the answer came, counted from the start.
+
+        ``complete_ms`` is the time of completion, during the answer and after it, and ``incomplete`` how many tokens
+        were left at the end of the answer.
+        """
+        prompt = self._begin(seed, n_prompt)
+        at_ms, began = [], time.perf_counter()
+        for _ in itertools.islice(self._llm.generate(prompt, temp=0), n_answer):
+            at_ms.append(1e3 * (time.perf_counter() - began))
+        if self._mode not in ("idle", "answer"):
+            return {"at_ms": at_ms, "complete_ms": 0.0, "incomplete": 0}
+        incomplete = self._native.n_incomplete(self._llm.ctx)
+        while self._mode == "idle" and self._llm.timings.completed_tokens < incomplete:
+            time.sleep(0.05)
+        return {"at_ms": at_ms, "complete_ms": self._llm.timings.complete_ms, "incomplete": incomplete}
+
+    def prefill(self, seed: int, n_prompt: int, chunk: int | None) -> dict:
+        """Reads a random prompt, pruned, and completes it in chunks. Without a chunk, all layers read it.
+
+        ``prompt_ms`` is the time until the logits are there, and ``chunks_ms`` that of each chunk.
+        """
+        prompt = self._begin(seed, n_prompt)
+        began = time.perf_counter()
+        self._llm.score(prompt, [0], pop=chunk is not None)
+        prompt_ms, chunks_ms = 1e3 * (time.perf_counter() - began), []
+        while chunk is not None:
+            began = time.perf_counter()
+            if not self._native.complete(self._llm.ctx, chunk):
+                break
+            chunks_ms.append(1e3 * (time.perf_counter() - began))
+        return {"prompt_ms": prompt_ms, "chunks_ms": chunks_ms}
+
+    def _begin(self, seed: int, n_prompt: int) -> list[int]:
+        """Forgets what is cached, and returns a prompt."""
+        self._llm.reset()
+        chance = random.Random(seed)
+        time.sleep(_PAUSE_S)
+        return [chance.randrange(self._llm.n_vocab()) for _ in range(n_prompt)]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    worker = Worker(sys.argv[1], **json.loads(sys.argv[2]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(worker, request.pop("request"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
