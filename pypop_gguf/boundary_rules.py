@@ -60,11 +60,17 @@ def check_support(model: object, support: ModelSupport) -> None:
         raise PopError(f"{model} ({support.architecture}): {support.refusal}")
 
 
-def default_boundary(n_layer: int, stored: PopMetadata | None) -> int:
-    """Returns the boundary to measure where the user names none: the file's, else that of the default ratio."""
+def default_boundary(support: ModelSupport, stored: PopMetadata | None) -> int:
+    """Returns the boundary to measure where the user names none.
+
+    It is the file's. Without one it is the lossless boundary, where upper layers share a cache, because such models are
+    read with it unless the user says otherwise. For all others it is that of the default ratio.
+    """
     if stored is not None and stored.boundary is not None:
         return stored.boundary
-    return choose_boundary(n_layer, n_layer).boundary
+    if support.lossless_boundary < support.n_layer - 1:
+        return support.lossless_boundary
+    return choose_boundary(support.n_layer, support.lossless_boundary).boundary
 
 
 def choose_boundary(

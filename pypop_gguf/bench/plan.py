@@ -85,7 +85,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     support = library.describe_model(arguments.model)
     n_layer = support.n_layer
     check_support(arguments.model, support)
-    boundaries = arguments.boundary or [default_boundary(n_layer, metadata)]
+    boundaries = arguments.boundary or [default_boundary(support, metadata)]
     context = reader.get_field(f"{support.architecture}.context_length")
 
     _check_range("--boundary", boundaries, 1, n_layer)

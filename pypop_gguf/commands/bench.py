@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--boundary",
         type=integer_list,
         metavar="B,B",
-        help="boundaries to measure (default: the file's, or two thirds of the layers)",
+        help="boundaries to measure (default: the file's, or the lossless one if upper layers share a cache, or two "
+        "thirds of the layers)",
     )
     parser.add_argument(
         "--parallel",

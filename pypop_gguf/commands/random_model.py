@@ -8,8 +8,7 @@ to read it at another place, so a file of 8B weights is written at the speed of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -18,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
 
 from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.gguf_files.geometries import GEOMETRIES, Geometry, add_keys, list_tensors
 from pypop_gguf.gguf_files.metadata import MAX_LAYERS
 from pypop_gguf.gguf_files.writer import check_free_space, replacing
 
@@ -27,58 +27,7 @@ memory. Its tokenizer has a token for each number and each byte: "17 4 4096" is 
 
 _WEIGHT_STD = 0.02  # It keeps the activations of every geometry here far from the limits of F16.
 _WRITE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of a model, as its own configuration gives it."""
-
-    architecture: str
-    n_layer: int
-    n_embd: int
-    n_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_vocab: int
-    n_ctx_train: int
-    rope_base: float
-    tied: bool = False  # whether the output layer is the token embedding
-    rms_eps: float = 1e-5
-    sliding_window: int | None = None  # In gemma3, llama.cpp lets every sixth layer see all tokens.
-    rope_scaling: float | None = None  # factor of linear scaling
-
-    @property
-    def head_norms(self) -> bool:
-        return self.architecture in ("qwen3", "gemma3")
-
-    @property
-    def post_norms(self) -> bool:
-        return self.architecture == "gemma3"
-
-
-GEOMETRIES = {
-    "llama-3.2-1b": Geometry("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, 500000.0, tied=True),
-    "llama-3.1-8b": Geometry("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072, 500000.0),
-    "qwen3-8b": Geometry("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960, 1000000.0, rms_eps=1e-6),
-    "gemma-3-12b": Geometry(
-        "gemma3",
-        48,
-        3840,
-        15360,
-        16,
-        8,
-        256,
-        262208,
-        131072,
-        1000000.0,
-        tied=True,
-        rms_eps=1e-6,
-        sliding_window=1024,
-        rope_scaling=8.0,
-    ),
-    "tiny": Geometry("llama", 8, 256, 512, 4, 2, 64, 512, 4096, 10000.0),
-}
+_NEVER_QUANTIZED = ("altup", "laurel", "per_layer_model_proj")
 
 _FILE_TYPES = {
     "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
@@ -95,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outtype", choices=_FILE_TYPES, default="q4_k_m", help="type of the weights (default: q4_k_m)"
     )
-    parser.add_argument("--layers", type=int, metavar="N", help="number of layers (default: that of the geometry)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="number of layers (default: that of the geometry); about the same share of them shares caches",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed for drawing the weights (default: 0)")
 
 
@@ -107,9 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     geometry = GEOMETRIES[arguments.geometry]
     if arguments.layers is not None:
-        geometry = replace(geometry, n_layer=arguments.layers)
-    if not 1 <= geometry.n_layer <= MAX_LAYERS:
-        raise PopError(f"--layers {geometry.n_layer} is out of range: give 1 to {MAX_LAYERS}")
+        if not 1 <= arguments.layers <= MAX_LAYERS:
+            raise PopError(f"--layers {arguments.layers} is out of range: give 1 to {MAX_LAYERS}")
+        geometry = geometry.with_layers(arguments.layers)
     if arguments.seed < 0:
         raise PopError(f"--seed {arguments.seed} is out of range: give at least 0")
     write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
@@ -134,8 +88,7 @@ def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed:
     """
     file_type, _ = _FILE_TYPES[outtype]
     tensors = [
-        (tensor, shape, _choose_type(tensor, len(shape), geometry, outtype))
-        for tensor, shape in _list_tensors(geometry)
+        (tensor, shape, _choose_type(tensor, len(shape), geometry, outtype)) for tensor, shape in list_tensors(geometry)
     ]
     sizes = [_count_bytes(shape, kind) for _, shape, kind in tensors]
     pools = {kind: _make_pool(kind, np.random.default_rng([seed, kind])) for kind in {kind for *_, kind in tensors}}
@@ -144,7 +97,10 @@ def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed:
     with replacing(target) as part:
         check_free_space(target.absolute().parent, sum(sizes))
         writer = GGUFWriter(part, geometry.architecture)
-        _add_keys(writer, geometry, name, file_type)
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_keys(writer, geometry)
         for (tensor, shape, kind), n_bytes in zip(tensors, sizes, strict=True):
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
         writer.write_header_to_file()
@@ -162,42 +118,16 @@ def write_model(geometry: Geometry, name: str, target: Path, outtype: str, seed:
             writer.close()
 
 
-def _list_tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields names and shapes in numpy's order (rows, columns), which is the opposite of ggml's."""
-    g = geometry
-    n_q, n_kv = g.n_head * g.head_dim, g.n_head_kv * g.head_dim
-    yield "token_embd.weight", (g.n_vocab, g.n_embd)
-    for il in range(g.n_layer):
-        block = {
-            "attn_norm": (g.n_embd,),
-            "attn_q": (n_q, g.n_embd),
-            "attn_k": (n_kv, g.n_embd),
-            "attn_v": (n_kv, g.n_embd),
-            "attn_output": (g.n_embd, n_q),
-            "ffn_norm": (g.n_embd,),
-            "ffn_gate": (g.n_ff, g.n_embd),
-            "ffn_up": (g.n_ff, g.n_embd),
-            "ffn_down": (g.n_embd, g.n_ff),
-        }
-        if g.head_norms:
-            block |= {"attn_q_norm": (g.head_dim,), "attn_k_norm": (g.head_dim,)}
-        if g.post_norms:
-            block |= {"post_attention_norm": (g.n_embd,), "post_ffw_norm": (g.n_embd,)}
-        for tensor, shape in block.items():
-            yield f"blk.{il}.{tensor}.weight", shape
-    yield "output_norm.weight", (g.n_embd,)
-    if not g.tied:
-        yield "output.weight", (g.n_vocab, g.n_embd)
-
-
 def _choose_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Type:
     """Returns the type that llama-quantize gives this tensor."""
-    if n_dims == 1:
+    if n_dims == 1 or "_coef." in name:
         return Type.F32
+    if any(part in name for part in _NEVER_QUANTIZED):
+        return Type.F16
     kind = _FILE_TYPES[outtype][1]
     if kind in (Type.F16, Type.Q8_0):
         return kind
-    if name == ("token_embd.weight" if geometry.tied else "output.weight"):
+    if name == "output.weight" or (geometry.tied and name.endswith("token_embd.weight")):
         return Type.Q6_K
     if outtype == "q4_k_m" and name.endswith(("attn_v.weight", "ffn_down.weight")):
         il, n_layer = int(name.split(".")[1]), geometry.n_layer
@@ -209,44 +139,6 @@ def _choose_type(name: str, n_dims: int, geometry: Geometry, outtype: str) -> Ty
 def _count_bytes(shape: tuple[int, ...], kind: Type) -> int:
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block_weights * block_bytes
-
-
-def _add_keys(writer: GGUFWriter, geometry: Geometry, name: str, file_type: LlamaFileType) -> None:
-    g = geometry
-    writer.add_name(name)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(g.n_layer)
-    writer.add_context_length(g.n_ctx_train)
-    writer.add_embedding_length(g.n_embd)
-    writer.add_feed_forward_length(g.n_ff)
-    writer.add_head_count(g.n_head)
-    writer.add_head_count_kv(g.n_head_kv)
-    writer.add_key_length(g.head_dim)
-    writer.add_value_length(g.head_dim)
-    writer.add_rope_dimension_count(g.head_dim)
-    writer.add_rope_freq_base(g.rope_base)
-    writer.add_layer_norm_rms_eps(g.rms_eps)
-    writer.add_vocab_size(g.n_vocab)
-    _add_tokenizer(writer, g.n_vocab)
-    if g.sliding_window:
-        writer.add_sliding_window(g.sliding_window)
-    if g.rope_scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(g.rope_scaling)
-
-
-def _add_tokenizer(writer: GGUFWriter, n_vocab: int) -> None:
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    n_numbers = n_vocab - len(tokens)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*tokens, *(f"\u2581{number}" for number in range(n_numbers))])
-    writer.add_token_scores([0.0] * n_vocab)
-    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * n_numbers])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
 
 
 def _write_repeated(write: Callable[[memoryview], int], pool: np.ndarray, n_bytes: int, first_block: int) -> None:
@@ -265,7 +157,7 @@ def _make_pool(kind: Type, random: np.random.Generator) -> np.ndarray:
 
     Their number is prime, so that no two rows of a tensor start at the same place.
     """
-    if kind == Type.F32:  # Only norms have this type.
+    if kind == Type.F32:  # Norms, scales and the small matrices of AltUp have this type.
         return np.ones((1 << 14, 1), dtype="<f4").view(np.uint8)
     if kind == Type.F16:
         values = random.standard_normal((4194301, 1), dtype=np.float32) * _WEIGHT_STD

@@ -76,7 +76,7 @@ def open_model(
     stored = read_metadata(arguments.model)
     support = library.describe_model(arguments.model)
     check_support(arguments.model, support)
-    boundaries = boundaries or [default_boundary(support.n_layer, stored)]
+    boundaries = boundaries or [default_boundary(support, stored)]
     for boundary in boundaries:
         if not 1 <= boundary <= support.n_layer:
             raise PopError(f"--boundary {boundary} is out of range: give 1 to {support.n_layer}")

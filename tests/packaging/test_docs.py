@@ -13,6 +13,7 @@ import pytest
 from pypop_gguf.bench.report import summarize
 from pypop_gguf.bench.runs import read_csv
 from pypop_gguf.cli import main
+from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
 from tools import cli_docs
@@ -34,6 +35,15 @@ KERNEL_MODELS = {
     "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M",
     "Qwen2.5-Coder-1.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M",
     "Random weights, 1B, Q4_K_M": "1b",
+}
+
+EXACT_TITLE = "Without any change of the answer"
+EXACT_RUNS = ROOT / "bench" / "exact-epyc-2-cores.csv"
+EXACT_MODELS = {
+    "Gemma 3n E2B": "gemma-3n-e2b",
+    "Gemma 3n E4B": "gemma-3n-e4b",
+    "Gemma 4 E2B": "gemma-4-e2b",
+    "Gemma 4 E4B": "gemma-4-e4b",
 }
 
 
@@ -128,6 +138,44 @@ def test_speeds_with_kernels_match_the_raw_runs(page):
         case = cases[KERNEL_MODELS[model], int(n_prompt), skipped]
         times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
         assert shown == [*times, speedup_and_limit(case)[0], f"{case.off_before.value:.2f}"], (model, n_prompt)
+
+
+def exact_rows(path: Path) -> list[list[str]]:
+    """Return the rows that docs/speed.md has of models whose upper layers share a cache, from the raw runs."""
+    names = {f"{name}-q4_k_m": model for model, name in EXACT_MODELS.items()}
+    runs = read_csv(path)
+    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.engine == "pop"}
+    rows = []
+    for setting, cases in summarize(runs).items():
+        for case in cases:
+            limit = 1 / flops[setting.model, case.n_prompt]
+            skipped = f"{setting.n_layer - case.boundary} of {setting.n_layer}"
+            times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
+            reached = f"{case.speedup.value / case.off_before.value / limit:.0%}"
+            ratios = [speedup_and_limit(case)[0], f"{case.off_before.value:.2f}", f"{limit:.2f}", reached]
+            rows.append([names[setting.model], str(case.n_prompt), skipped, *times, *ratios])
+    return rows
+
+
+def test_exact_gains_match_the_raw_runs():
+    """Rows that nobody has measured yet say N/A, and have the limit only."""
+    measured = {tuple(row[:2]): row for row in exact_rows(EXACT_RUNS)} if EXACT_RUNS.exists() else {}
+    shown = [cells(row) for row in re.findall(r"^\| Gemma .+\|$", section("docs/speed.md", EXACT_TITLE), re.MULTILINE)]
+    assert len(shown) == 13
+    for row in shown:
+        geometry = GEOMETRIES[EXACT_MODELS[row[0]]]
+        assert row[2] == f"{geometry.n_shared + 1} of {geometry.n_layer}"
+        expected = measured.pop((row[0], row[1]), None)
+        assert row == expected or (expected is None and row[3:7] + row[8:] == ["N/A"] * 5), row
+    assert not measured
+
+
+def test_no_other_architecture_shares_caches():
+    rows = [cells(row) for row in re.findall(r"^\| \S+ \| \d.+\|$", (ROOT / "docs/architectures.md").read_text(), re.M)]
+    served = [(name, int(n_layer), int(lossless)) for name, n_layer, lossless, *_ in rows if lossless]
+    assert f"{len(served)} served" in (ROOT / "docs/architectures.md").read_text()
+    assert [name for name, n_layer, lossless in served if lossless < n_layer - 1] == []
+    assert f"the {len(served)} other models" in " ".join(section("docs/speed.md", EXACT_TITLE).split())
 
 
 def test_speed_page_matches_the_raw_runs(measured):
