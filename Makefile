@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 
-test-slow: $(VENV)/.installed $(STOCK)/.generator build/rpc/.installed
+test-slow: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval]" --no-build-isolation
 	$(BIN)/python -m pytest -m slow
 
@@ -97,14 +97,6 @@ docs: $(VENV)/.installed
 # upstream's generator of tiny random models, and its tools that rewrite files
 $(STOCK)/.generator: $(STOCK)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs llama-quantize llama-gguf-split
-	touch $@
-
-# a second build of ours with the RPC backend, whose servers on loopback stand in for several devices
-build/rpc/.installed: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/rpc -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_RPC=ON \
-	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/rpc
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/rpc --component pypop_gguf --prefix build/rpc/package > /dev/null
 	touch $@
 
 clean:

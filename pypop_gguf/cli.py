@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": ("bench", "compare the time to the first token with that of stock llama.cpp"),
     "serve": ("serve", "serve a model to OpenAI clients"),
     "chat": ("chat", "talk with a model in the terminal"),
+    "rpc-server": ("rpc_server", "lend this machine to a model that is split over several"),
     "random-model": ("random_model", "write a GGUF with the shape of a known model and random weights, to measure on"),
 }
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pypop_gguf.errors import PopError
@@ -29,6 +30,7 @@ class Engine:
         n_decode: Tokens generated after the prompt.
         n_parallel: Number of sequences.
         unified: Whether all sequences share one cache.
+        rpc: RPC servers that hold the layers; none leaves them to the devices of this machine.
 
     Raises:
         PopError: The worker fails, now or at a later request.
@@ -47,6 +49,7 @@ class Engine:
         n_decode: int,
         n_parallel: int,
         unified: bool = False,
+        rpc: Sequence[str] = (),
     ) -> None:
         self.name = name
         environment = dict(os.environ)
@@ -73,6 +76,7 @@ class Engine:
                 n_threads=n_threads,
                 n_ubatch=n_ubatch,
                 flash_attn=flash_attn,
+                rpc=rpc,
             )
             if stock and self.info["patched"]:
                 raise PopError(f"--stock {stock}: its llama.cpp has POP; give an unpatched one")

@@ -119,6 +119,7 @@ class _Case:
             n_decode=max(plan.n_decode, n_mixed),
             n_parallel=self._n_parallel,
             unified=n_mixed > 0,
+            rpc=plan.rpc[0 if name == plan.baseline else 1],
         )
         return contextlib.closing(engine)
 

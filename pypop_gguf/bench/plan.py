@@ -17,6 +17,7 @@ from pypop_gguf.boundary_rules import check_support, default_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
+from pypop_gguf.rpc import reachable_servers
 from pypop_gguf.terminal import available_cores
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -39,6 +40,7 @@ class Plan:
     stock: Path | None
     repeat: bool
     mixed: bool
+    rpc: list[list[str]]
 
     @property
     def baseline(self) -> str:
@@ -113,7 +115,18 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         stock=arguments.stock,
         repeat=arguments.repeat,
         mixed=arguments.mixed,
+        rpc=_list_servers(arguments.rpc or []),
     )
+
+
+def _list_servers(lists: list[str]) -> list[list[str]]:
+    """Returns the RPC servers of each of the two processes, or two empty lists."""
+    if lists and len(lists) != 2:
+        raise PopError("two processes hold the model, and a server serves one: give --rpc twice, with other servers")
+    servers = [server for text in lists for server in reachable_servers(text)]
+    if len(set(servers)) < len(servers):
+        raise PopError("--rpc names a server in both lists: a server serves one process, so give each once")
+    return [text.split(",") for text in lists] or [[], []]
 
 
 def _check_range(option: str, values: list[int], low: int, high: int | None) -> None:
@@ -128,6 +141,8 @@ def describe_setting(plan: Plan, baseline_info: dict) -> Setting:
     versions = [f"pypop-gguf {__version__}{_describe_commit()}"]
     if plan.stock:
         versions.append(f"stock llama-cpp-python {baseline_info['version']}")
+    if any(plan.rpc):
+        versions.append(f"split over {len(plan.rpc[0])} RPC servers")
     if kernels := os.environ.get("POP_KERNELS"):
         versions.append(f"POP_KERNELS={kernels}")
     return Setting(

@@ -17,11 +17,13 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pypop_gguf.memory import peak_bytes
+from pypop_gguf.rpc import use_servers
 
 _PAUSE_S = 0.02  # Threads of the engine that ran before this one spin for some milliseconds after their last pass.
 _FLASH_ATTN_TYPES = {"auto": -1, "off": 0, "on": 1}  # LLAMA_FLASH_ATTN_TYPE_AUTO, _DISABLED, _ENABLED
@@ -38,8 +40,10 @@ class Worker:
         self.n_vocab = self.n_parallel = 0
         self.tokens: list[list[int]] = []  # the prompt of each sequence
 
-    def load(self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: str) -> dict:
-        """Loads the model.
+    def load(
+        self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: str, rpc: Sequence[str] = ()
+    ) -> dict:
+        """Loads the model, on these RPC servers if there are any.
 
         Returns:
             ``version`` of llama-cpp-python, ``patched``, ``model`` (llama.cpp's line about it), ``devices``.
@@ -56,6 +60,8 @@ class Worker:
         self._log = self.llama.llama_log_callback(self._keep_error)
         self.llama.llama_log_set(self._log, ctypes.c_void_p(0))
         self.llama.llama_backend_init()
+        if rpc:
+            use_servers(rpc)
         self.model = self.llama.llama_model_load_from_file(os.fsencode(model), self.llama.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {model}: {self._reason()}")

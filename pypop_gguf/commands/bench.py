@@ -18,6 +18,7 @@ from pypop_gguf.bench.plot import plot_speedups
 from pypop_gguf.bench.runs import Recorder, read_csv
 from pypop_gguf.errors import PopError
 from pypop_gguf.plotting import check_plot
+from pypop_gguf.rpc import add_rpc_argument
 from pypop_gguf.terminal import add_kernels_argument, choose_kernels, integer_list
 
 DESCRIPTION = """\
@@ -88,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="flash attention of all engines; auto is wherever llama.cpp can compute it (default: auto)",
     )
     add_kernels_argument(parser)
+    add_rpc_argument(parser, "append", "; give it twice with other servers, because two processes hold the model")
     parser.add_argument(
         "--stock",
         type=Path,

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pypop_gguf import PopLlama
+from pypop_gguf import PopLlama, library
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.rpc import add_rpc_argument, reachable_servers, use_servers
 from pypop_gguf.streams import StdoutError, check_text, read_question
 from pypop_gguf.terminal import (
     Progress,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_kernels_argument(parser)
     add_complete_argument(parser)
+    add_rpc_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,14 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
     choose_kernels(arguments)
     if arguments.system:
         check_text("--system", arguments.system)
+    servers = reachable_servers(arguments.rpc) if arguments.rpc else []
     threads = arguments.threads or available_cores()
     model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
+    if servers:
+        library.load()
+        use_servers(servers)
     llm = PopLlama(
         str(model),
         n_ctx=arguments.context,
         n_threads=threads,
         n_threads_batch=threads,
         pop_complete=arguments.complete,
+        n_gpu_layers=-1 if servers else 0,
         verbose=False,
     )
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)

@@ -7,16 +7,15 @@ pruning, and becomes that process.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import socket
 import sys
 from pathlib import Path
 
-from pypop_gguf import library
+from pypop_gguf import programs
 from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, check_name
 from pypop_gguf.gguf_files.metadata import read_metadata
+from pypop_gguf.rpc import add_rpc_argument, reachable_servers
 from pypop_gguf.terminal import add_complete_argument, add_kernels_argument, available_cores, choose_kernels
 
 DESCRIPTION = """\
@@ -59,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
     add_kernels_argument(parser)
+    add_rpc_argument(parser)
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="projector of a model that reads images")
     parser.add_argument(
         "--api-key-file",
@@ -98,12 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
     for file in (arguments.model, arguments.mmproj, arguments.api_key_file):
         if file is not None and check_name(file) and not os.access(file, os.R_OK):
             raise PopError(f"{file}: cannot be read; give another file, or make it readable")
+    if arguments.rpc:
+        reachable_servers(arguments.rpc)
     choose_kernels(arguments)
     if arguments.prepare:
         arguments.model = prepared(arguments.model, arguments.threads or available_cores())
-    command = [str(server_program()), *server_options(arguments)]
+    command = [str(programs.find("llama-server", "-DLLAMA_BUILD_SERVER=OFF")), *server_options(arguments)]
     if not {"--host", "--port"} & set(arguments.server_options):
-        _check_address(arguments.host, arguments.port)
+        programs.check_address(arguments.host, arguments.port)
     if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
         print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
     # glibc keeps a pool of memory for each thread, and the server has a thread for each connection. In time glibc also
@@ -114,46 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         "MALLOC_TRIM_THRESHOLD_": "131072",
     }.items():
         os.environ.setdefault(name, value)
-    sys.stdout.flush()
-    try:
-        os.execv(command[0], command)
-    except OSError as error:
-        raise PopError(f"{command[0]} cannot be started ({error.strerror}): install the package again") from error
-
-
-def _check_address(hosts: str, port: int) -> None:
-    """Checks that the server can listen there: it would say so in many lines, after the model is loaded.
-
-    Raises:
-        PopError: It cannot.
-    """
-    for host in hosts.split(","):
-        if host.endswith(".sock"):
-            continue
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as probe:
-                if os.name != "nt":  # there it would allow two servers at one port
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise PopError(f"port {port} is in use by another program: give another --port") from error
-            if error.errno == errno.EACCES:
-                raise PopError(f"port {port} needs more rights: give a --port above 1023") from error
-            raise PopError(f"--host {host} is no address of this machine: give one ({error.strerror})") from error
-
-
-def server_program() -> Path:
-    """Returns the path of the llama-server that was built with the package.
-
-    Raises:
-        PopError: The package was built without it.
-    """
-    program = library.vendor_dir() / "llama_cpp" / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
-    if not program.is_file():
-        raise PopError(f"{program} is missing: build the package without -DLLAMA_BUILD_SERVER=OFF")
-    return program
+    programs.become(command)
 
 
 def _asks_for_keys(arguments: argparse.Namespace) -> bool:
@@ -176,6 +139,7 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
     """Returns the options of llama-server for the arguments."""
     threads = arguments.threads or available_cores()
     given = {
+        "--rpc": arguments.rpc,
         "--model": arguments.model,
         "--pop-boundary": arguments.boundary,
         "--pop-complete": None if arguments.complete == "off" else arguments.complete,

@@ -8,6 +8,7 @@ Run it with a build for the device: `python -m pytest tests/engine/test_gpu.py`,
 the CPU. ``POP_GPU_REPORT`` names a file to which each comparison appends its figures, as a line of JSON.
 """
 
+import ctypes
 import functools
 import json
 import os
@@ -15,13 +16,15 @@ import os
 import numpy as np
 import pytest
 
-from pypop_gguf import PopLlama, native
+from pypop_gguf import PopLlama, native, parent
 from pypop_gguf.fitting.products import observing
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
 from tests.support.scaled_adapter import write_scaled
 
-if not llama_cpp.llama_supports_gpu_offload():
+find = parent.ggml_library().ggml_backend_dev_by_type
+find.restype = ctypes.c_void_p
+if not find(1) and not find(2):  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
     pytest.skip("this build finds no graphics device", allow_module_level=True)
 
 ALL = 99

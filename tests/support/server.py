@@ -1,9 +1,11 @@
 """The one way to start an HTTP server and to ask it: for tests, for the fuzzers, and for the scripts in tools/.
 
-``serve`` starts ``pop-gguf serve``, ``running`` any other Python program that takes ``--port``.
+``serve`` starts ``pop-gguf serve``, ``running`` any other Python program that takes ``--port``. ``rpc_servers`` starts
+what ``serve --rpc`` spreads a model over.
 """
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from pypop_gguf.memory import resident_bytes
-from tests.support.process import free_port, running_process
+from tests.support.process import accepts_connections, free_port, running_process
 
 # Options of `pop-gguf serve` for four slots of 1024 tokens. Options of llama-server may follow.
 OPTIONS = ("--threads", 1, "--context", 4096, "--parallel", 4, "--server-options")
@@ -111,6 +113,20 @@ def running(program: Sequence[object], options: Sequence[object], log: Path, ans
 
         with running_process([sys.executable, *program, "--port", port, *options], log, is_ready) as process:
             yield Server(client, process, log)
+
+
+@contextlib.contextmanager
+def rpc_servers(number: int, directory: Path) -> Iterator[dict[str, subprocess.Popen]]:
+    """Runs ``pop-gguf rpc-server`` several times on this machine; yields the processes by HOST:PORT."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for _ in range(number):
+            port = free_port()
+            command = [sys.executable, "-m", "pypop_gguf", "rpc-server", "--port", port, "--threads", 1]
+            is_ready = functools.partial(accepts_connections, port)
+            process = running_process(command, directory / f"rpc-{port}.txt", is_ready)
+            servers[f"127.0.0.1:{port}"] = stack.enter_context(process)
+        yield servers
 
 
 def new_client(port: int) -> httpx.Client:
