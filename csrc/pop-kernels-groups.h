@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "pop-kernels-unpack-fp4.h"
 #include "pop-kernels-unpack-k.h"
 
 struct pop_q4_0_groups : pop_q4_0 {
@@ -33,6 +34,24 @@ struct pop_iq4_nl_groups : pop_iq4_nl {
             for (int i = 0; i < 4; i++) {
                 pop_put(t, v, 8 * b + i, pop_iq4<S, pop_iq4_nl>(pop_low_4<S>(a[i])));
                 pop_put(t, v, 8 * b + 4 + i, pop_iq4<S, pop_iq4_nl>(pop_high_4<S>(a[i])));
+            }
+        }
+    }
+};
+
+struct pop_mxfp4_groups : pop_mxfp4 {
+    static constexpr int group_rows = 8;
+
+    template <class S> static void unpack(const uint8_t * p, size_t stride, int n_blocks, pop_tile<S> & t, int v) {
+        for (int b = 0; b < n_blocks; b++, p += 8 * block) {
+            for (int i = 0; i < S::lanes; i++) {
+                t.scale[b][v][i] = ggml_table_f32_e8m0_half[p[i / 8 * stride + i % 8]];
+            }
+            typename S::vi a[4];
+            S::load_groups(p + 8, stride, a);
+            for (int i = 0; i < 4; i++) {
+                pop_put_fp4(t, v, 8 * b + i, pop_low_4<S>(a[i]));
+                pop_put_fp4(t, v, 8 * b + 4 + i, pop_high_4<S>(a[i]));
             }
         }
     }

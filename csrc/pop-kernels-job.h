@@ -22,9 +22,9 @@ struct pop_product_job {
     int64_t n_rows;
     int64_t n_chunks;
 
-    pop_activations * x      = nullptr; // [n_chunks][n_rows]
-    int32_t *         pairs  = nullptr; // [n_rows], row * ids->ne[0] + place of the expert
-    int32_t *         starts = nullptr; // [experts + 1], the first pair of each expert
+    char *    x      = nullptr; // the rows as the kernel has prepared them
+    int32_t * pairs  = nullptr; // [n_rows], row * ids->ne[0] + place of the expert
+    int32_t * starts = nullptr; // [experts + 1], the first pair of each expert
 
     explicit pop_product_job(const ggml_tensor * dst) :
         weights(dst->src[0]), input(dst->src[1]), output(const_cast<ggml_tensor *>(dst)),

@@ -34,6 +34,7 @@ struct pop_avx2 {
     static vi   or_(vi a, vi b) { return _mm256_or_si256(a, b); }
     static vi   xor_(vi a, vi b) { return _mm256_xor_si256(a, b); }
     static vi   add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+    static vi   add_8(vi a, vi b) { return _mm256_add_epi8(a, b); }
     static vi   shl(vi a, int n) { return _mm256_slli_epi32(a, n); }
     static vi   shr(vi a, int n) { return _mm256_srli_epi32(a, n); }
     static vi   shr_signed(vi a, int n) { return _mm256_srai_epi32(a, n); }
@@ -172,6 +173,7 @@ struct pop_avx512_vnni {
     static vi   or_(vi a, vi b) { return _mm512_or_si512(a, b); }
     static vi   xor_(vi a, vi b) { return _mm512_xor_si512(a, b); }
     static vi   add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+    static vi   add_8(vi a, vi b) { return _mm512_add_epi8(a, b); }
     static vi   shl(vi a, int n) { return _mm512_slli_epi32(a, (unsigned) n); }
     static vi   shr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned) n); }
     static vi   shr_signed(vi a, int n) { return _mm512_srai_epi32(a, (unsigned) n); }

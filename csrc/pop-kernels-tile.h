@@ -45,6 +45,17 @@ template <class S, class F> constexpr bool pop_is_signed() {
     return F::bits == 8 && !S::has_dot;
 }
 
+// All that the kernel proper needs to know about a type. Types that agree in it share the code, which takes long to
+// compile.
+template <bool k, bool has_offset, int group_size, int n_bits> struct pop_shape {
+    static constexpr bool is_k = k, affine = has_offset;
+    static constexpr int  group = group_size, bits = n_bits;
+};
+
+// Bits tell how many products fit in 16 bits, and whether bytes have a sign.
+template <class S, class F>
+using pop_shape_of = pop_shape<F::is_k, F::affine, F::group, S::has_dot || F::bits <= 4 ? 4 : F::bits>;
+
 // Activation rows that one call of the kernel takes: as many as there are registers for. Sums of 16 bits that do not
 // hold a whole block of 32 inputs need more of them.
 template <class S, class F> constexpr int pop_rows() {
@@ -146,7 +157,8 @@ static void pop_multiply(
                 if constexpr (F::is_k) {
                     total[r][v] = S::fma(S::to_float(sum[r][v]), scale, total[r][v]);
                 } else {
-                    total[r][v] = S::fma(S::mul(S::to_float(sum[r][v]), scale), S::all_f(x[r].d[b]), total[r][v]);
+                    total[r][v] =
+                        S::fma(S::mul(S::to_float(sum[r][v]), scale), S::all_f(x[r].d[b * F::group / 8]), total[r][v]);
                 }
             }
             if constexpr (F::affine) {

@@ -3,7 +3,7 @@
 //
 // Each struct describes a type:
 //   is_k    a block of the file has 256 weights, and the activations share one scale in it as in ggml
-//   block   bytes of a block of the file
+//   block   bytes of a block of the file, or of 32 weights if not is_k
 //   group_rows  rows that stand together, 8 where ggml has interleaved them
 //   group   a scale belongs to 4 * group inputs
 //   affine  there is an offset of its own for each scale; otherwise it is -`offset` times the scale
@@ -14,9 +14,8 @@
 
 #include "pop-kernels-tile.h"
 
-// The values of the 16 codes of IQ4_NL and IQ4_XS, a fact of the format.
-alignas(16) static const int8_t pop_iq4_values[16] = { -127, -104, -83, -65, -49, -35, -22, -10,
-                                                       1,    13,   25,  38,  53,  69,  89,  113 };
+#define GGML_COMMON_IMPL_CPP // ggml's tables of the values that codes stand for
+#include "ggml-common.h"
 
 // Writes 4 inputs of each output, from the lower bits of each byte.
 template <class S> static inline void pop_put(pop_tile<S> & t, int v, int group, typename S::vi q) {
@@ -31,9 +30,9 @@ template <class S> static inline typename S::vi pop_high_4(typename S::vi a) {
     return S::and_(S::shr(a, 4), S::all(0x0f0f0f0f));
 }
 
-// Bytes of the value that pop_iq4_values gives to each code, signed or from 0 to 255
+// Bytes of the value that ggml's table gives to each code, signed or from 0 to 255
 template <class S, class F> static inline typename S::vi pop_iq4(typename S::vi a) {
-    const typename S::vi q = S::look_up(pop_iq4_values, a);
+    const typename S::vi q = S::look_up(kvalues_iq4nl, a);
     return pop_is_signed<S, F>() ? q : S::xor_(q, S::all_8(-128));
 }
 

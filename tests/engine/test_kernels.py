@@ -8,17 +8,20 @@ import platform
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tests.support.products import Ggml, Product, in_process
 
 MIN_ROWS = 9
-SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4")
 SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+CODE_BOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+TYPES = (*SMALL_BLOCKS, *SUPER_BLOCKS, *CODE_BOOKS)
 # Rows, outputs, inputs: full and partial tiles, chunks and groups of rows. ggml rearranges some types of weights where
 # the number of outputs is a multiple of 8.
 SHAPES = ((9, 100, 512), (31, 17, 256), (33, 64, 768), (70, 15, 512), (70, 40, 256), (13, 1, 512), (600, 24, 256))
+# These are for types whose blocks are small enough.
 SHORT_SHAPES = ((9, 16, 32), (31, 17, 64), (33, 100, 896), (70, 40, 928))
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernels are for x86")
@@ -39,7 +42,8 @@ def products(ggml: Ggml, name: str, shapes: tuple, n_threads: int = 1) -> list[P
 
 
 def shapes_of(name: str) -> tuple:
-    return SHAPES + SHORT_SHAPES if name in SMALL_BLOCKS else SHAPES
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    return tuple(shape for shape in SHAPES + SHORT_SHAPES if shape[-1] % block == 0)
 
 
 def squared_errors(computed: list[tuple[np.ndarray, float]], asked: list[Product]) -> np.ndarray:
@@ -57,7 +61,7 @@ def ggml() -> Ggml:
     return Ggml()
 
 
-@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+@pytest.mark.parametrize("name", TYPES)
 def test_as_exact_as_ggml(ggml, name):
     asked = products(ggml, name, shapes_of(name))
     stock = in_process(asked, "off")
@@ -71,14 +75,14 @@ def test_as_exact_as_ggml(ggml, name):
         assert not all(np.array_equal(a, b) for (a, _), (b, _) in zip(computed, stock, strict=True)), instructions
 
 
-@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+@pytest.mark.parametrize("name", TYPES)
 def test_same_with_any_number_of_threads(ggml, name):
     one, two, again = (in_process(products(ggml, name, shapes_of(name), n_threads), "on") for n_threads in (1, 2, 2))
     for (a, _), (b, _), (c, _) in zip(one, two, again, strict=True):
         assert np.array_equal(a, b) and np.array_equal(b, c)
 
 
-@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+@pytest.mark.parametrize("name", TYPES)
 def test_few_rows_stay_with_ggml(ggml, name):
     asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(1, MIN_ROWS)))
     for (a, _), (b, _) in zip(in_process(asked, "on"), in_process(asked, "off"), strict=True):
@@ -94,7 +98,7 @@ def test_input_of_more_dimensions(ggml, name):
 
 
 @pytest.mark.parametrize("outputs", (40, 35))  # ggml rearranges the weights of the first
-@pytest.mark.parametrize("name", SMALL_BLOCKS + SUPER_BLOCKS)
+@pytest.mark.parametrize("name", TYPES)
 def test_experts(ggml, name, outputs):
     kind, chance, n_experts = GGMLQuantizationType[name], np.random.default_rng(6), 5
     weights = np.stack([ggml.quantize(kind, chance.standard_normal((outputs, 512))) for _ in range(n_experts)])
