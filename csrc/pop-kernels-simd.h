@@ -51,6 +51,13 @@ struct pop_avx2 {
 #endif
         return a;
     }
+    // Has sums computed in the order of the source. GCC would compute all products first, and run out of registers.
+    static vi keep(vi a) {
+#if defined(__GNUC__)
+        asm("" : "+x"(a));
+#endif
+        return a;
+    }
     static vf   max_f(vf a, vf b) { return _mm256_max_ps(a, b); }
     static bool same_f(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff; }
     static vf   where_equal(vf a, float value, vf yes, vf no) {

@@ -94,6 +94,9 @@ static inline void pop_multiply_block(const pop_activations * x,
         // so many sums of two products fit in 16 bits
         constexpr int fit  = F::bits <= 4 ? 8 : F::bits == 5 ? 4 : F::bits == 6 ? 2 : 1;
         constexpr int step = fit < F::group ? fit : F::group;
+#if defined(__GNUC__) && !defined(__clang__)
+#    pragma GCC unroll 8
+#endif
         for (int g = 0; g < F::group; g += step) {
             vi sum_16[R][pop_vectors];
             for (int i = 0; i < step; i++) {
@@ -114,13 +117,13 @@ static inline void pop_multiply_block(const pop_activations * x,
                         } else {
                             pairs = S::pairs(w_g[v], x_g);
                         }
-                        sum_16[r][v] = i == 0 ? pairs : S::add_16(sum_16[r][v], pairs);
+                        sum_16[r][v] = S::keep(i == 0 ? pairs : S::add_16(sum_16[r][v], pairs));
                     }
                 }
             }
             for (int r = 0; r < R; r++) {
                 for (int v = 0; v < pop_vectors; v++) {
-                    sum[r][v] = S::widen(sum[r][v], sum_16[r][v]);
+                    sum[r][v] = S::keep(S::widen(sum[r][v], sum_16[r][v]));
                 }
             }
         }
