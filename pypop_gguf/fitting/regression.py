@@ -18,6 +18,7 @@ import numpy as np
 RANK = 128  # most numbers that pass the bottleneck
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean variance of an input
 _LEAST, _LEAST_FURTHER = 1e-2, 1e-1  # penalties of own and further inputs where the bottleneck is found
+_LEAST_VARIANCE = 1e-10  # A share of the largest: inputs that vary less are left out of the bottleneck.
 _ITERATIONS = 6  # of the search for leading directions; their span hardly changes after that
 _ROUNDING = 1e-4  # two inputs that differ by less than this share of their size are the same numbers
 
@@ -196,17 +197,20 @@ def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int
     own, mixed, further = xx[:n_own, :n_own], xx[:n_own, n_own:], xx[n_own:, n_own:]
     predictor = np.linalg.solve(own + _LEAST * np.trace(own) / n_own * np.eye(n_own, dtype=np.float32), mixed)
     rest = further - mixed.T @ predictor
-    rest[np.diag_indices_from(rest)] *= 1 + _LEAST_FURTHER  # The columns have very different sizes.
-    factor = np.linalg.cholesky((rest + rest.T) / 2)
+    variances = np.maximum(np.diag(rest), 0)
+    sizes = np.sqrt(variances)  # of very different orders, and 0 where an activation never changes
+    scale = np.divide(1, sizes, out=np.zeros_like(sizes), where=variances > _LEAST_VARIANCE * variances.max())
+    rest *= np.outer(scale, scale)
+    factor = np.linalg.cholesky((rest + rest.T) / 2 + _LEAST_FURTHER * np.eye(len(rest), dtype=np.float32))
     parts = []
     for one in outputs:
         xy = one.covariance(inputs)
         variance = max(one.square - float(one.sum @ one.sum) / inputs.weight, 1e-30)
-        parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) / np.sqrt(variance))
+        parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) * scale[:, None] / np.sqrt(variance))
     target = np.linalg.solve(factor, np.concatenate(parts, axis=1))
     rank = min(RANK, n_own // 4)
     basis = _leading_directions(target, rank)
-    rows = np.linalg.solve(factor.T, basis).T
+    rows = np.linalg.solve(factor.T, basis).T * scale
     return (rows * np.sqrt(inputs.weight)).astype(np.float32)
 
 

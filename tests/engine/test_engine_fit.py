@@ -11,7 +11,15 @@ from pypop_gguf import PopError, PopLlama, library, native
 from pypop_gguf.fitting import engine_fit
 from pypop_gguf.fitting.adapter_file import write_replacements
 from pypop_gguf.fitting.products import layer_of, observing
-from pypop_gguf.fitting.regression import InputSums, Moments, OutputSums, Relation, relate, solve
+from pypop_gguf.fitting.regression import (
+    InputSums,
+    Moments,
+    OutputSums,
+    Relation,
+    find_bottleneck,
+    relate,
+    solve,
+)
 from pypop_gguf.gguf_files.tensors import read_matrices
 from tests.support import pop_reference
 from tests.support.engine import Engine
@@ -279,6 +287,26 @@ def test_weight_that_no_fit_improves_stays_as_it_is():
     found = solve(*parts, weight)
     assert found.error_after == found.error_before
     assert np.array_equal(found.weight, weight) and not found.shift.any()
+
+
+def test_bottleneck_finds_what_the_own_input_lacks_beside_activations_that_never_change():
+    """The output is the own input plus one direction of the further ones; some of these are 0, and one is huge."""
+    chance = np.random.default_rng(0)
+    n, n_own = 2000, 8
+    own, further = (chance.standard_normal((n, columns)).astype(np.float32) for columns in (n_own, 16))
+    further[:, 12:] = 0
+    further[:, 11] *= 1e4
+    direction = np.zeros(16)
+    direction[[1, 3]] = 0.6, 0.8
+    ones = np.ones(n, np.float32)
+    inputs, outputs = InputSums(n_own + 16), OutputSums(n_own + 16, 1)
+    y = (own[:, :1] + further @ direction[:, None]).astype(np.float32)
+    outputs.add(inputs.add(np.concatenate([own, further], axis=1), ones), y, ones)
+    bottleneck = find_bottleneck(inputs, [outputs], n_own)
+    assert bottleneck.shape == (2, 16) and np.isfinite(bottleneck).all()
+    passed = further @ bottleneck.T
+    rest = (further @ direction) - passed @ np.linalg.lstsq(passed, further @ direction, rcond=None)[0]
+    assert rest.var() <= 1e-3
 
 
 def test_too_few_texts_are_refused(reference_models):
