@@ -64,8 +64,9 @@ def next_logits(llm) -> np.ndarray:
 
 
 def wait_until_complete(llm, seconds=60) -> None:
+    """Waits until the thread has completed what the last call has left. Meanwhile only it may use the context."""
     end = time.monotonic() + seconds
-    while native.n_incomplete(llm.ctx):
+    while llm.timings.completed_tokens < llm.timings.incomplete_tokens:
         assert time.monotonic() < end, "the thread completes nothing"
         time.sleep(0.01)
 
