@@ -290,7 +290,8 @@ double llama_pop_graph_flops(
             !in_range("n_outputs", n_outputs, 0, n_tokens)) {
             return NAN;
         }
-        const bool whole = boundary == n_layer_of(ctx) || n_outputs > 0 || pop_needs_whole_model(ctx->get_cparams());
+        const bool whole =
+            boundary == n_layer_of(ctx) || n_outputs > 0 || ctx->pop.needs_whole_model(ctx->get_cparams());
 
         pop_graph_params what = { whole ? POP_WHOLE : POP_PRUNED, (uint32_t) boundary };
         what.adapter          = ctx->pop.adapter_for(what.part, boundary);

@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <stdexcept>
 
-bool pop_needs_whole_model(const llama_cparams & cparams) {
+bool pop_context::needs_whole_model(const llama_cparams & cparams) const {
     const auto & inp = cparams.embeddings_layer_inp;
-    return cparams.embeddings || cparams.embeddings_nextn || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT ||
-           std::find(inp.begin(), inp.end(), true) != inp.end();
+    return cparams.embeddings || (cparams.embeddings_nextn && !drafter_has_no_cache) ||
+           cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || std::find(inp.begin(), inp.end(), true) != inp.end();
 }
 
 bool pop_context::continues() const {
@@ -37,10 +37,20 @@ llama_adapter_lora * pop_context::adapter_for(pop_part part, uint32_t b) const {
     return part == POP_PRUNED && it != adapters.end() ? it->second : nullptr;
 }
 
+llama_context * pop_context::reads_cache_of(llama_context * target) const {
+    target->pop.drafter_has_no_cache = true;
+    return target;
+}
+
+bool pop_context::leaves_rows(const llama_cparams & cparams, const llm_graph_result & res) const {
+    return res.pop_rewritten && cparams.embeddings_nextn && !cparams.embeddings_nextn_masked;
+}
+
 void pop_context::begin_batch(const llama_cparams & cparams, pop_batch & batch) const {
     // a non-causal batch has to stay in one piece
-    batch.prunes    = boundary != 0 && cparams.causal_attn && !pop_needs_whole_model(cparams);
-    batch.continues = batch.prunes && continues();
+    batch.prunes = boundary != 0 && cparams.causal_attn && !needs_whole_model(cparams);
+    // decode() stores the states that a drafter reads one behind the other, so each token has to be in one pass only
+    batch.continues = batch.prunes && continues() && !cparams.embeddings_nextn;
     if (!batch.prunes) {
         return;
     }
@@ -82,7 +92,7 @@ pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
         res.completion = completion->states;
         return res;
     }
-    if (pop_needs_whole_model(cparams)) {
+    if (needs_whole_model(cparams)) {
         return res;
     }
     // if no states were kept, the pruned pass was left whole, and so is what follows it
@@ -212,7 +222,7 @@ void llama_context::pop_set_eval_callback(ggml_backend_sched_eval_callback callb
 // Builds the graphs that prefill would build at this boundary. A context that runs the whole model prunes nothing, so
 // any boundary is fine there.
 bool llama_context::pop_try_boundary(uint32_t boundary) {
-    if (pop_needs_whole_model(cparams)) {
+    if (pop.needs_whole_model(cparams)) {
         return true;
     }
     const uint32_t n_seqs   = cparams.n_seq_max;
@@ -317,7 +327,7 @@ bool llama_context::pop_add_adapter(llama_adapter_lora * adapter) {
     pop.adapters[b]    = adapter;
     sched_need_reserve = true;
     try {
-        if (pop_needs_whole_model(cparams) || pop_try_boundary(b)) {
+        if (pop.needs_whole_model(cparams) || pop_try_boundary(b)) {
             return true;
         }
     } catch (...) {

@@ -1,8 +1,8 @@
 // A context's share of POP: its settings, its counters, and what they mean for the split of a batch and for a graph.
 //
-// llama_context (patches pop/0003 and pop/0008) holds a pop_context: decode() calls begin_batch() before it splits a
-// batch, begin_ubatch() before each micro-batch and ubatch_done() after it, graph_params() calls graph_params_for(),
-// and process_ubatch() calls choose_kernels() before it computes a graph.
+// llama_context (patches pop/0003, pop/0008 and pop/0010) holds a pop_context: decode() calls begin_batch() before it
+// splits a batch, begin_ubatch() before each micro-batch and ubatch_done() after it, graph_params() calls
+// graph_params_for(), and process_ubatch() calls choose_kernels() before it computes a graph.
 
 #pragma once
 
@@ -16,10 +16,6 @@
 #include <map>
 #include <memory>
 #include <set>
-
-// Returns whether a context reads something of every token from every layer, or runs other layers than the model's
-// main ones.
-bool pop_needs_whole_model(const llama_cparams & cparams);
 
 // The settings of the C API, which llama-pop.h explains.
 struct pop_settings {
@@ -51,7 +47,15 @@ struct pop_context : pop_settings {
     // The states that pruned tokens are completed from later; nullptr where completion is off.
     std::unique_ptr<pop_completion> completion;
 
+    // The context that drafts tokens from the states of this one has no cache of its own, and so reads no state of a
+    // prompt but the last one. It sets this with reads_cache_of().
+    bool drafter_has_no_cache = false;
+
     uint32_t lossless_boundary = 0; // pruning there changes nothing; set where completion is on
+
+    // Returns whether this context reads something of every token from every layer, or runs other layers than the
+    // model's main ones.
+    bool needs_whole_model(const llama_cparams & cparams) const;
 
     // Returns whether tokens that are run whole use continuation at the boundary in force.
     bool continues() const;
@@ -61,6 +65,12 @@ struct pop_context : pop_settings {
 
     // The adapter that a graph of this part at boundary b takes, or nullptr.
     llama_adapter_lora * adapter_for(pop_part part, uint32_t b) const;
+
+    // Tells the context that this one drafts for that it may prune. Returns it.
+    llama_context * reads_cache_of(llama_context * target) const;
+
+    // Returns whether a micro-batch has no states for a drafter, whose rows are there nevertheless.
+    bool leaves_rows(const llama_cparams & cparams, const llm_graph_result & res) const;
 
     void begin_batch(const llama_cparams & cparams, pop_batch & batch) const;
 

@@ -159,3 +159,16 @@ def test_mtp_contexts_run_whole_beside_a_pruned_trunk(mtp_model):
     with Engine(mtp_model.gguf, load_mtp=True, ctx_type=MTP) as engine:
         expected = decode_mtp(engine, tokens, states)
     assert squared_error(predicted, expected) <= 1e-9
+
+
+def test_drafters_with_a_cache_of_their_own_read_the_state_of_every_prompt_token(mtp_model):
+    """This is why the trunk prunes nothing for them: a pruned token has no state of the last layer."""
+    tokens = mtp_model.tokens(40)
+    states = np.random.default_rng(4).normal(0, 1, (len(tokens), 64)).astype(np.float32)
+    with Engine(mtp_model.gguf, load_mtp=True, ctx_type=MTP) as engine:
+        expected = decode_mtp(engine, tokens, states)
+    for position in (0, 17, 38):
+        changed = states.copy()
+        changed[position] = 0
+        with Engine(mtp_model.gguf, load_mtp=True, ctx_type=MTP) as engine:
+            assert squared_error(decode_mtp(engine, tokens, changed), expected) > 1e-6
