@@ -6,17 +6,28 @@ BIN    := $(VENV)/bin
 STOCK  := build/stock/package
 # what the native build is made of: editing a page of documentation builds nothing
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
-          $(wildcard csrc/*.h csrc/*.cpp third_party/*.py third_party/*.txt third_party/*.pth third_party/patches/*/*)
+          $(wildcard csrc/*.h csrc/*.cpp third_party/*.py third_party/*.txt third_party/*.pth third_party/patches/*/*) \
+          $(wildcard build/page/LICENSES)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo test test-slow lint architectures bench quality docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures bench quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
 
+# the server's web page, which needs npm; everything that is built later carries it
+page: $(VENV)/.installed
+	$(BIN)/python -m tools.build_page
+	$(MAKE) $(VENV)/.installed
+
+# the page in Chromium, which has to be installed; POP_SCREENSHOTS=DIR keeps pictures
+page-test: page
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group page
+	$(BIN)/python -m pytest -m browser tests/browser
+
 test: $(VENV)/.installed $(STOCK)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser"
 
 # formatting, likely mistakes, and types; `ruff check --fix`, `ruff format` and `clang-format -i csrc/*` mend most of it
 lint: $(VENV)/.installed

@@ -159,4 +159,4 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
         "--cors-origins": "localhost",
     }
     pairs = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-    return [*pairs, "--metrics", "--offline", "--no-ui", *arguments.server_options]
+    return [*pairs, "--metrics", "--offline", *arguments.server_options]
