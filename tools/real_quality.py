@@ -39,11 +39,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     parser.add_argument("--prompts", type=int, default=40, metavar="N", help="prompts of each kind (default: 40)")
+    parser.add_argument("--tail", type=int, default=1, metavar="N", help="last prompt tokens that run all layers")
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
 
     source = fetch(arguments.model)
-    llm = steps.open_whole(source, arguments.threads)
+    llm = steps.open_whole(source, arguments.threads, arguments.tail)
     adapters = {
         boundary: arguments.out.with_name(f"{arguments.out.stem}.b{boundary}.gguf") for boundary in arguments.boundary
     }

@@ -67,8 +67,13 @@ def check_boundary(boundary: int, lossless: int) -> None:
         raise PopError(f"boundary {boundary} leaves nothing to fit: give 1 to {lossless - 1}")
 
 
-def open_whole(source: Path, n_threads: int) -> PopLlama:
+def open_whole(source: Path, n_threads: int, tail: int = 1) -> PopLlama:
     """Opens a model for fitting and measuring, with pruning off and no adapter.
+
+    Args:
+        source: Its file.
+        n_threads: Number of threads.
+        tail: Last prompt tokens that run all layers where a prompt is pruned.
 
     Raises:
         PopError: The model cannot be loaded.
@@ -78,6 +83,7 @@ def open_whole(source: Path, n_threads: int) -> PopLlama:
         pop=False,
         pop_adapter=False,
         pop_head=HEAD,
+        pop_tail=tail,
         n_ctx=CONTEXT + ANSWER,
         n_batch=CONTEXT + ANSWER,
         n_threads=n_threads,
