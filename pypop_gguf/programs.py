@@ -38,7 +38,7 @@ def become(command: Sequence[str]) -> NoReturn:
     """
     sys.stdout.flush()
     try:
-        os.execv(command[0], command)
+        os.execv(command[0], list(command))
     except OSError as error:
         raise PopError(f"{command[0]} cannot be started ({error.strerror}): install the package again") from error
 

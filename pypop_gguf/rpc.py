@@ -53,8 +53,8 @@ def reachable_servers(text: str) -> list[str]:
 def _check_answer(server: str, host: str, port: int) -> None:
     """Greets a server: llama.cpp would wait without end for one that serves another program."""
     try:
-        address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]  # as llama.cpp does
-        with socket.create_connection(address[:2], timeout=_ANSWER_S) as connection:
+        address = str(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])  # as llama.cpp does
+        with socket.create_connection((address, port), timeout=_ANSWER_S) as connection:
             connection.sendall(struct.pack("<BQ", _HELLO, _CAPABILITIES_BYTES) + bytes(_CAPABILITIES_BYTES))
             connection.settimeout(_ANSWER_S)
             if not connection.recv(1):
