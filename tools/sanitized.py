@@ -1,11 +1,12 @@
 """Builds our C++ and llama.cpp with sanitizers, and runs POP in them: `python -m tools.sanitized asan` or `tsan`.
 
-asan looks for wrong addresses and undefined behaviour. It runs the fuzzers of batches and of the native reader, the
-tests that need neither torch nor another build, and mixed traffic on the server. tsan looks for data races. It runs two
-contexts of one model in two threads, and the tests that have several clients on the server. Each finding that is
-llama.cpp's own has an exception with its reason in tests/sanitizers/; any other finding ends the program in which it is
-found. The build takes about half an hour on 2 cores. It needs Linux and GCC, and is for AVX2: to check the kernels for
-AVX-512 too, configure it with -DGGML_NATIVE=ON.
+asan looks for wrong addresses and undefined behaviour. It runs the fuzzers of batches, of completion and of the native
+reader, the tests that need neither torch nor another build, and mixed traffic on the server. tsan looks for data races.
+It runs two contexts of one model in two threads, the tests that have several clients on the server, and the thread that
+completes the cache of a `PopLlama` beside its calls. Each finding that is llama.cpp's own has an exception with its
+reason in tests/sanitizers/; any other finding ends the program in which it is found. The build takes about half an hour
+on 2 cores. It needs Linux and GCC, and is for AVX2: to check the kernels for AVX-512 too, configure it with
+-DGGML_NATIVE=ON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TESTS = [
     "test_attention_kernel",
     "test_boundary",
     "test_c_api",
+    "python/test_completion",
     "test_continuation",
     "test_golden",
     "test_kernels",
@@ -34,7 +36,8 @@ TESTS = [
     "test_properties",
 ]
 SERVER_TESTS = ["test_server", "test_security", "test_request_limits"]
-NEED_TORCH = "pickled or code or shared_cache"
+SERVER_NEEDS_TORCH = "pickled or code or shared_cache"
+NEEDS_TORCH = "cannot_be_completed"
 SEVERAL_CLIENTS = "clients or share_batches or share_its or hangs_up or metrics or more_requests or busy"
 
 
@@ -64,8 +67,7 @@ def build(preset: str) -> Path:
 
 
 def test_files(names: list[str]) -> list[Path]:
-    found = {path.stem: path for path in (ROOT / "tests").glob("*/test_*.py")}
-    return [found[name] for name in names]
+    return [next((ROOT / "tests").glob(f"**/{name}.py")) for name in names]
 
 
 def write_models(directory: Path) -> None:
@@ -126,14 +128,16 @@ def main() -> int:
         "asan": [
             ["-m", "fuzz.batches", "--models", models, "--cases", arguments.mixtures],
             ["-m", "fuzz.native", "--cases", arguments.files],
-            [*tests, *test_files(TESTS)],
-            [*tests, "-k", f"not ({NEED_TORCH})", *server_tests],
+            ["-m", "fuzz.completions", "--models", models, "--cases", arguments.mixtures],
+            [*tests, "-k", f"not {NEEDS_TORCH}", *test_files(TESTS)],
+            [*tests, "-k", f"not ({SERVER_NEEDS_TORCH})", *server_tests],
             # The sanitizer keeps freed memory for a while, so any growth is allowed.
             [*soak, "--minutes", arguments.minutes, "--max-growth", 99],
         ],
         "tsan": [
             ["-m", "tests.support.two_threads", *(models / name / "model.gguf" for name in ("llama", "gemma3"))],
             [*tests, "-k", SEVERAL_CLIENTS, *server_tests],
+            [*tests, "-k", f"not {NEEDS_TORCH}", *test_files(["python/test_completion"])],
         ],
     }
     statuses = []
