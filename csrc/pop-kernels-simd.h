@@ -21,6 +21,8 @@ struct pop_avx2 {
     static constexpr int  rows    = 4; // activation rows that one call of the kernel takes
     static constexpr bool has_dot = false;
 
+    static constexpr bool has_dot_bf16 = false;
+
     static vi   zero() { return _mm256_setzero_si256(); }
     static vf   zero_f() { return _mm256_setzero_ps(); }
     static vi   load(const void * p) { return _mm256_loadu_si256((const __m256i *) p); }
@@ -167,6 +169,12 @@ struct pop_avx512_vnni {
     static constexpr int  rows    = 6;
     static constexpr bool has_dot = true;
 
+#    if defined(__AVX512BF16__)
+    static constexpr bool has_dot_bf16 = true;
+#    else
+    static constexpr bool has_dot_bf16 = false;
+#    endif
+
     static vi   zero() { return _mm512_setzero_si512(); }
     static vf   zero_f() { return _mm512_setzero_ps(); }
     static vi   load(const void * p) { return _mm512_loadu_si512(p); }
@@ -266,5 +274,9 @@ struct pop_avx512_vnni {
     static vi load_8(const uint8_t * p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
 
     static vi dot(vi sum, vi w, vi x) { return _mm512_dpbusd_epi32(sum, w, x); }
+
+#    if defined(__AVX512BF16__)
+    static vf dot_bf16(vf sum, vf w, vf x) { return _mm512_dpbf16_ps(sum, (__m512bh) w, (__m512bh) x); }
+#    endif
 };
 #endif

@@ -9,8 +9,8 @@ void pop_kernels_choose(const char * setting) {
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
+#    include "pop-kernels-float.h"
 #    include "pop-kernels-groups.h"
-#    include "pop-kernels-pass.h"
 #    include "pop-kernels-unpack-iq.h"
 
 // Fewer rows are decoding rather than a prompt: reading the weights from memory limits their speed.
@@ -50,6 +50,16 @@ template <class S> static const pop_kernel * kernel_of(ggml_type type, bool in_g
         }
     }
     switch (type) {
+        case GGML_TYPE_F16:
+            if constexpr (S::lanes == 16) {
+                return make_kernel<pop_float<S, pop_f16>>();
+            }
+            return nullptr;
+        case GGML_TYPE_BF16:
+            if constexpr (S::has_dot_bf16) {
+                return make_kernel<pop_float<S, pop_bf16>>();
+            }
+            return nullptr;
         case GGML_TYPE_Q4_0:
             return make_kernel<pop_quantized<S, pop_q4_0>>();
         case GGML_TYPE_Q4_1:

@@ -1,4 +1,4 @@
-// Products of quantized weights with many rows, such as the tokens of a prompt, and attention of many
+// Products of weights, quantized or of 16 bits, with many rows, such as the tokens of a prompt, and attention of many
 // queries, on x86 processors with AVX2 or more. ggml's CPU backend calls these functions. POP_KERNELS=off in the
 // environment leaves all of it to ggml, whose results are then those of stock llama.cpp bit for bit. A mark in an
 // operation leaves it alone to ggml, for contexts that shall not use these kernels.

@@ -1,4 +1,4 @@
-"""Speed of the products of quantized weights, of our kernels and of ggml's own: `python -m tools.kernel_bench`.
+"""Speed of the products of weights, of our kernels and of ggml's own: `python -m tools.kernel_bench`.
 
 A product's speed is in billions of multiplications and additions per second (GMAC/s). With one thread, the time is that
 of the processor, so that other programs disturb it less. The share is that of the peak of a core, which
@@ -30,6 +30,7 @@ TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("F16", "BF16"),
 )
 SHAPES = ("896x768", "2048x2048", "2048x8192", "4096x4096")
 
