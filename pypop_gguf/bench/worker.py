@@ -96,6 +96,8 @@ class Worker:
         self.ctx = self.llama.llama_init_from_model(self.model, parameters)
         if not self.ctx:
             raise RuntimeError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {self._reason()}")
+        if self.native:  # POP is off at first; the head and the tail are those of the file
+            self.native.open_context(self.ctx, None, boundary=self.native.OFF)
         vocabulary = self.llama.llama_model_get_vocab(self.model)
         seeded = random.Random(0)
         n_vocab = self.llama.llama_vocab_n_tokens(vocabulary)
