@@ -94,17 +94,18 @@
 
   const STYLE = `
     #pop-gguf { position: fixed; top: 0.6rem; right: 0.6rem; z-index: 40; max-width: calc(100vw - 4.5rem);
-      font: 13px/1.5 system-ui, sans-serif; color: #27272a; text-align: right; }
-    #pop-gguf button, #pop-gguf-list { background: #fffffff2; border: 1px solid #d4d4d8; border-radius: 0.8rem; }
+      display: flex; flex-direction: column; align-items: flex-end; gap: 0.3rem;
+      font: 13px/1.5 system-ui, sans-serif; color: #27272a; }
+    #pop-gguf button, #pop-gguf-list { background: #fff; border: 1px solid #d4d4d8; border-radius: 0.8rem; }
     #pop-gguf button { padding: 0.2rem 0.7rem; color: inherit; font: inherit; cursor: pointer; max-width: 100%; }
-    #pop-gguf-list { margin-top: 0.3rem; padding: 0.7rem 0.9rem; width: 22rem; max-width: 100%; text-align: left;
-      max-height: 60vh; overflow-y: auto; box-sizing: border-box; display: inline-block; }
+    #pop-gguf-list { padding: 0.7rem 0.9rem; width: 22rem; max-width: 100%; max-height: 60vh; overflow-y: auto;
+      box-sizing: border-box; }
     #pop-gguf-list[hidden] { display: none; }
     #pop-gguf-list ol { margin: 0.5rem 0 0; padding: 0; list-style: none; }
     #pop-gguf-list li { padding: 0.3rem 0; border-top: 1px solid #e4e4e7; }
-    #pop-gguf-list label { display: flex; gap: 0.5rem; align-items: baseline; cursor: pointer; }
+    #pop-gguf-list label { display: flex; gap: 0.5rem; align-items: center; cursor: pointer; }
     .dark #pop-gguf { color: #e4e4e7; }
-    .dark #pop-gguf button, .dark #pop-gguf-list { background: #18181bf2; border-color: #3f3f46; }
+    .dark #pop-gguf button, .dark #pop-gguf-list { background: #18181b; border-color: #3f3f46; }
     .dark #pop-gguf-list li { border-color: #3f3f46; }
     @media print { #pop-gguf { display: none; } }`;
 
