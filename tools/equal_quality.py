@@ -1,7 +1,8 @@
 """Shows how soon the first token comes at equal quality, from figures that were measured: a table and a plot.
 
-RUNS.csv is from `pop-gguf bench --boundary B,B --csv`, and has one or more models. COSTS is what `tools.real_quality`
-has written for each of them, in a file with the model's name, such as costs/SmolLM2-135M-Instruct.Q4_1.jsonl.
+RUNS.csv is from `pop-gguf bench --boundary B,B --csv`, and has one or more models. A model without costs is left out.
+COSTS is what `tools.real_quality` has written for each of them, in a file with the model's name, such as
+costs/SmolLM2-135M-Instruct.Q4_1.jsonl.
 
     python -m tools.equal_quality --runs RUNS.csv --costs COSTS --plot kl-over-time.png
 """
@@ -34,6 +35,7 @@ def main() -> int:
     measured = {
         setting: (cases, read_costs(arguments.costs / f"{setting.model}.jsonl"))
         for setting, cases in summarize(read_csv(arguments.runs)).items()
+        if (arguments.costs / f"{setting.model}.jsonl").exists()
     }
     print(format_table(measured))
     plot(measured, arguments.plot)
