@@ -124,7 +124,10 @@ def speedup_and_limit(case) -> list[str]:
     return [f"{ratio.value:.2f} {interval}", f"{case.limit:.2f}"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+PEER_PAGES = ["README.md", "docs/speed.md"]
+
+
+@pytest.mark.parametrize("page", PEER_PAGES)
 def test_speeds_with_kernels_match_the_raw_runs(page):
     cases = {
         (setting.model, case.n_prompt, f"{setting.n_layer - case.boundary} of {setting.n_layer}"): case
@@ -132,12 +135,48 @@ def test_speeds_with_kernels_match_the_raw_runs(page):
         for case in found
     }
     rows = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
-    rows = [row for row in rows if row[0] in KERNEL_MODELS and len(row) == 7]
+    rows = [row[:7] for row in rows if row[0] in KERNEL_MODELS and len(row) > 6 and row[3].endswith(" ms")]
     assert len(rows) >= 10
     for model, n_prompt, skipped, *shown in rows:
         case = cases[KERNEL_MODELS[model], int(n_prompt), skipped]
         times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
         assert shown == [*times, speedup_and_limit(case)[0], f"{case.off_before.value:.2f}"], (model, n_prompt)
+
+
+def test_speeds_of_the_peer_match_the_raw_runs():
+    """docs/speed.md has tokens per second, and the last column of README's first table the ratio to stock."""
+    text = (ROOT / "bench" / "peers-epyc-2-cores.txt").read_text()
+    measured = {}
+    for section in text.split("== ")[1:]:
+        model = (
+            section.splitlines()[0].replace("-Instruct", "").replace("random-model llama-3.2-1b", "Random weights, 1B")
+        )
+        model = model.replace("random-model llama-3.1-8b", "Random weights, 8B")
+        for n_prompt, engine, *speeds in re.findall(
+            r"^ *(\d+) +(\w+) +([\d.]+) +([\d.]+) +([\d.]+)", section, re.MULTILINE
+        ):
+            measured.setdefault((model, n_prompt), {})[engine] = [float(speed) for speed in speeds]
+    tables = {
+        page: [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
+        for page in PEER_PAGES
+    }
+    rows = {tuple(row[:2]): row[2:7] for row in tables["docs/speed.md"] if len(row) == 8 and tuple(row[:2]) in measured}
+    assert rows.keys() == measured.keys()
+    for case, engines in measured.items():
+        (stock, *_), (peer, *_), (ours, low, high) = engines["stock"], engines["peer"], engines["ours"]
+        shown = [
+            f"{stock:.0f}",
+            f"{peer:.0f}",
+            f"{ours:.0f} [{low:.0f}, {high:.0f}]",
+            f"{ours / stock:.2f}",
+            f"{ours / peer:.2f}",
+        ]
+        assert rows[case] == shown, case
+    ratios = {(row[0].replace("-Instruct", ""), row[1]): row[7] for row in tables["README.md"] if len(row) == 8}
+    for case in measured.keys() & ratios.keys():
+        expected = f"{measured[case]['peer'][0] / measured[case]['stock'][0]:.2f}"
+        assert ratios[case] in (expected, "N/A"), case
+    assert sum(ratio not in ("N/A", "ik_llama.cpp") and ratio[0].isdigit() for ratio in ratios.values()) == 8
 
 
 def exact_rows(path: Path) -> list[list[str]]:
