@@ -136,7 +136,7 @@ PHONE = {"viewport": {"width": 375, "height": 667}, "device_scale_factor": 2, "i
 
 @pytest.mark.parametrize("page", [PHONE, {**PHONE, "color_scheme": "dark"}], ids=["light", "dark"], indirect=True)
 def test_page_fits_a_phone(page, request):
-    # Nothing that one can touch lies below the button. Messages are not there yet: they scroll below it.
+    # No other button lies below ours, also none of the closed menu. Messages, which scroll below it, are not there yet.
     assert (
         page.evaluate(
             "() => { const own = document.querySelector('#pop-gguf button').getBoundingClientRect();"

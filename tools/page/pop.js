@@ -107,6 +107,8 @@
     .dark #pop-gguf { color: #e4e4e7; }
     .dark #pop-gguf button, .dark #pop-gguf-list { background: #18181b; border-color: #3f3f46; }
     .dark #pop-gguf-list li { border-color: #3f3f46; }
+    /* In a phone's corners there are the page's menu and the button that closes it. */
+    @media (max-width: 768px) { #pop-gguf { right: 4.2rem; max-width: calc(100vw - 8.4rem); } }
     @media print { #pop-gguf { display: none; } }`;
 
   const box = element("div", { id: "pop-gguf" });
