@@ -23,7 +23,7 @@
 
 #define POP_ADAPTER_TYPE "pop"
 
-// What is added to the name of a weight to name a tensor that belongs to it.
+// The name of a weight and one of these suffixes name a tensor that belongs to the weight.
 static const std::string SHIFT      = ".shift";
 static const std::string BOTTLENECK = ".bottleneck";
 static const std::string FURTHER    = ".further";

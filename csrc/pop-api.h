@@ -1,4 +1,4 @@
-// What the C functions of llama-pop.h share: they refuse with a reason, and let no exception out.
+// Helpers of all C functions of llama-pop.h, which refuse with a reason and let no exception out.
 
 #pragma once
 

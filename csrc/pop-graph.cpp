@@ -1,10 +1,10 @@
 #include "pop-graph.h"
 #include "pop-adapter.h"
+#include "pop-graph-inputs.h"
 
 #include "llama-adapter.h"
 #include "llama-graph.h"
 
-#include "ggml-backend.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -57,45 +57,6 @@ static ggml_tensor * owner(ggml_tensor * t) {
 
 namespace {
 
-// The input that picks the rows of a micro-batch whose states at the boundary are kept.
-class kept_rows : public llm_graph_input_i {
-public:
-    kept_rows(ggml_tensor * ids) : ids(ids) {}
-
-    void set_input(const llama_ubatch * ubatch) override {
-        const auto & rows = ubatch->data->pop.rows;
-        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size() * sizeof(rows[0]));
-    }
-
-    bool can_reuse(const llm_graph_params &) override {
-        return true; // pop_graph_params has their number
-    }
-
-private:
-    ggml_tensor * ids; // I32 [n_rows]
-};
-
-// The input that picks the rows of the states that are kept for completion.
-class completion_rows : public llm_graph_input_i {
-public:
-    completion_rows(ggml_tensor * ids) : ids(ids) {}
-
-    void set_input(const llama_ubatch * ubatch) override {
-        const auto & cells = ubatch->data->pop.cells;
-        if (ids->type == GGML_TYPE_I64) {
-            const std::vector<int64_t> wide(cells.begin(), cells.end());
-            ggml_backend_tensor_set(ids, wide.data(), 0, wide.size() * sizeof(wide[0]));
-        } else {
-            ggml_backend_tensor_set(ids, cells.data(), 0, cells.size() * sizeof(cells[0]));
-        }
-    }
-
-    bool can_reuse(const llm_graph_params & params) override { return ids->ne[0] == params.ubatch.n_tokens; }
-
-private:
-    ggml_tensor * ids; // I32 or I64 [n_tokens]
-};
-
 // plan_*() finds out what remains and changes no node, so it may fail at no cost. apply() then rewrites the graph.
 struct rewrite {
     const llm_graph_params & params;
@@ -115,8 +76,8 @@ struct rewrite {
     ggml_tensor * keep_rows = nullptr; // a node to add
     ggml_tensor * keep_from = nullptr; // the states to keep for completion
 
-    // With an adapter that has further inputs: for each product that reads one, what the bottleneck makes of it, and the
-    // sum of these.
+    // An adapter may have further inputs. For each product that reads one, this is the result of the bottleneck; their
+    // sum is below.
     std::unordered_map<const ggml_tensor *, ggml_tensor *> narrowed;
     ggml_tensor *                                          bottleneck = nullptr; // F32 [rank, n_tokens]
 
@@ -188,8 +149,8 @@ struct rewrite {
         return pop.adapter && t->op == GGML_OP_MUL_MAT ? pop.adapter->get_weight(t->src[0]) : nullptr;
     }
 
-    // Lets the states that the adapter has as further inputs go through its bottleneck. Each has to be computed below the
-    // boundary, once for each token.
+    // Lets the states that the adapter has as further inputs go through its bottleneck. Each has to be computed below
+    // the boundary, once for each token.
     bool plan_further(const tensor_set & below) {
         const size_t n = pop.adapter ? pop_adapter_n_bottlenecks(*pop.adapter) : 0;
         if (n == 0) {
@@ -213,9 +174,9 @@ struct rewrite {
         return weights.size() == n;
     }
 
-    // From now on, what reads the product reads what the adapter makes of it: with an adapter that replaces weights the
-    // sum of A x, B and what follows from further inputs, else the sum of the product and B A x. x is the state that the
-    // product itself reads.
+    // From now on, the readers of the product read what the adapter makes of it: with an adapter that replaces weights
+    // the sum of A x, B and what follows from further inputs, else the sum of the product and B A x. The product itself
+    // reads the state x.
     void add_fitted(ggml_tensor * product, const llama_adapter_lora_weight & w) {
         ggml_context * ctx = res.get_ctx();
         if (pop_adapter_replaces(*pop.adapter)) {
@@ -482,31 +443,4 @@ void pop_rewrite_graph(const llm_graph_params & params, llm_graph_result & res) 
     if (pass.plan()) {
         pass.apply();
     }
-}
-
-double pop_flops(ggml_cgraph * gf) {
-    double flops = 0.0;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * t = ggml_graph_node(gf, i);
-        switch (t->op) {
-            case GGML_OP_MUL_MAT:
-            case GGML_OP_MUL_MAT_ID:
-                flops += 2.0 * t->src[0]->ne[0] * ggml_nelements(t);
-                break;
-            case GGML_OP_OUT_PROD:
-                flops += 2.0 * t->src[0]->ne[1] * ggml_nelements(t);
-                break;
-            case GGML_OP_FLASH_ATTN_EXT:
-                {
-                    // K'Q and V times that, for each query and head: q [d_k, n_q, n_head], k [d_k, n_kv], v [d_v, n_kv]
-                    const ggml_tensor * q    = t->src[0];
-                    const double        rows = (double) q->ne[1] * q->ne[2] * q->ne[3];
-                    flops += 2.0 * rows * t->src[1]->ne[1] * (t->src[1]->ne[0] + t->src[2]->ne[0]);
-                }
-                break;
-            default:
-                break;
-        }
-    }
-    return flops;
 }

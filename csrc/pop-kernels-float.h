@@ -1,5 +1,5 @@
-// Products of weights that are floating-point numbers of 16 bits, with AVX-512: F16 and BF16. With AVX2 alone, ggml's own
-// kernels are as fast.
+// Products of weights that are floating-point numbers of 16 bits, with AVX-512: F16 and BF16. With AVX2 alone, ggml's
+// own kernels are as fast.
 //
 // The lanes of an unpacked tile have 32 bits: an input in F32, or two in BF16. F32 activations stay as they are; ggml
 // rounds them to F16. BF16 ones are rounded as in ggml.

@@ -1,5 +1,5 @@
-// How the types are unpacked whose weights are floating-point numbers of 4 bits: MXFP4 and NVFP4. Twice each of their 16
-// values is a small integer. pop-kernels-unpack.h explains a type.
+// How the types are unpacked whose weights are floating-point numbers of 4 bits: MXFP4 and NVFP4. Twice each of their
+// 16 values is a small integer. pop-kernels-unpack.h explains a type.
 
 #pragma once
 

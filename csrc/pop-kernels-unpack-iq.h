@@ -1,6 +1,6 @@
 // How the types are unpacked whose weights stand in a code book: each code is a place in one of ggml's tables, and
-// stands for 8 or 4 numbers. pop-kernels-unpack.h explains a type. The function decode() of each one here writes the 256
-// weights of a row's block, plus `offset`, and their scales.
+// stands for 8 or 4 numbers. pop-kernels-unpack.h explains a type. The function decode() of each one here writes the
+// 256 weights of a row's block, plus `offset`, and their scales.
 
 #pragma once
 
@@ -160,8 +160,8 @@ struct pop_iq3_s : pop_code_book<pop_iq3_s> {
     }
 };
 
-// Writes 32 weights of IQ1_S or IQ1_M. Each is -1, 0 or 1, plus an eighth, or less an eighth where the bit is set. Eight
-// times that is an integer.
+// Writes 32 weights of IQ1_S or IQ1_M. Each is -1, 0 or 1, plus an eighth, or less an eighth where the bit is set.
+// Eight times that is an integer.
 static inline void pop_write_codes_1(uint8_t * q, const void * numbers, uint32_t less, int8_t offset) {
     const __m256i eights  = _mm256_sign_epi8(_mm256_set1_epi8(8), _mm256_loadu_si256((const __m256i *) numbers));
     const __m256i eighths = _mm256_or_si256(pop_bits_to_bytes(less), _mm256_set1_epi8(1)); // -1 or 1

@@ -1,4 +1,4 @@
-// What llama-server says at its root when it was built without the web page. tools/build_page.py builds the page.
+// The text that llama-server has at its root if it was built without the web page, which tools/build_page.py builds.
 #pragma once
 
 #define POP_NO_PAGE                                                                                                    \

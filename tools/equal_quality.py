@@ -32,11 +32,7 @@ def main() -> int:
     parser.add_argument("--costs", type=Path, required=True, metavar="DIR")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE.png")
     arguments = parser.parse_args()
-    measured = {
-        setting: (cases, read_costs(arguments.costs / f"{setting.model}.jsonl"))
-        for setting, cases in summarize(read_csv(arguments.runs)).items()
-        if (arguments.costs / f"{setting.model}.jsonl").exists()
-    }
+    measured = read_measured(arguments.runs, arguments.costs)
     print(format_table(measured))
     plot(measured, arguments.plot)
     return 0
@@ -44,6 +40,15 @@ def main() -> int:
 
 Costs = dict[str, dict[int, float]]  # mean KL divergence of each boundary, "plain" and "fitted"
 Measured = dict[Setting, tuple[list[Case], Costs]]
+
+
+def read_measured(runs: Path, costs: Path) -> Measured:
+    """Returns the cases and the costs of each model that has both."""
+    return {
+        setting: (cases, read_costs(costs / f"{setting.model}.jsonl"))
+        for setting, cases in summarize(read_csv(runs)).items()
+        if (costs / f"{setting.model}.jsonl").exists()
+    }
 
 
 def read_costs(path: Path) -> Costs:

@@ -42,7 +42,7 @@ class BoundarySums:
 
     Attributes:
         relations: For each weight the base input that its own follows from, and how.
-        further: The weights below the boundary whose inputs are further inputs.
+        further: The weights below the boundary whose inputs are further inputs, and the columns of each.
         bottlenecks: F32 [rank, n_in] for each further input, after :meth:`narrow`.
         needs_pruned_pass: Whether a base is taken from a pruned pass.
     """
@@ -56,8 +56,7 @@ class BoundarySums:
         bases: dict[str, np.ndarray] = {}
         if self._whole_base is not None:
             bases[""] = products.get(self._whole_base)[0]
-        self.further: list[str] = []
-        self._n_further: list[int] = []  # columns of each
+        self.further: dict[str, int] = {}
         self.bottlenecks: dict[str, np.ndarray] = {}
         if self._whole_base is not None:
             self._choose_further(products, text, self._whole_base)
@@ -87,8 +86,7 @@ class BoundarySums:
         for name in candidates:
             x = whole[name][0] if name in whole else np.empty((0, 0))
             if len(x) == len(text) - FIRST and n_in + x.shape[1] <= _MOST:
-                self.further.append(name)
-                self._n_further.append(x.shape[1])
+                self.further[name] = x.shape[1]
                 n_in += x.shape[1]
 
     def add(
@@ -138,7 +136,7 @@ class BoundarySums:
         self._inputs["", False] = inputs.narrowed(bottleneck)
         for name, one in zip(names, outputs, strict=True):
             self._outputs[name, False] = one.narrowed(bottleneck)
-        ends = np.cumsum(self._n_further)[:-1]
+        ends = np.cumsum(list(self.further.values()))[:-1]
         self.bottlenecks = dict(zip(self.further, np.split(bottleneck, ends, axis=1), strict=True))
 
     def solve(self, name: str, weight: np.ndarray) -> FittedWeight:

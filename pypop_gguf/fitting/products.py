@@ -1,6 +1,6 @@
-"""What the weights that fill the caches read and write in a pass over a text.
+"""Reads a text and returns the inputs and the outputs of the weights that fill the caches.
 
-An observer in the engine (csrc/pop-products.h) copies it.
+An observer in the engine (csrc/pop-products.h) copies them.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int
         F32 [rank, n_in - n_own], of further inputs.
     """
     mean = inputs.sum / inputs.weight
+    # The covariance in float32, which is enough here and takes half of the memory.
     xx = inputs.gram - np.outer(inputs.sum.astype(np.float32), mean.astype(np.float32))
     own, mixed, further = xx[:n_own, :n_own], xx[:n_own, n_own:], xx[n_own:, n_own:]
     predictor = np.linalg.solve(own + _LEAST * np.trace(own) / n_own * np.eye(n_own, dtype=np.float32), mixed)

@@ -17,6 +17,7 @@ from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
 from tools import cli_docs
+from tools.equal_quality import BUDGETS, format_table, read_measured
 
 PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/README.md")
@@ -177,6 +178,15 @@ def test_speeds_of_the_peer_match_the_raw_runs():
         expected = f"{measured[case]['peer'][0] / measured[case]['stock'][0]:.2f}"
         assert ratios[case] in (expected, "N/A"), case
     assert sum(ratio not in ("N/A", "ik_llama.cpp") and ratio[0].isdigit() for ratio in ratios.values()) == 8
+
+
+def test_speeds_at_equal_quality_match_the_raw_figures():
+    measured = read_measured(ROOT / "bench" / "real-epyc-2-cores.csv", ROOT / "bench" / "real" / "kl")
+    expected = [cells(row) for row in format_table(measured).splitlines()]
+    page = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / "docs" / "speed.md").read_text(), re.MULTILINE)]
+    shown = [[row[0].replace(", ", "."), *row[1:]] for row in page if len(row) == 7 and row[1] in map(str, BUDGETS)]
+    assert shown == [[*row[:2], *row[3:]] for row in expected if row[2] == "fitted"]
+    assert not any(row[3] != "none" for row in expected if row[2] == "plain")
 
 
 def exact_rows(path: Path) -> list[list[str]]:

@@ -1,8 +1,8 @@
 // Shows POP in llama.cpp's own web page: a button in the corner tells the time to the first token and the pruned tokens
 // of the last answer, and opens a list of the last answers with a switch for the `pop` field of requests.
 //
-// tools/build_page.py puts this script into the built index.html, before the page's own. The page's sources stay as they
-// are, so this script listens to the requests that the page sends with fetch().
+// tools/build_page.py puts this script into the built index.html, before the page's own. The page's sources stay as
+// they are, so this script listens to the requests that the page sends with fetch().
 (() => {
   "use strict";
 
@@ -90,7 +90,7 @@
     }
   }
 
-  // What is shown
+  // The button and its list
 
   const STYLE = `
     #pop-gguf { position: fixed; top: 0.6rem; right: 0.6rem; z-index: 40; max-width: calc(100vw - 4.5rem);
