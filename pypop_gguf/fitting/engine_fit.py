@@ -166,12 +166,13 @@ def _check_finite(name: str, *sums: np.ndarray) -> None:
 def further_candidates(base: str) -> list[str]:
     """Returns the weights whose inputs may be further inputs, by the weight that reads the state at the boundary.
 
-    They are the states near the input and two layers below the boundary, and the hidden activations of the feed-forward
-    network below the boundary.
+    They are the states near the input and two layers below the boundary, the hidden activations of the feed-forward
+    network below the boundary, and the state halfway. The first ones bring most: where there is no room for all, the
+    last ones are left out.
     """
     boundary, part = layer_of(base), base.split(".", 2)[2]
-    layers = dict.fromkeys(max(0, layer) for layer in (boundary // 8, boundary - 2))
-    return [*(f"blk.{layer}.{part}" for layer in layers if layer < boundary), f"blk.{boundary - 1}.ffn_down.weight"]
+    first, near, halfway = (f"blk.{max(0, layer)}.{part}" for layer in (boundary // 8, boundary - 2, boundary // 2))
+    return list(dict.fromkeys((first, near, f"blk.{boundary - 1}.ffn_down.weight", halfway)))
 
 
 def collect(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RANK = 128  # most numbers that pass the bottleneck
+RANK = 256  # most numbers that pass the bottleneck
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean variance of an input
 _LEAST, _LEAST_FURTHER = 1e-2, 1e-1  # penalties of own and further inputs where the bottleneck is found
 _LEAST_VARIANCE = 1e-10  # A share of the largest: inputs that vary less are left out of the bottleneck.
@@ -209,7 +209,7 @@ def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int
         variance = max(one.square - float(one.sum @ one.sum) / inputs.weight, 1e-30)
         parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) * scale[:, None] / np.sqrt(variance))
     target = np.linalg.solve(factor, np.concatenate(parts, axis=1))
-    rank = min(RANK, n_own // 4)
+    rank = min(RANK, n_own // 2, target.shape[1])
     basis = _leading_directions(target, rank)
     rows = np.linalg.solve(factor.T, basis).T * scale
     return (rows * np.sqrt(inputs.weight)).astype(np.float32)

@@ -73,9 +73,13 @@ def test_fit_equals_one_by_pytorch_on_its_own_activations(reference_models, name
     [sums] = engine_fit.collect(llm, texts, [B])
     assert not sums.needs_pruned_pass  # The layers normalize the same state, so one whole pass has it all.
     weights = read_matrices(model.gguf, sums.relations.keys())
-    state, hidden = sums.further
-    assert layer_of(state) == 0 and hidden == "blk.1.ffn_down.weight"
-    modules = {state: model.layers[0].self_attn.k_proj, hidden: model.layers[1].mlp.down_proj}
+    state, hidden, halfway = sums.further
+    assert layer_of(state) == 0 and hidden == "blk.1.ffn_down.weight" and layer_of(halfway) == 1
+    modules = {
+        state: model.layers[0].self_attn.k_proj,
+        hidden: model.layers[1].mlp.down_proj,
+        halfway: model.layers[1].self_attn.k_proj,
+    }
     bottleneck = np.concatenate(list(sums.bottlenecks.values()), axis=1).astype(np.float64)
     below = [Projection(1, weight, module, slice(None), "below") for weight, module in modules.items()]
     for projection in find_projections(model.torch_model, B):
@@ -303,7 +307,7 @@ def test_bottleneck_finds_what_the_own_input_lacks_beside_activations_that_never
     y = (own[:, :1] + further @ direction[:, None]).astype(np.float32)
     outputs.add(inputs.add(np.concatenate([own, further], axis=1), ones), y, ones)
     bottleneck = find_bottleneck(inputs, [outputs], n_own)
-    assert bottleneck.shape == (2, 16) and np.isfinite(bottleneck).all()
+    assert bottleneck.shape == (1, 16) and np.isfinite(bottleneck).all()
     passed = further @ bottleneck.T
     rest = (further @ direction) - passed @ np.linalg.lstsq(passed, further @ direction, rcond=None)[0]
     assert rest.var() <= 1e-3
