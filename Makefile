@@ -11,7 +11,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures bench quality docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures vulkan bench quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -43,6 +43,12 @@ test-slow: $(VENV)/.installed $(STOCK)/.generator
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
 architectures: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m tools.architectures docs/architectures.md
+
+# a build with Vulkan against the CPU; ggml uses a device that is a CPU, such as Mesa's, only where its number is given
+vulkan: build/vulkan/.installed
+	rm -f build/vulkan/report.jsonl
+	GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} PYTHONPATH=build/vulkan/package \
+	    POP_REPORT=build/vulkan/report.jsonl $(BIN)/python -m pytest tests/engine/test_gpu.py
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -108,6 +114,14 @@ docs: $(VENV)/.installed
 # upstream's generator of tiny random models, and its tools that rewrite files
 $(STOCK)/.generator: $(STOCK)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs llama-quantize llama-gguf-split
+	touch $@
+
+# a build of ours with Vulkan and without the server, installed beside the one in the environment
+build/vulkan/.installed: $(VENV)/.installed
+	@echo "building llama.cpp with POP and Vulkan: about 15 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade \
+	    --target build/vulkan/package -C build-dir=build/vulkan/native -C cmake.define.GGML_VULKAN=ON \
+	    -C cmake.define.LLAMA_BUILD_COMMON=OFF -C cmake.define.LLAMA_BUILD_TOOLS=OFF .
 	touch $@
 
 clean:

@@ -5,13 +5,11 @@ each comparison has a yardstick: the error of the whole model on the device agai
 boundary were one layer off, the logits would differ by a tenth and more.
 
 Run it with a build for the device: `python -m pytest tests/engine/test_gpu.py`, or `make vulkan` for Mesa's device on
-the CPU. ``POP_GPU_REPORT`` names a file to which each comparison appends its figures, as a line of JSON.
+the CPU.
 """
 
 import ctypes
 import functools
-import json
-import os
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from pypop_gguf import PopLlama, native, parent
 from pypop_gguf.fitting.products import observing
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
+from tests.support.report import report
 from tests.support.scaled_adapter import write_scaled
 
 find = parent.ggml_library().ggml_backend_dev_by_type
@@ -73,16 +72,8 @@ def compare(model, boundary, n_gpu_layers=ALL, reference=None, n_steps=N_STEPS, 
     expected = read(model, boundary, 0, **options) if reference is None else reference
     error = squared_error(found, expected)
     whole = yardstick(model.gguf, model.n_vocab, n_gpu_layers, (("n_steps", n_steps), *sorted(parameters.items())))
-    report(model.name, boundary, n_gpu_layers, error, whole)
+    report(model=model.name, boundary=boundary, n_gpu_layers=n_gpu_layers, error=error, whole=whole)
     assert error <= min(2 * whole + 1e-6, MOST)
-
-
-def report(name, boundary, n_gpu_layers, error, whole) -> None:
-    if path := os.environ.get("POP_GPU_REPORT"):
-        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
-        row = dict(test=test, model=name, boundary=boundary, n_gpu_layers=n_gpu_layers, error=error, whole=whole)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 @pytest.mark.parametrize("flash_attention", [FLASH_OFF, FLASH_ON], ids=["plain", "flash"])
@@ -123,6 +114,24 @@ def test_adapter(reference_models, tmp_path, name):
     assert changed > 1e-3
 
 
+# What states of each type may add to the error is what test_completion.py allows on the CPU.
+@pytest.mark.parametrize(("states", "rounding"), [("f32", 0), ("f16", 1e-6), ("bf16", 1e-5)])
+@pytest.mark.parametrize("n_gpu_layers", [5, 9, ALL])
+def test_completed_cache_is_the_whole_models(reference_models, n_gpu_layers, states, rounding):
+    """The states that completion needs lie where the boundary layer lies, on the CPU for 5 of 12 layers."""
+    model = reference_models["bundled"]
+    tokens = model.tokens(N_PROMPT + N_STEPS, seed=3)
+    with Engine(model.gguf, 4, n_gpu_layers=n_gpu_layers) as engine:
+        native.set_completion(engine.context, states)
+        engine.prefill(tokens[:N_PROMPT])
+        assert native.complete(engine.context, N_PROMPT) == N_PROMPT
+        found = np.stack([engine.step(tokens[i], i) for i in range(N_PROMPT, len(tokens))])
+    whole = yardstick(model.gguf, model.n_vocab, n_gpu_layers, (("n_steps", N_STEPS),))
+    error = squared_error(found, read(model, None, 0)[1:])
+    report(model=model.name, boundary=4, n_gpu_layers=n_gpu_layers, error=error, whole=whole)
+    assert error <= min(2 * whole + 1e-6, MOST) + rounding
+
+
 @pytest.mark.parametrize("type_kv", [F32, F16, Q8_0])
 def test_types_of_cache(reference_models, type_kv):
     flash_attention = FLASH_ON if type_kv == Q8_0 else FLASH_OFF
@@ -150,7 +159,7 @@ def test_several_sequences_in_a_batch(reference_models, name, unified):
             return np.stack(rows)
 
     error, whole = (squared_error(*(together(boundary, n) for n in (ALL, 0))) for boundary in (3, None))
-    report(name, 3, ALL, error, whole)
+    report(model=name, boundary=3, n_gpu_layers=ALL, error=error, whole=whole)
     assert error <= min(2 * whole + 1e-6, MOST)
 
 
@@ -172,7 +181,7 @@ def test_states_move_between_the_device_and_the_cpu(reference_models, name):
     whole = yardstick(model.gguf, model.n_vocab, ALL, (("n_steps", N_STEPS),))
     for row in rows[1:]:
         error = squared_error(row, rows[0])
-        report(name, 3, ALL, error, whole)
+        report(model=name, boundary=3, n_gpu_layers=ALL, error=error, whole=whole)
         assert error <= min(2 * whole + 1e-6, MOST)
 
 
