@@ -11,7 +11,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures vulkan bench quality docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures vulkan arm bench quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -34,7 +34,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/arm/*.cpp
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval]" --no-build-isolation
@@ -49,6 +49,11 @@ vulkan: build/vulkan/.installed
 	rm -f build/vulkan/report.jsonl
 	GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} PYTHONPATH=build/vulkan/package \
 	    POP_REPORT=build/vulkan/report.jsonl $(BIN)/python -m pytest tests/engine/test_gpu.py
+
+# a build for Linux on aarch64 against PyTorch, in qemu
+arm: build/arm/.installed
+	rm -f build/arm/report.jsonl
+	POP_REPORT=build/arm/report.jsonl $(BIN)/python -m pytest tests/engine/test_arm.py
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -122,6 +127,12 @@ build/vulkan/.installed: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade \
 	    --target build/vulkan/package -C build-dir=build/vulkan/native -C cmake.define.GGML_VULKAN=ON \
 	    -C cmake.define.LLAMA_BUILD_COMMON=OFF -C cmake.define.LLAMA_BUILD_TOOLS=OFF .
+	touch $@
+
+build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/*)
+	@echo "building llama.cpp with POP for aarch64: about 20 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset arm -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/arm
 	touch $@
 
 clean:

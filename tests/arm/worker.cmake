@@ -1,0 +1,24 @@
+# CMakePresets.json includes this file in the preset "arm".
+include(CheckCXXCompilerFlag)
+
+# Adds the program that tests/engine/test_arm.py runs, beside the libraries: ggml looks there for its CPU libraries.
+function(pop_add_arm_worker)
+    add_executable(arm-worker tests/arm/worker.cpp)
+    target_include_directories(arm-worker PRIVATE csrc)
+    target_link_libraries(arm-worker PRIVATE llama)
+    set_target_properties(arm-worker PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+endfunction()
+
+# GCC knows the matrix instructions of Armv9 (SME) from version 14 on. An older one builds these CPU libraries empty, and
+# ggml passes over them.
+function(pop_empty_kinds_with_sme)
+    check_cxx_compiler_flag(-march=armv9.2-a+sme POP_COMPILER_HAS_SME)
+    if(NOT POP_COMPILER_HAS_SME)
+        file(WRITE "${CMAKE_BINARY_DIR}/empty.cpp" "")
+        set_target_properties(ggml-cpu-armv9.2_1 ggml-cpu-armv9.2_2 PROPERTIES
+            SOURCES "${CMAKE_BINARY_DIR}/empty.cpp" COMPILE_OPTIONS "" LINK_LIBRARIES "")
+    endif()
+endfunction()
+
+cmake_language(DEFER CALL pop_add_arm_worker)
+cmake_language(DEFER CALL pop_empty_kinds_with_sme)

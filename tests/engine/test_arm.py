@@ -1,0 +1,150 @@
+"""The library for Linux on aarch64 gives what PyTorch gives, and what the library for this machine gives.
+
+`make arm` compiles it on this machine and runs these tests, in which qemu stands in for three kinds of processors. For
+each, ggml loads the most capable of its CPU libraries. The models are those of test_reference.py, and so is the bound.
+"""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pypop_gguf import native
+from pypop_gguf.gguf_files.quantize import quantize
+from tests.engine.test_kv_adapter import write
+from tests.support import pop_reference
+from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
+from tests.support.paths import ROOT
+from tests.support.pop_reference import squared_error
+from tests.support.report import report
+from tests.support.scaled_adapter import write_scaled
+
+WORKER = ROOT / "build" / "arm" / "bin" / "arm-worker"
+if not WORKER.exists():
+    pytest.skip("the library for aarch64 is missing: run `make arm`", allow_module_level=True)
+
+# A processor that qemu knows, and the ggml library that fits it best.
+PROCESSORS = {"cortex-a57": "armv8.0_1", "cortex-a76": "armv8.2_2", "max": "armv8.6_2"}
+SYSTEM = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler keeps the system libraries of aarch64
+NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
+N_PROMPT, N_TOKENS = 41, 44
+FLASH_ON, FLASH_OFF = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt of ``N_PROMPT`` tokens, tokens that follow it, and how both are read."""
+
+    boundary: int
+    head: int = 0
+    tail: int = 1
+    continues: bool = True
+    type_kv: int = F32
+    flash_attention: bool = False
+    adapter: object = None
+
+    def line(self, tokens: list[int]) -> str:
+        flags = [self.continues, self.type_kv, self.flash_attention]
+        words = [self.boundary, self.head, self.tail, *map(int, flags), self.adapter or "-", N_PROMPT, *tokens]
+        return " ".join(map(str, words))
+
+    @property
+    def n_pruned(self) -> int:
+        return N_PROMPT - self.head - self.tail if self.boundary else 0
+
+
+@pytest.fixture(params=PROCESSORS)
+def emulated(request, tmp_path):
+    """Reads cases with the library for aarch64.
+
+    The fixture is a function of a model's file, its tokens and the cases. It returns F32 [cases, tokens, n_vocab].
+    """
+
+    def read(gguf, tokens, cases) -> np.ndarray:
+        out = tmp_path / "logits.bin"
+        command = ["qemu-aarch64", "-cpu", request.param, "-L", SYSTEM, WORKER, gguf, out]
+        lines = "".join(case.line(tokens) + "\n" for case in cases)
+        done = subprocess.run([*map(str, command)], input=lines, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"libggml-cpu-{PROCESSORS[request.param]}.so" in done.stderr
+        assert [int(line) for line in done.stdout.split()] == [case.n_pruned for case in cases]
+        return np.fromfile(out, np.float32).reshape(len(cases), len(tokens) - N_PROMPT + 1, -1)
+
+    return read
+
+
+def read_here(gguf, tokens, case) -> np.ndarray:
+    """Returns what the library for this machine computes, F32 [tokens, n_vocab]."""
+    parameters = dict(type_k=case.type_kv, type_v=case.type_kv)
+    parameters["flash_attn_type"] = FLASH_ON if case.flash_attention else FLASH_OFF
+    with Engine(gguf, case.boundary or None, n_gpu_layers=0, **parameters) as engine:
+        if case.adapter:
+            native.load_adapter(engine.context, engine.model, case.adapter)
+            native.set_boundary(engine.context, case.boundary)
+        rows = [engine.prefill(tokens[:N_PROMPT])]
+        return np.stack(rows + [engine.step(tokens[i], i) for i in range(N_PROMPT, len(tokens))])
+
+
+def check(model, case, actual, expected, bound=1e-6) -> None:
+    error = squared_error(actual, expected)
+    report(model=model.name, boundary=case.boundary, error=error)
+    assert error <= bound, case
+
+
+@pytest.mark.parametrize("continues", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_boundary_equals_pytorch(emulated, reference_models, name, continues):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS)
+    cases = [Case(boundary, continues=continues) for boundary in range(1, len(model.layers))]
+    for case, actual in zip(cases, emulated(model.gguf, tokens, cases)):
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, case.boundary, N_PROMPT)
+        check(model, case, actual, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek2"])
+def test_head_and_tail_equal_pytorch(emulated, reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=1)
+    cases = [Case(3, head, tail) for head, tail in ((0, 8), (4, 1), (5, 19))]
+    for case, actual in zip(cases, emulated(model.gguf, tokens, cases)):
+        ends = dict(head=case.head, tail=case.tail)
+        expected = pop_reference.logits(model.torch_model, model.layers, tokens, 3, N_PROMPT, **ends)
+        check(model, case, actual, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_adapters_of_both_versions(emulated, reference_models, tmp_path, name):
+    """Version 1 adds differences, as PyTorch does. Version 2 has quantized weights, which this machine reads too."""
+    model = reference_models[name]
+    tokens = model.tokens(N_TOKENS, seed=2)
+    added = write(model, tmp_path / "fit.gguf", 3)
+    scaled = write_scaled(tmp_path / "scaled.gguf", model.gguf, 3, 0.5)
+    cases = [Case(3, adapter=tmp_path / "fit.gguf"), Case(3, adapter=scaled), Case(3)]
+    differences, replacements, plain = emulated(model.gguf, tokens, cases)
+    expected = pop_reference.logits(model.torch_model, model.layers, tokens, 3, N_PROMPT, added=added)
+    check(model, cases[0], differences, expected)
+    check(model, cases[1], replacements, read_here(model.gguf, tokens, cases[1]))
+    assert min(squared_error(plain, differences), squared_error(plain, replacements)) > 1e-3
+
+
+# llama.cpp rounds the states that it multiplies with quantized weights to 8 bits, in another way on each processor.
+@pytest.mark.parametrize(("outtype", "bound"), [("f32", 1e-5), ("q8_0", 1e-3), ("q4_0", 1e-3), ("q4_k_m", 1e-3)])
+def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, bound):
+    model = reference_models["bundled"]
+    target = shutil.copy(model.gguf, tmp_path / "model.gguf")
+    if outtype != "f32":
+        quantize(model.gguf, target, outtype)
+    tokens = model.tokens(N_TOKENS, seed=3)
+    for type_kv, flash_attention in ((F32, False), (F16, True), (Q8_0, True)):
+        cases = [Case(b, type_kv=type_kv, flash_attention=flash_attention) for b in (0, 3, 6)]
+        there = emulated(target, tokens, cases)
+        here = [read_here(target, tokens, case) for case in cases]
+        whole, *errors = map(squared_error, there, here)
+        for case, error in zip(cases[1:], errors):
+            report(model=outtype, boundary=case.boundary, error=error, whole=whole)
+        assert max(whole, *errors) <= bound
+        others = [squared_error(there[i], here[j]) for i in range(3) for j in range(3) if i != j]
+        assert min(others) > 10 * bound  # another boundary would be noticed
