@@ -1,4 +1,4 @@
-"""Checks README and docs: links have targets, figures match the raw runs, examples run, docs/cli.md matches --help."""
+"""Checks README and docs: links have targets, figures match the raw runs, examples run, generated pages are current."""
 
 import dataclasses
 import inspect
@@ -16,7 +16,7 @@ from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
-from tools import cli_docs
+from tools import cli_docs, platforms
 from tools.equal_quality import BUDGETS, format_table, read_measured
 
 PAGES = [
@@ -78,6 +78,11 @@ def test_links_lead_somewhere(page):
 
 def test_command_line_is_what_help_says():
     assert (ROOT / "docs" / "cli.md").read_text() == cli_docs.page(), "run `python -m tools.cli_docs docs/cli.md`"
+
+
+def test_table_of_platforms_is_what_its_rows_say():
+    said = (ROOT / "docs" / "platforms.md").read_text()
+    assert said == platforms.page(), "run `python -m tools.platforms docs/platforms.md`"
 
 
 def section(page: str, title: str) -> str:
