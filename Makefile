@@ -53,7 +53,8 @@ vulkan: build/vulkan/.installed
 # a build for Linux on aarch64 against PyTorch, in qemu
 arm: build/arm/.installed
 	rm -f build/arm/report.jsonl
-	POP_REPORT=build/arm/report.jsonl $(BIN)/python -m pytest tests/engine/test_arm.py
+	POP_ARM_WORKER=build/arm/bin/arm-worker POP_REPORT=build/arm/report.jsonl \
+	    $(BIN)/python -m pytest tests/engine/test_arm.py
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
