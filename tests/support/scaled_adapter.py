@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from pypop_gguf import library
 from pypop_gguf.fitting.adapter_file import write_replacements
@@ -15,7 +16,9 @@ from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.tensors import list_shards, list_tensors, read_matrices
 
 
-def write_scaled(target: Path, model: Path, boundary: int, factor: float = 1.0) -> Path:
+def write_scaled(
+    target: Path, model: Path, boundary: int, factor: float = 1.0, kind: GGMLQuantizationType | None = None
+) -> Path:
     """Writes an adapter for all weights of keys and values above the boundary, with the further inputs of a fit.
 
     Args:
@@ -24,6 +27,7 @@ def write_scaled(target: Path, model: Path, boundary: int, factor: float = 1.0) 
         boundary: Boundary that the adapter is for.
         factor: Number that each weight is multiplied by. What further inputs add grows with its distance from 1. With 1
             the adapter changes no more than rounding does.
+        kind: As in ``write_replacements``.
     """
     names = [info.name for shard in list_shards(model) for info in list_tensors(read_header(shard))]
     found = {name: re.fullmatch(r"blk\.(\d+)\.attn_[kv]\.weight", name) for name in names}
@@ -43,5 +47,6 @@ def write_scaled(target: Path, model: Path, boundary: int, factor: float = 1.0) 
         fingerprint=library.fingerprint(model),
         bottlenecks={name: draw(RANK, width) for name, width in widths.items()},
         further={name: (1 - factor) * draw(len(weight), RANK) for name, weight in weights.items()},
+        kind=kind,
     )
     return target
