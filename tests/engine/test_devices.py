@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from tests.support.pop_reference import squared_error
+from tests.support.report import report
 from tests.support.server import rpc_servers
 
 WORKER = ROOT / "tests" / "support" / "device_worker.py"
@@ -43,4 +44,6 @@ def test_layers_on_two_devices_equal_one(reference_models, servers, tmp_path, na
     two, n_pruned, log = logits(model, boundary, bool(continues), tmp_path / "two.npy", *servers)
     assert "RPC0" in log and "RPC1" in log  # both devices have layers
     assert n_pruned == 40
-    assert squared_error(two, one) <= 1e-9
+    error = squared_error(two, one)
+    report(model=name, boundary=boundary, error=error)
+    assert error <= 1e-9
