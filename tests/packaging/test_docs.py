@@ -198,7 +198,7 @@ def exact_rows(path: Path) -> list[list[str]]:
     """Return the rows that docs/speed.md has of models whose upper layers share a cache, from the raw runs."""
     names = {f"{name}-q4_k_m": model for model, name in EXACT_MODELS.items()}
     runs = read_csv(path)
-    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.engine == "pop"}
+    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.flops_ratio}
     rows = []
     for setting, cases in summarize(runs).items():
         for case in cases:
