@@ -60,17 +60,20 @@ def check_support(model: object, support: ModelSupport) -> None:
         raise PopError(f"{model} ({support.architecture}): {support.refusal}")
 
 
-def default_boundary(support: ModelSupport, stored: PopMetadata | None) -> int:
-    """Returns the boundary to measure where the user names none.
+def own_boundary(support: ModelSupport, stored: PopMetadata | None) -> int | None:
+    """Returns the boundary that a model is read with unless the user says otherwise; None if all layers read prompts.
 
-    It is the file's. Without one it is the lossless boundary, where upper layers share a cache, because such models are
-    read with it unless the user says otherwise. For all others it is that of the default ratio.
+    It is the file's. Without one it is the lossless boundary, where upper layers share a cache.
     """
     if stored is not None and stored.boundary is not None:
         return stored.boundary
-    if support.lossless_boundary < support.n_layer - 1:
-        return support.lossless_boundary
-    return choose_boundary(support.n_layer, support.lossless_boundary).boundary
+    return support.lossless_boundary if support.lossless_boundary < support.n_layer - 1 else None
+
+
+def default_boundary(support: ModelSupport, stored: PopMetadata | None) -> int:
+    """Returns the boundary to measure where the user names none: the model's own one, or that of the default ratio."""
+    own = own_boundary(support, stored)
+    return choose_boundary(support.n_layer, support.lossless_boundary).boundary if own is None else own
 
 
 def choose_boundary(

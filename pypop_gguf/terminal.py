@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -97,3 +98,14 @@ def choose_kernels(arguments: argparse.Namespace) -> None:
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int | None:
+    """Returns on how many physical cores the cores of this process lie; None on a system that does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(topology.format(core)).read_text() for core in os.sched_getaffinity(0)})
+    except OSError:
+        return None

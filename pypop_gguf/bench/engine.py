@@ -26,6 +26,8 @@ class Engine:
         n_threads: Threads of prefill and decode.
         n_ubatch: Tokens of a micro-batch.
         flash_attn: Flash attention: "on", "off", or "auto" for llama.cpp's choice.
+        cache_type: Type of the cached keys and values: "F16" or "Q8_0".
+        kernels: "on" or "off", as the option ``--kernels`` of the commands; None leaves it to the environment.
         n_prompt: Tokens of each sequence's prompt.
         n_decode: Tokens generated after the prompt.
         n_parallel: Number of sequences.
@@ -45,6 +47,8 @@ class Engine:
         n_threads: int,
         n_ubatch: int,
         flash_attn: str,
+        cache_type: str = "F16",
+        kernels: str | None = None,
         n_prompt: int,
         n_decode: int,
         n_parallel: int,
@@ -58,6 +62,8 @@ class Engine:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
             for variable in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB"):  # They would replace the library in the package.
                 environment.pop(variable, None)
+        if kernels:
+            environment["POP_KERNELS"] = kernels
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
             [sys.executable, _WORKER],
@@ -76,6 +82,7 @@ class Engine:
                 n_threads=n_threads,
                 n_ubatch=n_ubatch,
                 flash_attn=flash_attn,
+                cache_type=cache_type,
                 rpc=rpc,
             )
             if stock and self.info["patched"]:

@@ -70,7 +70,7 @@ class _Case:
                     for engine in (first, second):
                         engine.warm_up(self._n_warm_up)
                     for turn in range(plan.runs):
-                        for engine in _in_turn([first, second], turn):
+                        for engine in in_turn([first, second], turn):
                             self._run("control", turn, engine.name, engine)
                 with self._start("pop") as pop:
                     self._measure_pop(first, pop)
@@ -78,7 +78,7 @@ class _Case:
     def _measure_pop(self, first: Engine, pop: Engine) -> None:
         pop.warm_up(self._n_warm_up)
         for turn in range(self._plan.before_runs):
-            for engine in _in_turn([first, pop], turn):
+            for engine in in_turn([first, pop], turn):
                 self._run("before", turn, "pop-off" if engine is pop else engine.name, engine)
         ways = self._list_ways(pop)
         flops_ratios: dict[tuple[str, int | None], float] = {
@@ -88,7 +88,7 @@ class _Case:
             pop.warm_up(self._n_warm_up, boundary)
         engines = self._list_engines(first, pop, ways)
         for turn in range(self._plan.runs):
-            for name, engine, at in _in_turn(engines, turn):
+            for name, engine, at in in_turn(engines, turn):
                 self._run("main", turn, name, engine, at, flops_ratios.get((name, at)))
 
     def measure_mixed(self) -> None:
@@ -103,7 +103,7 @@ class _Case:
             for engine in (first, pop):
                 engine.warm_up(self._n_warm_up)
             for turn in range(self._plan.runs):
-                for name, engine, boundary in _in_turn(engines, turn):
+                for name, engine, boundary in in_turn(engines, turn):
                     self._run("mixed", turn, name, engine, boundary)
 
     def _start(self, name: str, n_mixed: int = 0) -> contextlib.closing[Engine]:
@@ -191,7 +191,8 @@ class _Case:
         self._all_cases.update(_run_tokens(self._plan, self._n_parallel, self._n_prompt))
 
 
-def _in_turn(engines: Sequence[_T], turn: int) -> Sequence[_T]:
+def in_turn(engines: Sequence[_T], turn: int) -> Sequence[_T]:
+    """Returns the engines in the order of this round: every second round has the opposite order."""
     return engines[::-1] if turn % 2 else engines
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from pypop_gguf import __version__, library
 from pypop_gguf.bench.runs import Setting
-from pypop_gguf.boundary_rules import check_support, default_boundary
+from pypop_gguf.boundary_rules import check_support, default_boundary, own_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
 from pypop_gguf.rpc import reachable_servers
 from pypop_gguf.terminal import available_cores
 
+_LEAST_ROUNDS = 3  # of --advise: fewer tell nothing about how far rounds are apart
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
 
@@ -87,14 +88,17 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     support = library.describe_model(arguments.model)
     n_layer = support.n_layer
     check_support(arguments.model, support)
-    boundaries = arguments.boundary or [default_boundary(support, metadata)]
+    if arguments.advise:
+        boundaries = [own_boundary(support, metadata) or n_layer]
+    else:
+        boundaries = arguments.boundary or [default_boundary(support, metadata)]
     context = reader.get_field(f"{support.architecture}.context_length")
 
     _check_range("--boundary", boundaries, 1, n_layer)
     longest = int(context.contents()) if context else None
     _check_range("--decode", [arguments.decode], 1, None)
     _check_range("--prompt", arguments.prompt, 2, longest and longest - arguments.decode)
-    _check_range("--runs", [arguments.runs], 1, None)
+    _check_range("--runs", [arguments.runs], _LEAST_ROUNDS if arguments.advise else 1, None)
     _check_range("--ubatch", [arguments.ubatch], 1, None)
     _check_range("--parallel", arguments.parallel, 1, min(_MAX_SEQUENCES, arguments.ubatch))
     threads = available_cores() if arguments.threads is None else arguments.threads

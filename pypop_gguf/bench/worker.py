@@ -27,6 +27,7 @@ from pypop_gguf.rpc import use_servers
 
 _PAUSE_S = 0.02  # Threads of the engine that ran before this one spin for some milliseconds after their last pass.
 _FLASH_ATTN_TYPES = {"auto": -1, "off": 0, "on": 1}  # LLAMA_FLASH_ATTN_TYPE_AUTO, _DISABLED, _ENABLED
+_CACHE_TYPES = {"F16": 1, "Q8_0": 8}  # GGML_TYPE_F16, GGML_TYPE_Q8_0
 _ACCELERATOR_DEVICES = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 
 
@@ -41,9 +42,16 @@ class Worker:
         self.tokens: list[list[int]] = []  # the prompt of each sequence
 
     def load(
-        self, model: str, ours: bool, n_threads: int, n_ubatch: int, flash_attn: str, rpc: Sequence[str] = ()
+        self,
+        model: str,
+        ours: bool,
+        n_threads: int,
+        n_ubatch: int,
+        flash_attn: str,
+        cache_type: str = "F16",
+        rpc: Sequence[str] = (),
     ) -> dict:
-        """Loads the model, on these RPC servers if there are any.
+        """Loads the model, on these RPC servers if there are any, and keeps the settings for ``context``.
 
         Returns:
             ``version`` of llama-cpp-python, ``patched``, ``model`` (llama.cpp's line about it), ``devices``.
@@ -56,7 +64,7 @@ class Worker:
             import llama_cpp
 
             self.llama = llama_cpp
-        self.n_threads, self.n_ubatch, self.flash_attn = n_threads, n_ubatch, flash_attn
+        self.n_threads, self.n_ubatch, self.flash_attn, self.cache_type = n_threads, n_ubatch, flash_attn, cache_type
         self._log = self.llama.llama_log_callback(self._keep_error)
         self.llama.llama_log_set(self._log, ctypes.c_void_p(0))
         self.llama.llama_backend_init()
@@ -93,6 +101,7 @@ class Worker:
         parameters.kv_unified = unified
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.flash_attn_type = _FLASH_ATTN_TYPES[self.flash_attn]
+        parameters.type_k = parameters.type_v = _CACHE_TYPES[self.cache_type]
         self.ctx = self.llama.llama_init_from_model(self.model, parameters)
         if not self.ctx:
             raise RuntimeError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {self._reason()}")

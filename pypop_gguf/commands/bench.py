@@ -1,7 +1,7 @@
 """``pop-gguf bench``: measures time to first token with POP and with stock llama.cpp.
 
 pypop_gguf/bench/measure.py measures, pypop_gguf/bench/report.py turns the raw runs (pypop_gguf/bench/runs.py) into
-tables, and pypop_gguf/bench/plot.py draws them.
+tables, and pypop_gguf/bench/plot.py draws them. pypop_gguf/bench/advise.py does what ``--advise`` asks for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from pypop_gguf.bench import advise
 from pypop_gguf.bench import report as bench_report
 from pypop_gguf.bench.measure import measure
 from pypop_gguf.bench.plan import make_plan
@@ -21,10 +22,13 @@ from pypop_gguf.plotting import check_plot
 from pypop_gguf.rpc import add_rpc_argument
 from pypop_gguf.terminal import add_kernels_argument, choose_kernels, integer_list
 
+PROMPTS, ADVISED_PROMPT = [32, 128, 512, 2048], 512  # tokens
+
 DESCRIPTION = """\
 Measures the time to the first token and the time per generated token, with POP and without. In each case, two stock
 processes first run against each other. Then stock llama.cpp, POP at each boundary, and POP off take turns. Every run is
-appended to the CSV file at once, and Ctrl-C prints the tables of what was measured so far."""
+appended to the CSV file at once, and Ctrl-C prints the tables of what was measured so far. With --advise, it searches
+the settings that read a prompt fastest on this machine instead, and its last line has their arguments."""
 
 EPILOG = """\
 Prompts are random tokens, the same for every engine. `pop-gguf random-model` writes a model to measure on without a
@@ -40,9 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         type=integer_list,
-        default=[32, 128, 512, 2048],
         metavar="N,N",
-        help="lengths of the prompts in tokens (default: 32,128,512,2048)",
+        help="lengths of the prompts in tokens (default: 32,128,512,2048; with --advise, one length, 512)",
     )
     parser.add_argument(
         "--boundary",
@@ -107,6 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE.png", help="file to plot the speed-ups into; FILE.svg is written beside it"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="search the fastest threads, micro-batch, flash attention and kernels for this model on this machine; "
+        "--prompt and --runs alone go with it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -115,6 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The arguments do not fit the model, or an engine failed. The runs before are in the CSV.
     """
+    if arguments.advise:
+        return _advise(arguments)
+    arguments.prompt = arguments.prompt or PROMPTS
     if arguments.plot:
         check_plot(arguments.plot)
     interrupted = False
@@ -145,3 +157,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot and summary:
         plot_speedups(summary, arguments.plot)
     return 130 if interrupted else 0
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if name not in ("model", "advise", "prompt", "runs") and getattr(arguments, name) != default:
+            raise PopError(f"--{name.replace('_', '-')} does not go with --advise: leave it out")
+    arguments.prompt = arguments.prompt or [ADVISED_PROMPT]
+    if len(arguments.prompt) > 1:
+        raise PopError("--advise takes one length of a prompt: give one number to --prompt")
+    plan = make_plan(arguments)
+    best, trials, setting = advise.search(plan)
+    print(advise.format_report(plan, setting, best, trials))
+    return 0
