@@ -1,12 +1,14 @@
-"""Makes prompts of numbers and CSV files of runs, for the scripts bench_*.py."""
+"""Makes prompts of numbers or of text, and CSV files of runs, for the scripts bench_*.py."""
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
 from pypop_gguf import PopError
+from tests.support.paths import ROOT
 
 
 def number_prompt(seed: int, n_tokens: int) -> str:
@@ -17,6 +19,17 @@ def number_prompt(seed: int, n_tokens: int) -> str:
     """
     chance = random.Random(seed)
     return " ".join(str(chance.randrange(250)) for _ in range(n_tokens - 1))
+
+
+def prompt_text(kind: str) -> str:
+    """Returns all bundled prompts of a kind as one text. The kind "tools" is a list of functions in JSON."""
+    if kind == "tools":
+        names = [f"{verb}_{noun}" for verb in ("find", "create", "delete") for noun in ("event", "note", "mail")]
+        argument = {"type": "object", "properties": {"name": {"type": "string"}, "limit": {"type": "integer"}}}
+        return "\n".join(json.dumps({"function": {"name": name, "parameters": argument}}) for name in names)
+    lines = (ROOT / "pypop_gguf" / "fitting" / "data" / "fit.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return "\n\n".join(record["messages"][0]["content"] for record in records)
 
 
 def check_table(path: Path, columns: list[str]) -> None:
