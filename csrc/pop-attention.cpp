@@ -85,7 +85,7 @@ static void attend(const pop_attention_job & job, int64_t i3, int64_t shared, in
         if (sees_nothing) {
             continue;
         }
-        pop_convert<S>(part_of(job.k, key), job.k->nb[1], n_keys, n_key, m.tile);
+        pop_convert<S>(job.k->type, part_of(job.k, key), job.k->nb[1], n_keys, n_key, m.tile);
         for (int j = 0; j < pop_keys; j += 4) {
             pop_add_products<S, true>(m.tile + j * n_key, 1, n_key, m.queries, n_key, m.weights + j * rows);
         }
@@ -98,7 +98,7 @@ static void attend(const pop_attention_job & job, int64_t i3, int64_t shared, in
             }
         }
         pop_softmax<S>(m.weights, sees_all ? nullptr : bits, maximum, sum, m.sums, n_value);
-        pop_convert<S>(part_of(job.v, key), job.v->nb[1], n_keys, n_value, m.tile);
+        pop_convert<S>(job.v->type, part_of(job.v, key), job.v->nb[1], n_keys, n_value, m.tile);
         for (int i = 0; i < n_value; i += 4) {
             pop_add_products<S, false>(m.tile + i, n_value, 1, m.weights, pop_keys, m.sums + i * rows);
         }
@@ -132,6 +132,11 @@ template <class S> static const pop_attention_kernel * make_kernel() {
     return &kernel;
 }
 
+// Keys and values of these types are converted to F32 for each tile.
+static bool is_convertible(const ggml_tensor * t) {
+    return ggml_get_type_traits(t->type)->to_float && t->nb[0] == ggml_type_size(t->type) && t->ne[0] % 16 == 0;
+}
+
 static const pop_attention_kernel * find_kernel(const ggml_tensor * dst) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
@@ -142,10 +147,9 @@ static const pop_attention_kernel * find_kernel(const ggml_tensor * dst) {
     memcpy(params, dst->op_params, sizeof(params));
 
     if (pop_setting() == POP_KERNELS_OFF || dst->op_params[POP_KERNELS_OFF_PARAM] || q->type != GGML_TYPE_F32 ||
-        k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || dst->type != GGML_TYPE_F32 || q->ne[1] < MIN_QUERIES ||
-        params[1] != 0.0f || params[2] != 0.0f || k->ne[0] % 16 != 0 || v->ne[0] % 16 != 0 || k->ne[2] != v->ne[2] ||
-        k->ne[3] != v->ne[3] || q->nb[0] != sizeof(float) || k->nb[0] != sizeof(ggml_fp16_t) ||
-        v->nb[0] != sizeof(ggml_fp16_t) || (mask && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) {
+        !is_convertible(k) || !is_convertible(v) || dst->type != GGML_TYPE_F32 || q->ne[1] < MIN_QUERIES ||
+        params[1] != 0.0f || params[2] != 0.0f || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
+        q->nb[0] != sizeof(float) || (mask && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1))) {
         return nullptr;
     }
 #    if defined(POP_KERNELS_HAS_AVX512_VNNI)

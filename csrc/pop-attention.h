@@ -1,4 +1,4 @@
-// Attention of many queries on keys and values of 16 bits: all lanes of a vector belong to different rows.
+// Attention of many queries on keys and values of 16 bits or fewer: all lanes of a vector belong to different rows.
 //
 // A row is a query of one head. Heads that share keys and values are taken together, so that each tile of keys is
 // converted once for all of them. The maximum and the sum of the softmax are kept for each row while the tiles of keys
@@ -49,17 +49,20 @@ template <class S> static inline typename S::vf pop_exp2(typename S::vf x) {
     return S::scale_2(p, n);
 }
 
-// Converts n_rows rows of n halves each, n a multiple of 16. The rows that a tile lacks become zeros.
-template <class S> static void pop_convert(const char * from, size_t stride, int n_rows, int n, float * to) {
-    for (int r = 0; r < pop_keys; r++, from += stride, to += n) {
-        if (r >= n_rows) {
-            memset(to, 0, n * sizeof(float));
+// Converts n_rows rows of n numbers of a type each, n a multiple of 16. The rows that a tile lacks become zeros.
+template <class S>
+static void pop_convert(ggml_type type, const char * from, size_t stride, int n_rows, int n, float * to) {
+    const ggml_to_float_t to_float = ggml_get_type_traits(type)->to_float;
+    for (int r = 0; r < n_rows; r++, from += stride, to += n) {
+        if (type != GGML_TYPE_F16) {
+            to_float(from, to, n);
             continue;
         }
         for (int i = 0; i < n; i += S::lanes) {
             S::store_f(to + i, S::load_half((const uint16_t *) from + i));
         }
     }
+    memset(to, 0, (pop_keys - n_rows) * n * sizeof(float));
 }
 
 // Adds to out[4][rows], or writes there if `fresh`, the sum over i < n of

@@ -7,6 +7,8 @@ import platform
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 
 from tests.support.products import Attention, in_process
 
@@ -34,7 +36,9 @@ def attention(queries: int, keys: int, heads: int, groups: int, size: int, mask=
 
 def exact(asked: Attention) -> np.ndarray:
     share = asked.query.shape[1] // asked.key.shape[1]
-    query, key, value = (x.astype(np.float64) for x in (asked.query, asked.key, asked.value))
+    kind = GGMLQuantizationType(asked.kind)
+    key, value = (dequantize(quantize(x.astype(np.float32), kind), kind) for x in (asked.key, asked.value))
+    query, key, value = (x.astype(np.float64) for x in (asked.query, key, value))
     products = query @ np.repeat(key, share, axis=1).transpose(0, 1, 3, 2) / np.sqrt(query.shape[-1])
     if asked.mask is not None:
         products = products + asked.mask.astype(np.float64)
@@ -63,6 +67,11 @@ CASES = {
         causal(30, 64),
     ),
 }
+
+
+for _kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "BF16"):
+    _options = dict(sequences=2, value_size=96, kind=int(GGMLQuantizationType[_kind]))
+    CASES[f"cache of {_kind}"] = attention(50, 90, 4, 2, 64, causal(50, 90), **_options)
 
 
 @pytest.mark.parametrize("name", CASES)

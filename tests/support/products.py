@@ -85,6 +85,7 @@ class Attention:
     Attributes:
         mask: What is added to the scaled products: (1 or sequences, 1, queries, keys), or None.
         sinks: A product for each head that has no value, or None.
+        kind: ggml's type of the keys and values.
     """
 
     query: np.ndarray
@@ -92,6 +93,7 @@ class Attention:
     value: np.ndarray
     mask: np.ndarray | None
     sinks: np.ndarray | None = None
+    kind: int = F16
     n_threads: int = 1
     repeat: int = 1
 
@@ -170,14 +172,18 @@ class Ggml:
         return result
 
     def _attention(self, attention: Attention) -> tuple[np.ndarray, float]:
-        kinds = {"query": F32, "key": F16, "value": F16, "mask": F16, "sinks": F32}
+        kinds = {"query": F32, "key": attention.kind, "value": attention.kind, "mask": F16, "sinks": F32}
         with self._context() as context:
             tensors, values = dict.fromkeys(kinds, self.ffi.NULL), []
             for name, kind in kinds.items():
                 array = getattr(attention, name)
                 if array is not None:
                     tensors[name] = self._tensor(context, kind, array.shape)
-                    values.append((tensors[name], array.astype(np.float16 if kind == F16 else np.float32)))
+                    if kind in (F16, F32):
+                        stored = array.astype(np.float16 if kind == F16 else np.float32)
+                    else:
+                        stored = self.quantize(kind, array.reshape(-1, array.shape[-1]))
+                    values.append((tensors[name], stored))
             sources = [tensors[name] for name in ("query", "key", "value", "mask")]
             n = attention.query.shape[-1]
             output = self.lib.ggml_flash_attn_ext(context, *sources, n**-0.5, 0.0, 0.0)
