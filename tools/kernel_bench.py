@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     best = peak()
-    if best:
-        print(f"peak of a core: {best:.0f} GMAC/s")
+    peak_of = f", peak of a core {best:.0f} GMAC/s" if best else ""
+    print(f"threads: {arguments.threads}{peak_of}")
     if not arguments.model:
         bench_products(arguments, best)
         return 0
