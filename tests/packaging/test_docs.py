@@ -1,9 +1,11 @@
 """Checks README and docs: links have targets, figures match the raw runs, examples run, generated pages are current."""
 
+import csv
 import dataclasses
 import inspect
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +232,24 @@ def test_no_other_architecture_shares_caches():
     assert f"{len(served)} served" in (ROOT / "docs/architectures.md").read_text()
     assert [name for name, n_layer, lossless in served if lossless < n_layer - 1] == []
     assert f"the {len(served)} other models" in " ".join(section("docs/speed.md", EXACT_TITLE).split())
+
+
+def test_whole_requests_match_the_raw_runs():
+    times: dict[tuple, dict[tuple, list[float]]] = {}
+    with (ROOT / "bench" / "requests-epyc-2-cores.csv").open() as file:
+        for row in csv.DictReader(file):
+            name = f"Chat, turn {row['part']}" if row["request"] == "chat" else row["request"].capitalize()
+            of_case = times.setdefault((name, row["prompt_tokens"], row["answer_tokens"]), {})
+            for column in ("first_ms", "last_ms"):
+                of_case.setdefault((column, row["pop"]), []).append(float(row[column]))
+    shown = [
+        cells(row) for row in re.findall(r"^\| .+ ms \|.*$", section("docs/speed.md", "Whole requests"), re.MULTILINE)
+    ]
+    assert [tuple(row[:3]) for row in shown] == list(times)
+    for row, of_case in zip(shown, times.values(), strict=True):
+        for column, whole, pop in (("first_ms", row[3], row[4]), ("last_ms", row[6], row[7])):
+            medians = [f"{statistics.median(of_case[column, side]):.0f} ms" for side in ("False", "True")]
+            assert medians == [whole, pop], row
 
 
 def test_speed_page_matches_the_raw_runs(measured):
