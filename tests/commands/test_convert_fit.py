@@ -37,7 +37,7 @@ def test_adapter_lies_beside_the_file_and_popllama_finds_it(bundled_gguf, short_
     assert adapter.fields["pop.adapter.version"].contents() == 3
     assert adapter.fields["pop.boundary"].contents() == 6
     weights = {f"blk.{il}.{name}.weight" for il in range(7, 12) for name in ("attn_k", "attn_v")}
-    below = {"blk.0.attn_v.weight", "blk.4.attn_v.weight", "blk.5.ffn_down.weight"}
+    below = {*(f"blk.{il}.attn_v.weight" for il in (0, 3, 4)), "blk.5.ffn_down.weight"}
     expected = {f"{name}{part}" for name in weights for part in ("", ".shift", ".further")}
     assert {tensor.name for tensor in adapter.tensors} == expected | {f"{name}.bottleneck" for name in below}
     metadata = read_metadata(target)
