@@ -99,7 +99,7 @@ def plot(measured: Measured, path: Path) -> None:
     """Draws the KL divergence over the time to the first token, as a share of stock llama.cpp's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     for number, (setting, (cases, costs)) in enumerate(measured.items()):
         for kind, (style, fill) in _STYLES.items():
@@ -115,7 +115,7 @@ def plot(measured: Measured, path: Path) -> None:
         ylabel="KL divergence, nats per token",
         yscale="log",
     )
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     style_axes(axes)
     save_figure(figure, path, dpi=150)
 
