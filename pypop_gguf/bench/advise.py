@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def is_taken(self) -> bool:
-        """Whether the search goes on with this value. The type of the cache is only reported: it changes results."""
+        """True if the search goes on with this value. A type of cache is only reported, because it changes results."""
         return self.name != "cache_type" and not self.failure and is_faster(self.times_ms, self.best_ms)
 
 

@@ -138,7 +138,7 @@ def test_adapter(reference_models, tmp_path, name, n_gpu_layers):
     assert changed > 1e-3
 
 
-# What states of each type may add to the error is what test_completion.py allows on the CPU.
+# States of each type may add as much to the error as test_completion.py allows on the CPU.
 @pytest.mark.parametrize(("states", "rounding"), [("f32", 0), ("f16", 1e-6), ("bf16", 1e-5)])
 @pytest.mark.parametrize("n_gpu_layers", [5, 9, ALL])
 def test_completed_cache_is_the_whole_models(reference_models, n_gpu_layers, states, rounding):
