@@ -94,14 +94,14 @@ def test_every_method_waits_while_another_thread_streams(llm, alone):
         lambda: llm.score(llm.tokenize(b"a fox"), [5, 6]).shape,
         lambda: llm.eval([5, 6, 7]),
         lambda: llm.load_state(state),
-        lambda: llm.save_state().n_tokens > 0,
+        lambda: type(llm.save_state()),  # the context may be empty: the methods run in any order
         llm.reset,
         lambda: len(list(zip(range(3), llm.generate([5, 6, 7])))),
         lambda: llm.create_chat_completion([{"role": "user", "content": "Hello."}], **CALL)["object"],
     ]
     results = run_in_threads([stream, *(lambda method=method: after_first(method) for method in methods)])
     assert results[0] == alone[0]
-    assert results[1:] == [(2, llm.n_vocab()), None, None, True, None, 3, "chat.completion"]
+    assert results[1:] == [(2, llm.n_vocab()), None, None, type(state), None, 3, "chat.completion"]
 
 
 def test_call_that_waits_for_its_turn_can_be_cancelled(llm):
