@@ -18,7 +18,7 @@ from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
-from tools import cli_docs, platforms
+from tools import bench_network, cli_docs, memory_table, platforms
 from tools.equal_quality import BUDGETS, format_table, read_measured
 
 PAGES = [
@@ -234,6 +234,42 @@ def test_no_other_architecture_shares_caches():
     assert f"the {len(served)} other models" in " ".join(section("docs/speed.md", EXACT_TITLE).split())
 
 
+def read_rows(name: str) -> list[dict]:
+    with (ROOT / "bench" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def columns_of(lines: list[str]) -> list[list[str]]:
+    """Return the cells of an aligned table that a tool prints, without its header."""
+    return [re.split(r" {2,}", line.strip()) for line in lines[1:]]
+
+
+def test_memory_and_loading_match_the_raw_runs():
+    text = section("docs/speed.md", "Memory and loading")
+    rows = read_rows("memory-epyc-2-cores.csv")
+    shown = [[cell.replace(",", "").replace(" MiB", "") for cell in cells(row)] for row in numbered_rows(text)]
+    assert shown == columns_of(memory_table.memory_table(rows))
+    names = {"stock": "Stock `Llama`", "whole": "`PopLlama(pop=False)`", "pop": "`PopLlama`"}
+    loads = columns_of(memory_table.load_table(rows))
+    shown = {name: rest for name, *rest in map(cells, re.findall(r"^\| .*`.+\|$", text, re.MULTILINE))}
+    assert shown == {names[name]: [f"{time} ms" for time in times] for name, *times in loads}
+
+
+def test_split_models_match_the_raw_runs():
+    rows = read_rows("network-epyc-2-cores.csv")
+    for row in rows:
+        row |= {name: float(row[name]) for name in ("ttft_ms", "decode_ms_per_token")}
+    shown = [
+        [cell.replace(" ms", "") for cell in cells(row)]
+        for row in numbered_rows(section("docs/server.md", "Several machines"))
+    ]
+    assert shown == columns_of(bench_network.table(rows))
+
+
+def numbered_rows(text: str) -> list[str]:
+    return re.findall(r"^\| \d.+\|$", text, re.MULTILINE)
+
+
 def test_whole_requests_match_the_raw_runs():
     times: dict[tuple, dict[tuple, list[float]]] = {}
     with (ROOT / "bench" / "requests-epyc-2-cores.csv").open() as file:
@@ -253,7 +289,7 @@ def test_whole_requests_match_the_raw_runs():
 
 
 def test_speed_page_matches_the_raw_runs(measured):
-    text = (ROOT / "docs" / "speed.md").read_text()
+    text = section("docs/speed.md", "Pruning alone")
     header = re.search(r"^\| Prompt tokens \|.+\|$", text, re.MULTILINE)
     models = cells(header[0])[1::2]
     rows = [cells(row) for row in re.findall(r"^\| \d.+\|$", text, re.MULTILINE)]
@@ -264,7 +300,7 @@ def test_speed_page_matches_the_raw_runs(measured):
 
 
 def test_speed_page_has_every_case_of_the_raw_runs(measured):
-    text = (ROOT / "docs" / "speed.md").read_text()
+    text = section("docs/speed.md", "Pruning alone")
     for _, n_prompt, n_parallel in measured:
         prompt = f"{n_prompt}, eight at once" if n_parallel == 8 else str(n_prompt)
         assert re.search(rf"^\| {prompt} \|", text, re.MULTILINE), prompt

@@ -116,13 +116,13 @@ def running(program: Sequence[object], options: Sequence[object], log: Path, ans
 
 
 @contextlib.contextmanager
-def rpc_servers(number: int, directory: Path) -> Iterator[dict[str, subprocess.Popen]]:
+def rpc_servers(number: int, directory: Path, threads: int = 1) -> Iterator[dict[str, subprocess.Popen]]:
     """Runs ``pop-gguf rpc-server`` several times on this machine; yields the processes by HOST:PORT."""
     with contextlib.ExitStack() as stack:
         servers = {}
         for _ in range(number):
             port = free_port()
-            command = [sys.executable, "-m", "pypop_gguf", "rpc-server", "--port", port, "--threads", 1]
+            command = [sys.executable, "-m", "pypop_gguf", "rpc-server", "--port", port, "--threads", threads]
             is_ready = functools.partial(accepts_connections, port)
             process = running_process(command, directory / f"rpc-{port}.txt", is_ready)
             servers[f"127.0.0.1:{port}"] = stack.enter_context(process)
