@@ -1,6 +1,7 @@
 #include "pop-graph.h"
 #include "pop-adapter.h"
 #include "pop-graph-inputs.h"
+#include "pop-tensor-set.h"
 
 #include "llama-adapter.h"
 #include "llama-graph.h"
@@ -8,21 +9,25 @@
 #include "ggml.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
-using tensor_set = std::unordered_set<const ggml_tensor *>;
+// The number that a text begins with, -1 if there is none. The text goes on at rest. All names of all graphs are read,
+// for which sscanf() is too slow.
+static int leading_number(const char * text, char *& rest) {
+    const long n = strtol(text, &rest, 10);
+    return rest == text ? -1 : n;
+}
 
 // The layer of a tensor that a builder named "<name>-<il>", -1 if the name has none.
 static int named_layer(const ggml_tensor * t) {
     const char * dash = strrchr(t->name, '-');
-    int          il   = -1;
-    char         end  = 0;
-    return dash && sscanf(dash + 1, "%d%c", &il, &end) == 1 ? il : -1;
+    char *       rest = nullptr;
+    const int    il   = dash ? leading_number(dash + 1, rest) : -1;
+    return rest && *rest == '\0' ? il : -1;
 }
 
 // Returns whether a builder gave the tensor one of the names of the state that a layer leaves to the next.
@@ -37,8 +42,8 @@ static bool is_layer_output(const ggml_tensor * t) {
 
 // The layer of a weight, -1 for any other tensor.
 static int weight_layer(const ggml_tensor * t) {
-    int il = -1;
-    return sscanf(t->name, "blk.%d.", &il) == 1 ? il : -1;
+    char * rest = nullptr;
+    return strncmp(t->name, "blk.", 4) == 0 ? leading_number(t->name + 4, rest) : -1;
 }
 
 static bool is_view_op(const ggml_tensor * t) {
@@ -71,10 +76,10 @@ struct rewrite {
     std::vector<ggml_tensor *> nodes; // the nodes of the whole graph, in order of evaluation
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // what a node reads -> what it shall read instead
-    tensor_set    replaced_memory;     // owners of the memory in which the replaced tensors lie
-    tensor_set    kept;                // nodes that remain
-    ggml_tensor * keep_rows = nullptr; // a node to add
-    ggml_tensor * keep_from = nullptr; // the states to keep for completion
+    pop_tensor_set replaced_memory;     // owners of the memory in which the replaced tensors lie
+    pop_tensor_set kept;                // nodes that remain
+    ggml_tensor *  keep_rows = nullptr; // a node to add
+    ggml_tensor *  keep_from = nullptr; // the states to keep for completion
 
     // An adapter may have further inputs. For each product that reads one, this is the result of the bottleneck; their
     // sum is below.
@@ -128,12 +133,12 @@ struct rewrite {
     }
 
     // Adds t and whatever it needs to seen, but does not go beyond the tensors in stop.
-    void reach(ggml_tensor * t, tensor_set & seen, const tensor_set & stop = {}) const {
+    void reach(ggml_tensor * t, pop_tensor_set & seen, const pop_tensor_set & stop = {}) const {
         std::vector<ggml_tensor *> todo = { t };
         while (!todo.empty()) {
             ggml_tensor * cur = todo.back();
             todo.pop_back();
-            if (stop.count(cur) || !seen.insert(cur).second) {
+            if (stop.count(cur) || !seen.insert(cur)) {
                 continue;
             }
             for (ggml_tensor * src : cur->src) {
@@ -151,16 +156,16 @@ struct rewrite {
 
     // Lets the states that the adapter has as further inputs go through its bottleneck. Each has to be computed below
     // the boundary, once for each token.
-    bool plan_further(const tensor_set & below) {
+    bool plan_further(const pop_tensor_set & below) {
         const size_t n = pop.adapter ? pop_adapter_n_bottlenecks(*pop.adapter) : 0;
         if (n == 0) {
             return true;
         }
-        tensor_set weights;
+        pop_tensor_set weights;
         for (ggml_tensor * node : nodes) {
             ggml_tensor * a =
                 node->op == GGML_OP_MUL_MAT ? pop_adapter_bottleneck(*pop.adapter, node->src[0]) : nullptr;
-            if (!a || !weights.insert(a).second) {
+            if (!a || !weights.insert(a)) {
                 continue;
             }
             ggml_tensor * x = node->src[1];
@@ -198,7 +203,7 @@ struct rewrite {
     // it has to be of one layer: a weight of a second skipped layer means that more than the residual stream passes
     // between layers.
     // No operation may work in place on a tensor that is replaced.
-    bool is_cut(const tensor_set & own) const {
+    bool is_cut(const pop_tensor_set & own) const {
         int il_own = -1;
         for (const ggml_tensor * t : own) {
             const int il = weight_layer(t);
@@ -260,7 +265,7 @@ struct rewrite {
             }
         }
 
-        tensor_set below;
+        pop_tensor_set below;
         reach(x_b, below);
         if (!plan_further(below)) {
             return false;
@@ -270,7 +275,7 @@ struct rewrite {
             if (!is_in_place(node) || !node->view_src->buffer || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
                 continue;
             }
-            tensor_set own;
+            pop_tensor_set own;
             reach(node, own, below);
             if (!is_cut(own)) {
                 return false;
@@ -293,7 +298,9 @@ struct rewrite {
             return false;
         }
         if (pop.part == POP_WHOLE) {
-            kept.insert(nodes.begin(), nodes.end());
+            for (const ggml_tensor * node : nodes) {
+                kept.insert(node);
+            }
         } else {
             reach(keep_from, kept);
         }
@@ -307,13 +314,13 @@ struct rewrite {
         if (!x_b || !is_rows(x_b)) {
             return false;
         }
-        tensor_set above; // nodes that follow from x_b
-        tensor_set read;  // nodes that another one reads
-        for (ggml_tensor * node : nodes) {
-            for (ggml_tensor * src : node->src) {
-                read.insert(src);
-                if (src == x_b || above.count(src)) {
-                    above.insert(node);
+        pop_tensor_set above; // nodes that follow from x_b
+        pop_tensor_set read;  // those of them that another one reads
+        for (auto it = std::find(nodes.begin(), nodes.end(), x_b); it != nodes.end(); ++it) {
+            for (ggml_tensor * src : (*it)->src) {
+                if (src && (src == x_b || above.count(src))) {
+                    above.insert(*it);
+                    read.insert(src);
                 }
             }
         }
@@ -418,7 +425,7 @@ struct rewrite {
     // llama_context reads every tensor that set_outputs() marks. A node that it marks and that does not remain is an
     // output that a newer llama.cpp has added and drop_outputs() does not know.
     void check_outputs() {
-        tensor_set marked_before; // some builders mark nodes themselves
+        pop_tensor_set marked_before; // some builders mark nodes themselves
         for (const ggml_tensor * node : nodes) {
             if (node->flags & GGML_TENSOR_FLAG_OUTPUT) {
                 marked_before.insert(node);

@@ -31,6 +31,7 @@ class Turns:
         self._thread: int | None = None  # the thread that is in a step
         self._last_thread: int | None = None  # the thread that made the last step
         self._interrupt: Callable[[], None] | None = None  # interrupts the idle work that runs, unless it was called
+        self._n_waiting = 0  # calls that wait for their turn, which come before idle work
         self._may_have_work = False  # a call has used the context since idle work has begun for the last time
         self._rests_until = 0.0  # idle work does not begin before this time
         self._no_idle_work = False  # for ever
@@ -107,6 +108,8 @@ class Turns:
                     self._changed.wait()
                 elif rest_s > 0:
                     self._changed.wait(rest_s)
+                elif self._n_waiting > 0:
+                    self._changed.wait(_REST_S)  # and look again: a call that is cancelled now notifies nobody
                 else:
                     self._may_have_work = False
                     return True
@@ -121,9 +124,11 @@ class Turns:
                 after this block.
         """
         with self._changed:
-            may_run = self._is_free() and not self._no_idle_work
+            may_run = self._is_free() and self._n_waiting == 0 and not self._no_idle_work
             if may_run:
                 self._thread, self._interrupt = threading.get_ident(), interrupt
+            else:
+                self._may_have_work = True  # The call may be cancelled before it has used the context.
         try:
             yield may_run
         finally:
@@ -147,8 +152,6 @@ class Turns:
 
     def _leave_idle_step(self) -> None:
         with self._changed:
-            if self._interrupt is None:
-                self._rests_until = time.monotonic() + _REST_S  # lets the call begin that has interrupted it
             self._thread = self._interrupt = None
             self._changed.notify_all()
 
@@ -159,9 +162,10 @@ class Turns:
 
     def _wait(self, cancel: threading.Event | None = None) -> None:
         self._interrupt_idle_work()
-        if cancel is None:
-            self._changed.wait()
-            return
-        if cancel.is_set():
+        if cancel is not None and cancel.is_set():
             raise Cancelled(0, 0)
-        self._changed.wait(_POLL_S)
+        self._n_waiting += 1
+        try:
+            self._changed.wait(None if cancel is None else _POLL_S)
+        finally:
+            self._n_waiting -= 1

@@ -1,4 +1,4 @@
-"""One engine of bench_completion.py in a process of its own: it answers prompts or completes them, and times it.
+"""One engine of bench_completion.py or bench_call.py in a process of its own: it answers or completes, and times it.
 
 Its arguments are the mode and the options of the model as JSON. Each line of stdin is a request, and each line of
 stdout answers one. The mode "stock" imports the llama_cpp that comes first on the path, so this file imports nothing of
@@ -7,6 +7,7 @@ ours before it.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ class Worker:
         if mode == "stock":
             import llama_cpp
 
+            self._native = None
             if hasattr(llama_cpp.llama_cpp._lib, "llama_pop_set_boundary"):
                 raise RuntimeError(f"{llama_cpp.__file__} has POP: give --stock an unpatched one")
             self._llm = llama_cpp.Llama(**options)
@@ -67,6 +69,38 @@ class Worker:
                 break
             chunks_ms.append(1e3 * (time.perf_counter() - began))
         return {"prompt_ms": prompt_ms, "chunks_ms": chunks_ms}
+
+    def call(self, text: str) -> dict:
+        """Answers a text by one token. Of the call, ``before_us`` is the processor time of this thread until the first
+        decode and ``after_us`` that after the last one; ``plan_us`` is the engine's time for graphs, 0 if unknown.
+        """
+        from llama_cpp import llama_cpp
+
+        decode, marks = llama_cpp.llama_decode, []
+
+        def marking(*arguments):
+            marks.append(time.thread_time())
+            try:
+                return decode(*arguments)
+            finally:
+                marks.append(time.thread_time())
+
+        self._llm.reset()
+        llama_cpp.llama_decode = marking
+        gc.disable()
+        planned_us, began, marks_began = self._plan_us(), time.perf_counter(), time.thread_time()
+        self._llm.create_completion(text, max_tokens=1, temperature=0)
+        ended, first_ms = time.thread_time(), 1e3 * (time.perf_counter() - began)
+        llama_cpp.llama_decode = decode
+        return {
+            "before_us": 1e6 * (marks[0] - marks_began),
+            "after_us": 1e6 * (ended - marks[-1]),
+            "plan_us": self._plan_us() - planned_us,
+            "first_ms": first_ms,
+        }
+
+    def _plan_us(self) -> int:
+        return self._native.plan_us(self._llm.ctx) if self._native else 0
 
     def _begin(self, seed: int, n_prompt: int) -> list[int]:
         """Forgets what is cached, and returns a prompt."""

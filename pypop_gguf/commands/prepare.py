@@ -23,7 +23,7 @@ from pypop_gguf.gguf_files.tensors import list_shards
 from pypop_gguf.gguf_files.writer import check_free_space, part_path, replace_together, write_copy, writing
 from pypop_gguf.importance.estimate import CalibrationOptions, estimate_importance
 from pypop_gguf.memory import peak_bytes
-from pypop_gguf.terminal import available_cores, progress
+from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels, progress
 
 DESCRIPTION = """\
 Makes the prompts of a GGUF model faster to read. The keys and values that the skipped layers leave in the cache are
@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of threads (default: the cores that this process may use)",
     )
+    add_kernels_argument(parser)
 
 
 def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("samples", "threads"):
         if getattr(arguments, name) < 1:
             raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 1")
+    choose_kernels(arguments)
     target = arguments.outfile or default_target(arguments.model)
     prepare(
         arguments.model,

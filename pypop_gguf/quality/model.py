@@ -10,7 +10,7 @@ from pypop_gguf.boundary_rules import check_support, default_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import read_metadata
-from pypop_gguf.terminal import available_cores
+from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
+    add_kernels_argument(parser)
 
 
 def open_model(
@@ -73,6 +74,7 @@ def open_model(
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise PopError(f"--{name} {value} is out of range: give at least {least}")
+    choose_kernels(arguments)
     stored = read_metadata(arguments.model)
     support = library.describe_model(arguments.model)
     check_support(arguments.model, support)

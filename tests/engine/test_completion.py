@@ -2,7 +2,6 @@
 
 import ctypes
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -232,9 +231,10 @@ def test_a_completion_that_is_stopped_anywhere_can_go_on(reference_models):
         stopped = 0
         for i in range(40):
             left = n_incomplete(pruned)
-            threading.Timer(i * 2e-4, native.stop, [pruned.context]).start()
+            timer = threading.Timer(i * 2e-4, native.stop, [pruned.context])
+            timer.start()
             stopped += complete(pruned, 20) < min(20, left)
-            time.sleep(0.01)
+            timer.join()
             complete(pruned, 0)  # takes a stop that came too late
         assert stopped > 3
         complete(pruned)

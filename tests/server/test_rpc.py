@@ -56,10 +56,7 @@ def test_server_on_two_machines_answers_as_on_one(model, servers, tmp_path):
 
 def test_server_that_loses_a_machine_ends_with_one_line(model, servers, tmp_path):
     address, process = list(servers.items())[1]
-    with (
-        contextlib.suppress(subprocess.TimeoutExpired),
-        serve(model, tmp_path / "log.txt", "--rpc", ",".join(servers), *OPTIONS) as server,
-    ):
+    with serve(model, tmp_path / "log.txt", "--rpc", ",".join(servers), *OPTIONS) as server:
         assert server.complete(QUESTION)["timings"]["pruned_n"] > 0
         process.kill()
         with pytest.raises(httpx.TransportError):
@@ -208,10 +205,7 @@ def test_machine_that_is_cut_off_ends_the_server_with_one_line(model, other_mach
             with contextlib.suppress(OSError), socket.create_connection((THERE, port), timeout=1):
                 break
             time.sleep(0.1)
-        with (
-            contextlib.suppress(subprocess.TimeoutExpired),
-            serve(model, tmp_path / "log.txt", "--rpc", f"{THERE}:{port}", *OPTIONS) as server,
-        ):
+        with serve(model, tmp_path / "log.txt", "--rpc", f"{THERE}:{port}", *OPTIONS) as server:
             assert server.complete(QUESTION)["timings"]["pruned_n"] > 0
             stream = server.stream("/completion", prompt=QUESTION, n_predict=900, ignore_eos=True)
             if when == "while it computes":

@@ -28,8 +28,9 @@ def server(served_gguf, tmp_path: Path):
 
 
 def run(server, answers: dict, n_requests: int, max_growth: float = 9.0, complete: str = "off") -> soak.Report:
-    """A soak of some requests. A run as short as this one says nothing about growth, so much of it is allowed."""
-    options = dict(minutes=2, n_clients=8, seed=1, max_growth=max_growth, complete=complete)
+    """A soak of some requests, however long they take. A run as short as this one says nothing about growth, so much of
+    it is allowed."""
+    options = dict(minutes=30, n_clients=8, seed=1, max_growth=max_growth, complete=complete)
     return soak.soak(server, answers, n_requests=n_requests, **options)
 
 
