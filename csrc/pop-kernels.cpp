@@ -2,12 +2,13 @@
 
 #include "ggml-cpu-impl.h"
 #include "pop-kernels-setting.h"
+#include "pop-kernels-simd.h"
 
 void pop_kernels_choose(const char * setting) {
     pop_setting() = pop_read_setting(setting);
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(POP_HAS_KERNELS)
 
 #    include "pop-kernels-float.h"
 #    include "pop-kernels-groups.h"
@@ -111,21 +112,16 @@ static const pop_kernel * find_kernel(ggml_type type, bool in_groups) {
     switch (pop_setting().load()) {
         case POP_KERNELS_OFF:
             return nullptr;
+        case POP_KERNELS_BEST:
+            return kernel_of<pop_best>(type, in_groups);
+#    if defined(POP_HAS_X86_KERNELS)
         case POP_KERNELS_AVX2:
             return kernel_of<pop_avx2>(type, in_groups);
         case POP_KERNELS_AVX_VNNI:
-            break;
-        case POP_KERNELS_BEST:
-#    if defined(POP_KERNELS_HAS_AVX512_VNNI)
-            return kernel_of<pop_avx512_vnni>(type, in_groups);
+            return kernel_of<pop_avx_vnni>(type, in_groups);
 #    endif
-            break;
     }
-#    if defined(POP_KERNELS_HAS_AVX_VNNI)
-    return kernel_of<pop_avx_vnni>(type, in_groups);
-#    else
-    return kernel_of<pop_avx2>(type, in_groups);
-#    endif
+    return nullptr;
 }
 
 static const pop_kernel * find_kernel(const ggml_tensor * dst, bool in_groups) {
