@@ -113,8 +113,9 @@ struct pop_avx2 {
         out[3] = _mm256_unpackhi_epi64(b2, b3);
     }
 
-    // Reads the same from rows that stand in groups of 8, `stride` bytes apart, which take turns after 8 bytes.
-    static void load_groups(const uint8_t * p, size_t /*stride*/, vi out[4]) {
+    // Reads the same from rows that stand in groups, `stride` bytes apart, and take turns after some bytes.
+    template <int rows, int turn> static void load_groups(const uint8_t * p, size_t /*stride*/, vi out[4]) {
+        static_assert(rows == 8 && turn == 8, "ggml has no other groups here");
         for (int i = 0; i < 4; i += 2) {
             const __m256 a = _mm256_loadu_ps((const float *) (p + 32 * i));
             const __m256 b = _mm256_loadu_ps((const float *) (p + 32 * i + 32));
@@ -124,8 +125,8 @@ struct pop_avx2 {
         }
     }
 
-    // Reads 16 bits for each row, which stand in groups of 8.
-    static vi load_groups_16(const uint8_t * p, size_t /*stride*/) {
+    // Reads 16 bits for each row. The rows stand in such groups.
+    template <int rows> static vi load_groups_16(const uint8_t * p, size_t /*stride*/) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p));
     }
 

@@ -107,7 +107,8 @@ struct pop_avx512_vnni {
         out[3] = _mm512_unpackhi_epi64(b2, b3);
     }
 
-    static void load_groups(const uint8_t * p, size_t stride, vi out[4]) {
+    template <int rows, int turn> static void load_groups(const uint8_t * p, size_t stride, vi out[4]) {
+        static_assert(rows == 8 && turn == 8, "ggml has no other groups here");
         const vi even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const vi odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
         for (int i = 0; i < 4; i += 2) {
@@ -119,7 +120,7 @@ struct pop_avx512_vnni {
         }
     }
 
-    static vi load_groups_16(const uint8_t * p, size_t stride) {
+    template <int rows> static vi load_groups_16(const uint8_t * p, size_t stride) {
         const __m256i a = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p));
         return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(a, _mm_loadu_si128((const __m128i *) (p + stride)), 1));
     }

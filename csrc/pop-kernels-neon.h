@@ -87,18 +87,27 @@ struct pop_neon_dot {
         }
     }
 
-    // Reads the same from rows that stand in groups of 8, `stride` bytes apart, which take turns after 8 bytes.
-    static void load_groups(const uint8_t * p, size_t /*stride*/, vi out[4]) {
-        for (int i = 0; i < 4; i += 2, p += 64) {
-            const vi a = load(p);
-            const vi b = load(p + 32);
-            out[i]     = { vuzp1q_s32(a.lo, a.hi), vuzp1q_s32(b.lo, b.hi) };
-            out[i + 1] = { vuzp2q_s32(a.lo, a.hi), vuzp2q_s32(b.lo, b.hi) };
+    // Reads the same from rows that stand in groups, `stride` bytes apart, and take turns after some bytes.
+    template <int rows, int turn> static void load_groups(const uint8_t * p, size_t stride, vi out[4]) {
+        for (int i = 0; i < 4; i += turn / 4) {
+            const uint8_t * const first  = p + 4 * rows * i;
+            const uint8_t * const second = rows == 8 ? first + 4 * turn : first + stride; // rows 4 to 7
+            if constexpr (turn == 4) {
+                out[i] = { load_4(first), load_4(second) };
+            } else {
+                const vi a = load(first);
+                const vi b = load(second);
+                out[i]     = { vuzp1q_s32(a.lo, a.hi), vuzp1q_s32(b.lo, b.hi) };
+                out[i + 1] = { vuzp2q_s32(a.lo, a.hi), vuzp2q_s32(b.lo, b.hi) };
+            }
         }
     }
 
-    // Reads 16 bits for each row, which stand in groups of 8.
-    static vi load_groups_16(const uint8_t * p, size_t /*stride*/) { return widen(vreinterpretq_u16_u8(vld1q_u8(p))); }
+    // Reads 16 bits for each row. The rows stand in such groups.
+    template <int rows> static vi load_groups_16(const uint8_t * p, size_t stride) {
+        const uint8_t * const second = rows == 8 ? p + 8 : p + stride;
+        return widen(vreinterpretq_u16_u8(vcombine_u8(vld1_u8(p), vld1_u8(second))));
+    }
 
     static vi load_8(const uint8_t * p) { return widen(vmovl_u8(vld1_u8(p))); }
 

@@ -1,14 +1,15 @@
 // The vector instructions that the kernels use, in one struct per instruction set. The kernels are templates over it.
 //
-//   vi, vf  a vector of integers and one of floating-point numbers
-//   lanes   32-bit lanes of a vector, 8 or 16
-//   rows    activation rows that one call of a kernel takes
-//   has_dot products of four bytes are summed in 32 bits; otherwise those of two in 16 bits
-//   is_signed  both factors of these products are signed; otherwise the weight is unsigned where has_dot says so
-//   has_block  multiply_block() computes the products of a block, of weights that arrange() has put in its order;
-//              otherwise pop-kernels-tile.h does, with dot() or pairs()
+//   vi, vf     the type of a vector of integers, and of one of floating-point numbers
+//   lanes      the number of 32-bit lanes of a vector, 8 or 16
+//   rows       the number of activation rows that one call of a kernel takes
+//   has_dot    whether one instruction sums the products of four bytes in 32 bits; otherwise of two bytes in 16 bits
+//   is_signed  whether weights of 8 bits are unpacked to signed bytes; otherwise to bytes from 0 to 255
+//   has_block  whether there is multiply_block(), which computes all products of a block, and arrange(), which puts
+//              weights in the order that it reads; otherwise pop-kernels-tile.h uses dot() or pairs()
 //
-// pop_best is the best struct that the compiler may use, and pop_base the one for work in vectors of 32 bytes.
+// pop_best is the struct of the best instruction set that the compiler may use. pop_base is the one for work that is
+// done in vectors of 32 bytes everywhere.
 
 #pragma once
 

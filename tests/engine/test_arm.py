@@ -123,8 +123,13 @@ def test_adapters(emulated, reference_models, tmp_path, name):
 
 
 # llama.cpp rounds the states that it multiplies with quantized weights to 8 bits, in another way on each processor.
-@pytest.mark.parametrize(("outtype", "bound"), [("f32", 1e-5), ("q8_0", 1e-3), ("q4_0", 1e-3), ("q4_k_m", 1e-3)])
-def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, bound):
+# So do our kernels for quantized weights. This machine uses llama.cpp's own kernels here.
+QUANTIZED = [(outtype, kernels, 1e-3) for outtype in ("q8_0", "q4_0", "q4_k_m") for kernels in ("off", "on")]
+
+
+@pytest.mark.usefixtures("kernels_off")
+@pytest.mark.parametrize(("outtype", "kernels", "bound"), [("f32", "off", 1e-5), *QUANTIZED])
+def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, kernels, bound):
     model = reference_models["bundled"]
     target = shutil.copy(model.gguf, tmp_path / "model.gguf")
     if outtype != "f32":
@@ -132,7 +137,7 @@ def test_quantized_models_and_caches_equal_this_machines(emulated, reference_mod
     tokens = model.tokens(N_TOKENS, seed=3)
     for type_kv, flash_attention in ((F32, False), (F16, True), (Q8_0, True)):
         cases = [Case(b, type_kv=type_kv, flash_attention=flash_attention) for b in (0, 3, 6)]
-        there = emulated(target, tokens, cases)
+        there = emulated(target, tokens, cases, kernels)
         here = [read_here(target, tokens, case) for case in cases]
         whole, *errors = map(squared_error, there, here)
         for case, error in zip(cases[1:], errors):
