@@ -118,10 +118,12 @@ def test_as_exact_as_ggml(machine, ggml, name):
         # Rounding differs, so a small product may be a little off either way. All together may not.
         assert errors.mean() <= 1.01 * stock_errors.mean(), instructions
         assert (errors <= 1.3 * stock_errors).all(), instructions
+        # In qemu 7.2, ggml's own product of an odd number of blocks of Q5_0 is wrong where GCC 12 has used SVE2.
+        assert errors.max() <= 1e-3, instructions
         same = all(map(np.array_equal, computed, stock))
         assert same != machine.has_kernel(name, instructions), instructions
         if not same:
-            report(model=name, error=float(errors.max()), whole=float(stock_errors.max()))
+            report(model=name, error=float(errors.max()))
 
 
 @pytest.mark.parametrize("name", ("Q4_1", "Q6_K"))
