@@ -50,11 +50,11 @@ vulkan: build/vulkan/.installed
 	GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} PYTHONPATH=build/vulkan/package \
 	    POP_REPORT=build/vulkan/report.jsonl $(BIN)/python -m pytest tests/engine/test_gpu.py
 
-# a build for Linux on aarch64 against PyTorch, in qemu
+# a build for Linux on aarch64 against PyTorch, and its kernels against exact products, in qemu
 arm: build/arm/.installed
 	rm -f build/arm/report.jsonl
-	POP_ARM_WORKER=build/arm/bin/arm-worker POP_REPORT=build/arm/report.jsonl \
-	    $(BIN)/python -m pytest tests/engine/test_arm.py
+	POP_ARM=build/arm/bin POP_REPORT=build/arm/report.jsonl \
+	    $(BIN)/python -m pytest tests/engine/test_arm.py tests/engine/test_kernels.py
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -111,7 +111,7 @@ LLAMA_API bool llama_pop_set_continuation(struct llama_context * ctx, bool conti
 
 // Sets whether the context uses the kernels of pypop_gguf on a CPU, from the next llama_decode() or llama_encode() on.
 // With false, llama.cpp's own kernels compute everything. They are used by default, unless POP_KERNELS=off in the
-// environment forbids them in the whole process.
+// environment forbids them in the whole process. On Arm they are used only where POP_KERNELS=on allows them.
 // Returns false if ctx is NULL.
 LLAMA_API bool llama_pop_set_kernels(struct llama_context * ctx, bool enabled);
 

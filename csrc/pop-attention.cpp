@@ -1,8 +1,9 @@
 #include "pop-kernels.h"
 
 #include "ggml-cpu-impl.h"
+#include "pop-kernels-simd.h"
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(POP_HAS_X86_KERNELS)
 
 #    include "pop-attention.h"
 #    include "pop-kernels-setting.h"

@@ -21,22 +21,24 @@ template <class S, class F> struct pop_quantized {
 
     static constexpr int chunk_bytes(int n_in) { return F::group_rows * (F::is_k ? F::block : n_in / 32 * F::block); }
 
-    static const pop_activations * activations(const pop_product_job & job, int64_t c, int64_t r) {
-        return (const pop_activations *) job.x + c * job.n_rows + r;
+    static pop_activations * activations(const pop_product_job & job, int64_t c, int64_t r) {
+        return (pop_activations *) job.x + c * job.n_rows + r;
     }
 
     // Prepares a row of the input for multiply().
     static void prepare(const pop_product_job & job, int64_t r) {
         const float * x = job.input_row(r);
         for (int64_t c = 0; c < job.n_chunks; c++) {
-            pop_quantize<S, F>(x + c * pop_chunk, (int) job.chunk_inputs(c),
-                               *(pop_activations *) activations(job, c, r));
+            pop_quantize<F>(x + c * pop_chunk, (int) job.chunk_inputs(c), *activations(job, c, r));
         }
     }
 
     static void unpack(const uint8_t * p, size_t stride, int n_in, tile & t) {
         for (int v = 0; v < pop_vectors; v++) {
             F::template unpack<S>(p + v * S::lanes / group_rows * stride, stride, n_in / 32, t, v);
+        }
+        if constexpr (S::has_block) {
+            S::arrange(t.q[0][0], n_in / 4);
         }
     }
 
@@ -70,7 +72,7 @@ public:
 
     void step() {
         for (const int64_t end = std::min(next + per_step, n); next < end; next++) {
-            _mm_prefetch((const char *) start + next / lines * stride + next % lines * 64, _MM_HINT_T0);
+            pop_base::prefetch(start + next / lines * stride + next % lines * 64);
         }
     }
 

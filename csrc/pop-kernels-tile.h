@@ -40,9 +40,10 @@ template <class S> struct pop_tile {
     float   offset[16][pop_vectors][S::lanes];
 };
 
-// Bytes need the sign where the instruction set has no product of signed and unsigned bytes that cannot overflow.
+// Bytes keep their sign where the instruction set multiplies signed bytes, or has no product of signed and unsigned ones
+// that cannot overflow.
 template <class S, class F> constexpr bool pop_is_signed() {
-    return F::bits == 8 && !S::has_dot;
+    return F::bits == 8 && S::is_signed;
 }
 
 // All that the kernel proper needs to know about a type. Types that agree in it share the code, which takes long to
@@ -54,7 +55,8 @@ template <bool k, bool has_offset, int group_size, int n_bits> struct pop_shape 
 
 // Bits tell how many products fit in 16 bits, and whether bytes have a sign.
 template <class S, class F>
-using pop_shape_of = pop_shape<F::is_k, F::affine, F::group, S::has_dot || F::bits <= 4 ? 4 : F::bits>;
+using pop_shape_of =
+    pop_shape<F::is_k, F::affine, F::group, pop_is_signed<S, F>() ? 8 : (S::has_dot || F::bits <= 4 ? 4 : F::bits)>;
 
 // Activation rows that one call of the kernel takes: as many as there are registers for. Sums of 16 bits that do not
 // hold a whole block of 32 inputs need more of them.
@@ -77,7 +79,9 @@ static inline void pop_multiply_block(const pop_activations * x,
     using vi = typename S::vi;
 
     const int first = block * F::group;
-    if constexpr (S::has_dot) {
+    if constexpr (S::has_block) {
+        S::template multiply_block<F::group>(x[0].q + 4 * first, sizeof(*x), w.q[first][0], sum);
+    } else if constexpr (S::has_dot) {
         for (int g = 0; g < F::group; g++) {
             vi w_g[pop_vectors];
             for (int v = 0; v < pop_vectors; v++) {
@@ -200,49 +204,31 @@ static void pop_multiply_rows(int                     n_rows,
 }
 
 // Quantizes n inputs, at most a chunk and a multiple of 32.
-template <class S, class F> static void pop_quantize(const float * x, int n, pop_activations & out) {
-    __m256 largest[8];
-    for (int b = 0; b < n / 32; b++) {
-        const __m256 sign = _mm256_set1_ps(-0.0f);
+template <class F> static void pop_quantize(const float * x, int n, pop_activations & out) {
+    using B = pop_base;
 
-        largest[b] = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + 32 * b));
+    B::vf largest[8];
+    for (int b = 0; b < n / 32; b++) {
+        largest[b] = B::abs_f(B::load_f(x + 32 * b));
         for (int i = 8; i < 32; i += 8) {
-            largest[b] = _mm256_max_ps(largest[b], _mm256_andnot_ps(sign, _mm256_loadu_ps(x + 32 * b + i)));
+            largest[b] = B::max_f(largest[b], B::abs_f(B::load_f(x + 32 * b + i)));
         }
     }
     if (F::is_k) {
         for (int b = 1; b < n / 32; b++) {
-            largest[0] = _mm256_max_ps(largest[0], largest[b]);
+            largest[0] = B::max_f(largest[0], largest[b]);
         }
     }
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256        inverse  = _mm256_setzero_ps();
+    float inverse = 0.0f;
     for (int b = 0; b < n / 32; b++) {
         if (b == 0 || !F::is_k) {
-            __m128 m = _mm_max_ps(_mm256_castps256_ps128(largest[b]), _mm256_extractf128_ps(largest[b], 1));
-            m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
-            m        = _mm_max_ss(m, _mm_movehdup_ps(m));
-
-            const float max = _mm_cvtss_f32(m); // the inverse of smaller ones would overflow
+            const float max = B::largest(largest[b]);
 
             out.d[b] = max / 127.0f;
-            inverse  = _mm256_set1_ps(max > 1e-36f ? 127.0f / max : 0.0f);
+            inverse  = max > 1e-36f ? 127.0f / max : 0.0f; // that of smaller ones would overflow
         }
-        __m256i a[4];
-        for (int i = 0; i < 4; i++) {
-            a[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 32 * b + 8 * i), inverse));
-        }
-        const __m256i low  = _mm256_packs_epi32(a[0], a[1]);
-        const __m256i high = _mm256_packs_epi32(a[2], a[3]);
-        const __m256i q    = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
-        _mm256_storeu_si256((__m256i *) (out.q + 32 * b), q);
-
-        // sums of 4, then of 16 in each half
-        const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
-        const __m256i eight = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0x4e));
-        const __m256i all   = _mm256_add_epi32(eight, _mm256_shuffle_epi32(eight, 0xb1));
-
-        int32_t sum[2] = { _mm256_cvtsi256_si32(all), _mm_cvtsi128_si32(_mm256_extracti128_si256(all, 1)) };
+        int32_t sum[2]; // of 16 each
+        B::round_32(x + 32 * b, inverse, out.q + 32 * b, sum);
         if (F::group == 8) {
             sum[0] += sum[1];
         }

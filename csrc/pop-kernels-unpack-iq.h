@@ -40,20 +40,13 @@ static inline float pop_load_half(const uint8_t * p) {
     return GGML_CPU_FP16_TO_FP32(pop_load_16(p));
 }
 
-// Bytes that are 0xff where a bit is set
-static inline __m256i pop_bits_to_bytes(uint32_t bits) {
-    const __m256i replicate = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i mask      = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
-    const __m256i bytes     = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t) bits), replicate);
-    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, mask), mask);
-}
-
 // Writes 32 numbers plus `offset`, after negating those whose bit is set.
 static inline void pop_write_codes(uint8_t * q, const void * numbers, uint32_t negative, int8_t offset) {
-    const __m256i mask    = pop_bits_to_bytes(negative);
-    const __m256i codes   = _mm256_loadu_si256((const __m256i *) numbers);
-    const __m256i weights = _mm256_sub_epi8(_mm256_xor_si256(codes, mask), mask);
-    _mm256_storeu_si256((__m256i *) q, _mm256_add_epi8(weights, _mm256_set1_epi8(offset)));
+    using B = pop_base;
+
+    const B::vi mask    = B::bits_to_bytes(negative);
+    const B::vi weights = B::sub_8(B::xor_(B::load(numbers), mask), mask);
+    B::store(q, B::add_8(weights, B::all_8(offset)));
 }
 
 // The signs of 32 weights, of which each 8 have a code of 7 bits: the eighth makes the number of negative ones even.
@@ -163,10 +156,11 @@ struct pop_iq3_s : pop_code_book<pop_iq3_s> {
 // Writes 32 weights of IQ1_S or IQ1_M. Each is -1, 0 or 1, plus an eighth, or less an eighth where the bit is set.
 // Eight times that is an integer.
 static inline void pop_write_codes_1(uint8_t * q, const void * numbers, uint32_t less, int8_t offset) {
-    const __m256i eights  = _mm256_sign_epi8(_mm256_set1_epi8(8), _mm256_loadu_si256((const __m256i *) numbers));
-    const __m256i eighths = _mm256_or_si256(pop_bits_to_bytes(less), _mm256_set1_epi8(1)); // -1 or 1
-    const __m256i sum     = _mm256_add_epi8(eights, eighths);
-    _mm256_storeu_si256((__m256i *) q, _mm256_add_epi8(sum, _mm256_set1_epi8(offset)));
+    using B = pop_base;
+
+    const B::vi eights  = B::and_(B::shl(B::load(numbers), 3), B::all_8((int8_t) 0xf8));
+    const B::vi eighths = B::or_(B::bits_to_bytes(less), B::all_8(1)); // -1 or 1
+    B::store(q, B::add_8(B::add_8(eights, eighths), B::all_8(offset)));
 }
 
 struct pop_iq1_s : pop_code_book<pop_iq1_s> {

@@ -54,30 +54,38 @@ struct pop_q4_k {
     }
 };
 
+// Writes an eighth of a chunk. The fifth bits of all its weights stand in `fifth`, a bit of each byte for each pair of
+// parts.
+template <class S>
+static inline void pop_put_q5_k(
+    pop_tile<S> & t, int v, int part, const typename S::vi a[4], const typename S::vi fifth[8]) {
+    using vi = typename S::vi;
+
+    const vi  sixteen = S::all(0x10101010);
+    const int first   = 16 * (part / 2) + 4 * (part % 2);
+    for (int i = 0; i < 4; i++) {
+        const vi  x    = fifth[4 * (part % 2) + i];
+        const int bit  = 2 * (part / 2);
+        const vi  low  = bit < 4 ? S::shl(x, 4 - bit) : S::shr(x, bit - 4);
+        const vi  high = bit + 1 < 4 ? S::shl(x, 3 - bit) : S::shr(x, bit - 3);
+        pop_put(t, v, first + i, S::or_(pop_low_4<S>(a[i]), S::and_(low, sixteen)));
+        pop_put(t, v, first + 8 + i, S::or_(pop_high_4<S>(a[i]), S::and_(high, sixteen)));
+    }
+}
+
 struct pop_q5_k {
     static constexpr bool is_k = true, affine = true;
     static constexpr int  block = 176, group_rows = 1, group = 8, bits = 5, offset = 0;
 
     template <class S> static void unpack(const uint8_t * p, size_t stride, int /*n_blocks*/, pop_tile<S> & t, int v) {
-        using vi = typename S::vi;
-
         pop_put_scales_k<S>(p, stride, t, v);
-        vi fifth[8];
+        typename S::vi fifth[8];
         S::load_rows(p + 16, stride, fifth);
         S::load_rows(p + 32, stride, fifth + 4);
-        const vi sixteen = S::all(0x10101010);
         for (int part = 0; part < 8; part++) {
-            vi a[4];
+            typename S::vi a[4];
             S::load_rows(p + 48 + 16 * part, stride, a);
-            const int first = 16 * (part / 2) + 4 * (part % 2);
-            for (int i = 0; i < 4; i++) {
-                const vi  x    = fifth[4 * (part % 2) + i];
-                const int bit  = 2 * (part / 2);
-                const vi  low  = bit < 4 ? S::shl(x, 4 - bit) : S::shr(x, bit - 4);
-                const vi  high = bit + 1 < 4 ? S::shl(x, 3 - bit) : S::shr(x, bit - 3);
-                pop_put(t, v, first + i, S::or_(pop_low_4<S>(a[i]), S::and_(low, sixteen)));
-                pop_put(t, v, first + 8 + i, S::or_(pop_high_4<S>(a[i]), S::and_(high, sixteen)));
-            }
+            pop_put_q5_k<S>(t, v, part, a, fifth);
         }
     }
 };
@@ -89,6 +97,27 @@ static inline void pop_put_signed_scales(
     for (int i = 0; i < 4; i++) {
         const typename S::vi one = S::add(S::shr_signed(S::shl(a, 24 - 8 * i), 24), S::all(-less));
         S::store_f(t.scale[first + i][v], S::mul(factor, S::to_float(one)));
+    }
+}
+
+// Writes a quarter of a chunk, from the lower bits of two eighths and the upper bits of both.
+template <class S>
+static inline void pop_put_q6_k(pop_tile<S> &        t,
+                                int                  v,
+                                int                  part,
+                                const typename S::vi a[4],
+                                const typename S::vi b[4],
+                                const typename S::vi high[4]) {
+    using vi = typename S::vi;
+
+    const vi three = S::all(0x30303030);
+    for (int i = 0; i < 4; i++) {
+        const int first = 32 * (part / 2) + 4 * (part % 2) + i;
+        const vi  h     = high[i];
+        pop_put(t, v, first, S::or_(pop_low_4<S>(a[i]), S::and_(S::shl(h, 4), three)));
+        pop_put(t, v, first + 8, S::or_(pop_low_4<S>(b[i]), S::and_(S::shl(h, 2), three)));
+        pop_put(t, v, first + 16, S::or_(pop_high_4<S>(a[i]), S::and_(h, three)));
+        pop_put(t, v, first + 24, S::or_(pop_high_4<S>(b[i]), S::and_(S::shr(h, 2), three)));
     }
 }
 
@@ -106,7 +135,6 @@ struct pop_q6_k {
         for (int i = 0; i < 4; i++) {
             pop_put_signed_scales(t, v, 4 * i, a[i], 0, d);
         }
-        const vi three = S::all(0x30303030);
         for (int part = 0; part < 4; part++) {
             const int half = part / 2;
             const int odd  = part % 2;
@@ -115,14 +143,7 @@ struct pop_q6_k {
             S::load_rows(p + 64 * half + 16 * odd, stride, a);
             S::load_rows(p + 64 * half + 32 + 16 * odd, stride, b);
             S::load_rows(p + 128 + 32 * half + 16 * odd, stride, high);
-            for (int i = 0; i < 4; i++) {
-                const int first = 32 * half + 4 * odd + i;
-                const vi  h     = high[i];
-                pop_put(t, v, first, S::or_(pop_low_4<S>(a[i]), S::and_(S::shl(h, 4), three)));
-                pop_put(t, v, first + 8, S::or_(pop_low_4<S>(b[i]), S::and_(S::shl(h, 2), three)));
-                pop_put(t, v, first + 16, S::or_(pop_high_4<S>(a[i]), S::and_(h, three)));
-                pop_put(t, v, first + 24, S::or_(pop_high_4<S>(b[i]), S::and_(S::shr(h, 2), three)));
-            }
+            pop_put_q6_k<S>(t, v, part, a, b, high);
         }
     }
 };

@@ -4,7 +4,7 @@
 // Each struct describes a type:
 //   is_k    a block of the file has 256 weights, and the activations share one scale in it as in ggml
 //   block   bytes of a block of the file, or of 32 weights if not is_k
-//   group_rows  rows that stand together, 8 where ggml has interleaved them
+//   group_rows  rows that stand together, 8 or 4 where ggml has rearranged them
 //   group   a scale belongs to 4 * group inputs
 //   affine  there is an offset of its own for each scale; otherwise it is -`offset` times the scale
 //   bits    of a weight
@@ -119,6 +119,13 @@ struct pop_q8_0 {
     static constexpr bool is_k = false, affine = false;
     static constexpr int  block = 34, group_rows = 1, group = 8, bits = 8, offset = 128;
 
+    // Writes half a block, with signed bytes or those from 0 to 255.
+    template <class S> static void put(pop_tile<S> & t, int v, int first, const typename S::vi a[4]) {
+        for (int i = 0; i < 4; i++) {
+            pop_put(t, v, first + i, pop_is_signed<S, pop_q8_0>() ? a[i] : S::xor_(a[i], S::all_8(-128)));
+        }
+    }
+
     template <class S> static void unpack(const uint8_t * p, size_t stride, int n_blocks, pop_tile<S> & t, int v) {
         for (int b = 0; b < n_blocks; b++, p += block) {
             typename S::vi a[4];
@@ -126,10 +133,7 @@ struct pop_q8_0 {
             S::store_f(t.scale[b][v], S::half(a[0]));
             for (int half = 0; half < 2; half++) {
                 S::load_rows(p + 2 + 16 * half, stride, a);
-                for (int i = 0; i < 4; i++) {
-                    const typename S::vi q = pop_is_signed<S, pop_q8_0>() ? a[i] : S::xor_(a[i], S::all_8(-128));
-                    pop_put(t, v, 8 * b + 4 * half + i, q);
-                }
+                put<S>(t, v, 8 * b + 4 * half, a);
             }
         }
     }

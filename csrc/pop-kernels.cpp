@@ -2,12 +2,13 @@
 
 #include "ggml-cpu-impl.h"
 #include "pop-kernels-setting.h"
+#include "pop-kernels-simd.h"
 
 void pop_kernels_choose(const char * setting) {
     pop_setting() = pop_read_setting(setting);
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(POP_HAS_KERNELS)
 
 #    include "pop-kernels-float.h"
 #    include "pop-kernels-groups.h"
@@ -32,22 +33,67 @@ template <class K> static const pop_kernel * make_kernel() {
     return &kernel;
 }
 
-template <class S> static const pop_kernel * kernel_of(ggml_type type, bool in_groups) {
-    if (in_groups) {
-        switch (type) {
-            case GGML_TYPE_Q4_0:
-                return make_kernel<pop_quantized<S, pop_q4_0_groups>>();
-            case GGML_TYPE_IQ4_NL:
-                return make_kernel<pop_quantized<S, pop_iq4_nl_groups>>();
-            case GGML_TYPE_MXFP4:
-                return make_kernel<pop_quantized<S, pop_mxfp4_groups>>();
-            case GGML_TYPE_Q2_K:
-                return make_kernel<pop_quantized<S, pop_q2_k_groups>>();
-            case GGML_TYPE_Q4_K:
-                return make_kernel<pop_quantized<S, pop_q4_k_groups>>();
-            default:
-                return nullptr;
-        }
+// Where ggml has rearranged the weights
+template <class S> static const pop_kernel * kernel_of_groups(ggml_type type, int rows, int turn) {
+    const auto is = [&](ggml_type a_type, int some_rows, int some_turn) {
+        return type == a_type && rows == some_rows && turn == some_turn;
+    };
+    if (is(GGML_TYPE_Q4_0, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_q4_0_groups<8, 8>>>();
+    }
+    if (is(GGML_TYPE_IQ4_NL, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_iq4_nl_groups<8, 8>>>();
+    }
+    if (is(GGML_TYPE_MXFP4, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_mxfp4_groups<8, 8>>>();
+    }
+    if (is(GGML_TYPE_Q2_K, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_q2_k_groups>>();
+    }
+    if (is(GGML_TYPE_Q4_K, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_q4_k_groups<8>>>();
+    }
+#    if !defined(POP_HAS_X86_KERNELS) // the groups that ggml has for Arm alone
+    if (is(GGML_TYPE_Q4_0, 4, 8)) {
+        return make_kernel<pop_quantized<S, pop_q4_0_groups<4, 8>>>();
+    }
+    if (is(GGML_TYPE_Q4_0, 4, 4)) {
+        return make_kernel<pop_quantized<S, pop_q4_0_groups<4, 4>>>();
+    }
+    if (is(GGML_TYPE_Q8_0, 4, 8)) {
+        return make_kernel<pop_quantized<S, pop_q8_0_groups<4, 8>>>();
+    }
+    if (is(GGML_TYPE_Q8_0, 4, 4)) {
+        return make_kernel<pop_quantized<S, pop_q8_0_groups<4, 4>>>();
+    }
+    if (is(GGML_TYPE_IQ4_NL, 4, 4)) {
+        return make_kernel<pop_quantized<S, pop_iq4_nl_groups<4, 4>>>();
+    }
+    if (is(GGML_TYPE_MXFP4, 4, 4)) {
+        return make_kernel<pop_quantized<S, pop_mxfp4_groups<4, 4>>>();
+    }
+    if (is(GGML_TYPE_Q4_K, 8, 4)) {
+        return make_kernel<pop_quantized<S, pop_q4_k_groups<4>>>();
+    }
+    if (is(GGML_TYPE_Q5_K, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_q5_k_groups<8>>>();
+    }
+    if (is(GGML_TYPE_Q5_K, 8, 4)) {
+        return make_kernel<pop_quantized<S, pop_q5_k_groups<4>>>();
+    }
+    if (is(GGML_TYPE_Q6_K, 8, 8)) {
+        return make_kernel<pop_quantized<S, pop_q6_k_groups<8>>>();
+    }
+    if (is(GGML_TYPE_Q6_K, 8, 4)) {
+        return make_kernel<pop_quantized<S, pop_q6_k_groups<4>>>();
+    }
+#    endif
+    return nullptr;
+}
+
+template <class S> static const pop_kernel * kernel_of(ggml_type type, int group_rows, int turn) {
+    if (group_rows > 1) {
+        return kernel_of_groups<S>(type, group_rows, turn);
     }
     switch (type) {
         case GGML_TYPE_F16:
@@ -107,32 +153,27 @@ template <class S> static const pop_kernel * kernel_of(ggml_type type, bool in_g
     }
 }
 
-static const pop_kernel * find_kernel(ggml_type type, bool in_groups) {
+static const pop_kernel * find_kernel(ggml_type type, int group_rows, int turn) {
     switch (pop_setting().load()) {
         case POP_KERNELS_OFF:
             return nullptr;
-        case POP_KERNELS_AVX2:
-            return kernel_of<pop_avx2>(type, in_groups);
-        case POP_KERNELS_AVX_VNNI:
-            break;
         case POP_KERNELS_BEST:
-#    if defined(POP_KERNELS_HAS_AVX512_VNNI)
-            return kernel_of<pop_avx512_vnni>(type, in_groups);
+            return kernel_of<pop_best>(type, group_rows, turn);
+#    if defined(POP_HAS_X86_KERNELS)
+        case POP_KERNELS_AVX2:
+            return kernel_of<pop_avx2>(type, group_rows, turn);
+        case POP_KERNELS_AVX_VNNI:
+            return kernel_of<pop_avx_vnni>(type, group_rows, turn);
 #    endif
-            break;
     }
-#    if defined(POP_KERNELS_HAS_AVX_VNNI)
-    return kernel_of<pop_avx_vnni>(type, in_groups);
-#    else
-    return kernel_of<pop_avx2>(type, in_groups);
-#    endif
+    return nullptr;
 }
 
-static const pop_kernel * find_kernel(const ggml_tensor * dst, bool in_groups) {
+static const pop_kernel * find_kernel(const ggml_tensor * dst, int group_rows, int turn) {
     const ggml_tensor * weights = dst->src[0];
     const ggml_tensor * input   = dst->src[1];
     if (dst->op_params[POP_KERNELS_OFF_PARAM] || input->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32 ||
-        (weights->extra && !in_groups) || weights->ne[3] != 1 || weights->nb[0] != ggml_type_size(weights->type) ||
+        (weights->extra && group_rows == 1) || weights->ne[3] != 1 || weights->nb[0] != ggml_type_size(weights->type) ||
         input->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float)) {
         return nullptr;
     }
@@ -145,15 +186,15 @@ static const pop_kernel * find_kernel(const ggml_tensor * dst, bool in_groups) {
     } else if (ggml_nrows(input) < MIN_ROWS || weights->ne[2] != 1) {
         return nullptr;
     }
-    return find_kernel(weights->type, in_groups);
+    return find_kernel(weights->type, group_rows, turn);
 }
 
 static size_t aligned(size_t n) {
     return (n + 63) / 64 * 64;
 }
 
-size_t pop_kernels_work_size(int n_threads, const ggml_tensor * dst, bool in_groups) {
-    const pop_kernel * kernel = find_kernel(dst, in_groups);
+size_t pop_kernels_work_size(int n_threads, const ggml_tensor * dst, int group_rows, int turn) {
+    const pop_kernel * kernel = find_kernel(dst, group_rows, turn);
     if (!kernel) {
         return 0;
     }
@@ -163,8 +204,8 @@ size_t pop_kernels_work_size(int n_threads, const ggml_tensor * dst, bool in_gro
     return 64 + n_threads * aligned(kernel->scratch) + job.n_chunks * job.n_rows * kernel->x_bytes + pairs;
 }
 
-bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, bool in_groups) {
-    const pop_kernel * kernel = params->use_ref ? nullptr : find_kernel(dst, in_groups);
+bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int group_rows, int turn) {
+    const pop_kernel * kernel = params->use_ref ? nullptr : find_kernel(dst, group_rows, turn);
     if (!kernel) {
         return false;
     }
@@ -174,7 +215,7 @@ bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, 
 
     char * const work    = (char *) aligned((size_t) params->wdata);
     char * const scratch = work + ith * aligned(kernel->scratch);
-    GGML_ASSERT(pop_kernels_work_size(nth, dst, in_groups) <= params->wsize);
+    GGML_ASSERT(pop_kernels_work_size(nth, dst, group_rows, turn) <= params->wsize);
 
     job.x      = work + nth * aligned(kernel->scratch);
     job.pairs  = (int32_t *) (job.x + job.n_chunks * job.n_rows * kernel->x_bytes);
@@ -224,11 +265,11 @@ bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, 
 
 #else
 
-size_t pop_kernels_work_size(int, const ggml_tensor *, bool) {
+size_t pop_kernels_work_size(int, const ggml_tensor *, int, int) {
     return 0;
 }
 
-bool pop_kernels_mul_mat(const ggml_compute_params *, ggml_tensor *, bool) {
+bool pop_kernels_mul_mat(const ggml_compute_params *, ggml_tensor *, int, int) {
     return false;
 }
 

@@ -1,7 +1,8 @@
 // Products of weights, quantized or of 16 bits, with many rows, such as the tokens of a prompt, and attention of many
-// queries, on x86 processors with AVX2 or more. ggml's CPU backend calls these functions. POP_KERNELS=off in the
-// environment leaves all of it to ggml, whose results are then those of stock llama.cpp bit for bit. A mark in an
-// operation leaves it alone to ggml, for contexts that shall not use these kernels.
+// queries, on x86 processors with AVX2 or more. On Arm processors with dot products of bytes, products of quantized
+// weights are computed too, where POP_KERNELS=on in the environment asks for it. ggml's CPU backend calls these
+// functions. POP_KERNELS=off leaves all of it to ggml, whose results are then those of stock llama.cpp bit for bit. A
+// mark in an operation leaves it alone to ggml, for contexts that shall not use these kernels.
 
 #pragma once
 
@@ -20,17 +21,17 @@ struct ggml_compute_params;
 // The place of the mark among the op_params of an operation. No product or attention of ggml uses the last one.
 enum { POP_KERNELS_OFF_PARAM = GGML_MAX_OP_PARAMS / sizeof(int32_t) - 1 };
 
-// Chooses as POP_KERNELS in the environment does; null: the best kernels. Call it while nothing is computed.
+// Chooses as POP_KERNELS in the environment does; null: as without it. Call it while nothing is computed.
 void pop_kernels_choose(const char * setting);
 
-// The argument in_groups says that ggml has rearranged the weights at load: 8 rows stand together and take turns after
-// 8 bytes.
+// ggml may have rearranged the weights at load: then group_rows rows stand together, and take turns after `turn` bytes.
+// Otherwise group_rows is 1.
 
 // The bytes of work buffer that the product, GGML_OP_MUL_MAT or GGML_OP_MUL_MAT_ID, needs here; 0 if ggml computes it.
-size_t pop_kernels_work_size(int n_threads, const struct ggml_tensor * dst, bool in_groups);
+size_t pop_kernels_work_size(int n_threads, const struct ggml_tensor * dst, int group_rows, int turn);
 
 // Computes the product, called by all threads; false if ggml is to compute it.
-bool pop_kernels_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, bool in_groups);
+bool pop_kernels_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, int group_rows, int turn);
 
 // These two functions do the same for attention (GGML_OP_FLASH_ATTN_EXT) of many queries.
 size_t pop_kernels_attention_work_size(int n_threads, const struct ggml_tensor * dst);

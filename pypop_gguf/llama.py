@@ -53,7 +53,8 @@ class PopLlama(evaluation.EvaluatingLlama):
             for none. Default: ``<model>.pop-b<boundary>.gguf`` beside the model, if there is one.
         pop_kernels: False leaves all products and attention of this object to llama.cpp's own kernels. With
             ``pop=False`` its logits are then bit for bit those of stock llama.cpp. ``POP_KERNELS=off`` in the
-            environment does so for the whole process, and also for projectors of images.
+            environment does so for the whole process, and also for projectors of images. On Arm processors, kernels of
+            ours run only with ``POP_KERNELS=on`` there.
         flash_attn: Whether attention is flash attention. Default: wherever llama.cpp can compute it on the model's
             devices, which is faster for prompts. The parent's default is False.
         pop_complete: When the layers that a prompt has skipped run for it after all, which makes the cache the whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def add_kernels_argument(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("on", "off"),
         help="who computes prompts on a CPU: kernels of pypop_gguf where they are faster (on), or those of llama.cpp "
-        "alone (default: on, unless POP_KERNELS=off is in the environment)",
+        "alone (default: POP_KERNELS in the environment, else on, but off on Arm processors, where they were never "
+        "measured)",
     )
 
 
@@ -93,6 +95,14 @@ def choose_kernels(arguments: argparse.Namespace) -> None:
     """Chooses the kernels of this process, before its engine starts, and of the processes that it starts."""
     if arguments.kernels:
         os.environ["POP_KERNELS"] = arguments.kernels
+
+
+def default_kernels() -> str:
+    """Returns "on" or "off": what ``--kernels`` is where it is not given. csrc/pop-kernels-setting.h decides it."""
+    asked = os.environ.get("POP_KERNELS")
+    if platform.machine() in ("aarch64", "arm64"):
+        return "on" if asked == "on" else "off"
+    return "off" if asked == "off" else "on"
 
 
 def available_cores() -> int:

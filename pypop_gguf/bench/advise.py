@@ -17,7 +17,7 @@ from pypop_gguf.bench.measure import in_turn
 from pypop_gguf.bench.plan import Plan, describe_setting
 from pypop_gguf.bench.runs import Setting
 from pypop_gguf.errors import PopError
-from pypop_gguf.terminal import aligned, available_cores, physical_cores, progress
+from pypop_gguf.terminal import aligned, available_cores, default_kernels, physical_cores, progress
 
 _MICRO_BATCHES = (128, 256, 512, 1024)
 _LABELS = {
@@ -42,7 +42,7 @@ class Choice:
 
 def default_choice() -> Choice:
     """Returns what ``chat`` and ``serve`` use on this machine."""
-    return Choice(available_cores(), kernels="off" if os.environ.get("POP_KERNELS") == "off" else "on")
+    return Choice(available_cores(), kernels=default_kernels())
 
 
 @dataclass

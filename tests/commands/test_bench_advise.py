@@ -68,6 +68,25 @@ def test_physical_cores_are_among_the_available_ones():
     assert physical_cores() is None or 1 <= physical_cores() <= available_cores()
 
 
+@pytest.mark.parametrize(
+    ("machine", "setting", "kernels"),
+    [
+        ("x86_64", None, "on"),
+        ("x86_64", "off", "off"),
+        ("x86_64", "avx2", "on"),
+        ("aarch64", None, "off"),
+        ("arm64", "on", "on"),
+        ("aarch64", "off", "off"),
+    ],
+)
+def test_search_starts_from_the_kernels_that_run(monkeypatch, machine, setting, kernels):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.delenv("POP_KERNELS", raising=False)
+    if setting:
+        monkeypatch.setenv("POP_KERNELS", setting)
+    assert advise.default_choice().kernels == kernels
+
+
 def test_arguments_are_those_that_python_and_the_commands_have():
     default = Choice(threads=8)
     assert advise.format_arguments(default, default, 8) == "the defaults are fastest here"

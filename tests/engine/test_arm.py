@@ -4,9 +4,7 @@
 each, ggml loads the most capable of its CPU libraries. The models are those of test_reference.py, and so is the bound.
 """
 
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,20 +13,15 @@ import pytest
 from pypop_gguf import native
 from pypop_gguf.gguf_files.quantize import quantize
 from tests.engine.test_kv_adapter import write
-from tests.support import pop_reference
+from tests.support import emulation, pop_reference
 from tests.support.engine import F16, F32, Q8_0, Engine, llama_cpp
 from tests.support.pop_reference import squared_error
 from tests.support.report import report
 from tests.support.scaled_adapter import write_scaled
 
-# `make arm` names the program, so that no other run of the tests takes one that was built from older sources.
-WORKER = os.environ.get("POP_ARM_WORKER")
-if not WORKER:
+if not emulation.PROGRAMS:
     pytest.skip("the library for aarch64 is tested by `make arm`", allow_module_level=True)
 
-# A processor that qemu knows, and the ggml library that fits it best.
-PROCESSORS = {"cortex-a57": "armv8.0_1", "cortex-a76": "armv8.2_2", "max": "armv8.6_2"}
-SYSTEM = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler keeps the system libraries of aarch64
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
 N_PROMPT, N_TOKENS = 41, 44
 FLASH_ON, FLASH_OFF = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -56,21 +49,19 @@ class Case:
         return N_PROMPT - self.head - self.tail if self.boundary else 0
 
 
-@pytest.fixture(params=PROCESSORS)
+@pytest.fixture(params=emulation.PROCESSORS)
 def emulated(request, tmp_path):
     """Reads cases with the library for aarch64.
 
-    The fixture is a function of a model's file, its tokens and the cases. It returns F32 [cases, tokens, n_vocab].
+    The fixture is a function of a model's file, its tokens, the cases and POP_KERNELS. It returns F32
+    [cases, tokens, n_vocab].
     """
 
-    def read(gguf, tokens, cases) -> np.ndarray:
+    def read(gguf, tokens, cases, kernels="off") -> np.ndarray:
         out = tmp_path / "logits.bin"
-        command = ["qemu-aarch64", "-cpu", request.param, "-L", SYSTEM, WORKER, gguf, out]
         lines = "".join(case.line(tokens) + "\n" for case in cases)
-        done = subprocess.run([*map(str, command)], input=lines, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"libggml-cpu-{PROCESSORS[request.param]}.so" in done.stderr
-        assert [int(line) for line in done.stdout.split()] == [case.n_pruned for case in cases]
+        n_pruned = emulation.run(request.param, "arm-worker", gguf, out, given=lines.encode(), kernels=kernels)
+        assert [int(line) for line in n_pruned.split()] == [case.n_pruned for case in cases]
         return np.fromfile(out, np.float32).reshape(len(cases), len(tokens) - N_PROMPT + 1, -1)
 
     return read
@@ -132,8 +123,13 @@ def test_adapters(emulated, reference_models, tmp_path, name):
 
 
 # llama.cpp rounds the states that it multiplies with quantized weights to 8 bits, in another way on each processor.
-@pytest.mark.parametrize(("outtype", "bound"), [("f32", 1e-5), ("q8_0", 1e-3), ("q4_0", 1e-3), ("q4_k_m", 1e-3)])
-def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, bound):
+# So do our kernels for quantized weights. This machine uses llama.cpp's own kernels here.
+QUANTIZED = [(outtype, kernels, 1e-3) for outtype in ("q8_0", "q4_0", "q4_k_m") for kernels in ("off", "on")]
+
+
+@pytest.mark.usefixtures("kernels_off")
+@pytest.mark.parametrize(("outtype", "kernels", "bound"), [("f32", "off", 1e-5), *QUANTIZED])
+def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, kernels, bound):
     model = reference_models["bundled"]
     target = shutil.copy(model.gguf, tmp_path / "model.gguf")
     if outtype != "f32":
@@ -141,7 +137,7 @@ def test_quantized_models_and_caches_equal_this_machines(emulated, reference_mod
     tokens = model.tokens(N_TOKENS, seed=3)
     for type_kv, flash_attention in ((F32, False), (F16, True), (Q8_0, True)):
         cases = [Case(b, type_kv=type_kv, flash_attention=flash_attention) for b in (0, 3, 6)]
-        there = emulated(target, tokens, cases)
+        there = emulated(target, tokens, cases, kernels)
         here = [read_here(target, tokens, case) for case in cases]
         whole, *errors = map(squared_error, there, here)
         for case, error in zip(cases[1:], errors):

@@ -1,10 +1,11 @@
 """The kernels of csrc/pop-kernels.cpp, which compute products of weights with many rows.
 
 They are compared with the exact product of the dequantized weights, and with ggml's own kernels, which a process with
-POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case.
+POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu.
 """
 
 import platform
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pypop_gguf import library
-from tests.support.products import Ggml, Product, in_process
+from tests.support import emulation
+from tests.support.products import Ggml, Product, in_process, in_qemu
+from tests.support.report import report
 
 MIN_ROWS = 9
 SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4")
@@ -26,7 +29,48 @@ SHAPES = ((9, 100, 512), (31, 17, 256), (33, 64, 768), (70, 15, 512), (70, 40, 2
 # These are for types whose blocks are small enough.
 SHORT_SHAPES = ((9, 16, 32), (31, 17, 64), (33, 100, 896), (70, 40, 928), (12, 33, 37), (10, 16, 261))
 
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernels are for x86")
+IS_X86, IS_ARM = platform.machine() in ("x86_64", "AMD64"), platform.machine() in ("aarch64", "arm64")
+# `make arm` computes the products in qemu, for each of its processors.
+PROCESSORS = emulation.PROCESSORS if emulation.PROGRAMS else (None,)
+
+pytestmark = pytest.mark.skipif(not (IS_X86 or IS_ARM), reason="the kernels are for x86 and Arm")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes products: this machine, or a processor that qemu stands in for."""
+
+    processor: str | None
+
+    def compute(self, asked: list[Product], kernels: str | None) -> list[np.ndarray]:
+        """Returns the outputs. POP_KERNELS is ``kernels``, or not in the environment."""
+        if self.processor:
+            return in_qemu(asked, kernels, self.processor)
+        return [output for output, _ in in_process(asked, kernels)]
+
+    @property
+    def is_arm(self) -> bool:
+        return bool(self.processor) or IS_ARM
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Values of POP_KERNELS with which our kernels run."""
+        return ("on",) if self.is_arm else ("on", "avxvnni", "avx2")
+
+    def has_kernel(self, name: str, instructions: str) -> bool:
+        """Returns whether our kernels compute products of these weights with these instructions."""
+        if self.processor:
+            return name not in FLOATS and self.processor != "cortex-a57"
+        found = library.load().llama_print_system_info()
+        if self.is_arm:
+            return name not in FLOATS and b"DOTPROD = 1" in found
+        needed = {"F16": b"AVX512_VNNI = 1", "BF16": b"AVX512_BF16 = 1"}.get(name, b"")
+        return not needed or (instructions == "on" and needed in found)
+
+
+@pytest.fixture(params=PROCESSORS, scope="module")
+def machine(request) -> Machine:
+    return Machine(request.param)
 
 
 def products(ggml: Ggml, name: str, shapes: tuple, n_threads: int = 1) -> list[Product]:
@@ -48,20 +92,14 @@ def shapes_of(name: str) -> tuple:
     return tuple(shape for shape in SHAPES + SHORT_SHAPES if shape[-1] % block == 0)
 
 
-def squared_errors(computed: list[tuple[np.ndarray, float]], asked: list[Product]) -> np.ndarray:
+def squared_errors(computed: list[np.ndarray], asked: list[Product]) -> np.ndarray:
     """Returns the squared error of each product over the square of the exact product."""
     errors = []
-    for (output, _), product in zip(computed, asked, strict=True):
+    for output, product in zip(computed, asked, strict=True):
         weights = dequantize(product.weights, GGMLQuantizationType(product.kind)).astype(np.float64)
         exact = product.input.astype(np.float64) @ weights.T
         errors.append(((output - exact) ** 2).sum() / (exact**2).sum())
     return np.array(errors)
-
-
-def is_ours(name: str, instructions: str) -> bool:
-    """Returns whether our kernels compute products of these weights with these instructions."""
-    needed = {"F16": b"AVX512_VNNI = 1", "BF16": b"AVX512_BF16 = 1"}.get(name, b"")
-    return not needed or (instructions == "on" and needed in library.load().llama_print_system_info())
 
 
 @pytest.fixture(scope="module")
@@ -70,64 +108,75 @@ def ggml() -> Ggml:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_as_exact_as_ggml(ggml, name):
+def test_as_exact_as_ggml(machine, ggml, name):
     asked = products(ggml, name, shapes_of(name))
-    stock = in_process(asked, "off")
+    stock = machine.compute(asked, "off")
     stock_errors = squared_errors(stock, asked)
-    for instructions in ("on", "avxvnni", "avx2"):
-        computed = in_process(asked, instructions)
+    for instructions in machine.instructions:
+        computed = machine.compute(asked, instructions)
         errors = squared_errors(computed, asked)
         # Rounding differs, so a small product may be a little off either way. All together may not.
         assert errors.mean() <= 1.01 * stock_errors.mean(), instructions
         assert (errors <= 1.3 * stock_errors).all(), instructions
-        same = all(np.array_equal(a, b) for (a, _), (b, _) in zip(computed, stock, strict=True))
-        assert same != is_ours(name, instructions), instructions
+        # In qemu 7.2, ggml's own product of an odd number of blocks of Q5_0 is wrong where GCC 12 has used SVE2.
+        assert errors.max() <= 1e-3, instructions
+        same = all(map(np.array_equal, computed, stock))
+        assert same != machine.has_kernel(name, instructions), instructions
+        if not same:
+            report(model=name, error=float(errors.max()))
+
+
+@pytest.mark.parametrize("name", ("Q4_1", "Q6_K"))
+def test_kernels_for_arm_wait_to_be_asked_for(machine, ggml, name):
+    asked = products(ggml, name, ((31, 17, 256),))
+    (unasked,), (off,) = machine.compute(asked, None), machine.compute(asked, "off")
+    assert np.array_equal(unasked, off) == machine.is_arm
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_same_with_any_number_of_threads(ggml, name):
-    one, two, again = (in_process(products(ggml, name, shapes_of(name), n_threads), "on") for n_threads in (1, 2, 2))
-    for (a, _), (b, _), (c, _) in zip(one, two, again, strict=True):
-        assert np.array_equal(a, b) and np.array_equal(b, c)
+def test_same_with_any_number_of_threads(machine, ggml, name):
+    one, *others = (machine.compute(products(ggml, name, shapes_of(name), n), "on") for n in (1, 2, 2))
+    for outputs in others:
+        assert all(map(np.array_equal, outputs, one))
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_few_rows_stay_with_ggml(ggml, name):
+def test_few_rows_stay_with_ggml(machine, ggml, name):
     asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(1, MIN_ROWS)))
-    for (a, _), (b, _) in zip(in_process(asked, "on"), in_process(asked, "off"), strict=True):
-        assert np.array_equal(a, b)
+    assert all(map(np.array_equal, machine.compute(asked, "on"), machine.compute(asked, "off")))
 
 
 @pytest.mark.parametrize("name", ("Q4_0", "Q4_K"))
-def test_input_of_more_dimensions(ggml, name):
+def test_input_of_more_dimensions(machine, ggml, name):
     (flat,) = products(ggml, name, ((3 * 2 * 7, 40, 512),))
     stacked = Product(flat.kind, flat.weights, flat.input.reshape(3, 2, 7, 512))
-    (a, _), (b, _) = in_process([flat, stacked], "on")
+    a, b = machine.compute([flat, stacked], "on")
     assert np.array_equal(a, b.reshape(a.shape))
 
 
 @pytest.mark.parametrize("outputs", (40, 35))  # ggml rearranges the weights of the first
 @pytest.mark.parametrize("name", TYPES)
-def test_experts(ggml, name, outputs):
+def test_experts(machine, ggml, name, outputs):
     kind, chance, n_experts = GGMLQuantizationType[name], np.random.default_rng(6), 5
     weights = np.stack([ggml.quantize(kind, chance.standard_normal((outputs, 512))) for _ in range(n_experts)])
     values = chance.standard_normal((60, 1, 512)).astype(np.float32)
     experts = np.stack([chance.permutation(4)[:2] for _ in range(60)])  # nobody meets the last one
     one, two = (Product(int(kind), weights, values, n, experts=experts) for n in (1, 2))
-    (output, _), (again, _) = in_process([one, two], "on")
-    ((stock, _),) = in_process([one], "off")
+    output, again = machine.compute([one, two], "on")
+    (stock,) = machine.compute([one], "off")
     exact = np.stack([dequantize(w, kind).astype(np.float64) for w in weights])[experts] @ values[..., None]
     errors = [((x - exact[..., 0]) ** 2).sum() for x in (output, stock)]
     assert errors[0] <= 1.05 * errors[1]
-    assert np.array_equal(output, again) and np.array_equal(output, stock) != is_ours(name, "on")
+    assert np.array_equal(output, again)
+    assert np.array_equal(output, stock) != machine.has_kernel(name, "on")
 
 
 @pytest.mark.parametrize("name", ("Q4_0", "Q6_K"))
-def test_zeros_and_tiny_numbers(ggml, name):
+def test_zeros_and_tiny_numbers(machine, ggml, name):
     kind, weights = GGMLQuantizationType[name], np.ones((20, 512))
     values = np.zeros((12, 512), np.float32)
     values[1], values[2], values[3, 0] = 1e-38, 1e-42, 1.0
-    ((output, _),) = in_process([Product(int(kind), ggml.quantize(kind, weights), values)], "on")
+    (output,) = machine.compute([Product(int(kind), ggml.quantize(kind, weights), values)], "on")
     assert np.isfinite(output).all()
     assert not output[0].any() and not output[4:].any()
     assert np.allclose(output[3], 1.0, rtol=0.1)

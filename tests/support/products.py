@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from cffi import FFI
 
+from tests.support import emulation
 from tests.support.paths import ROOT
 
 DECLARATIONS = """
@@ -216,13 +216,34 @@ class Ggml:
         return result, min(times)
 
 
-def in_process(products: list[Product | Attention], kernels: str) -> list[tuple[np.ndarray, float]]:
-    """Computes products in a process of its own, which has ``POP_KERNELS=kernels`` in its environment."""
-    environment = {**os.environ, "POP_KERNELS": kernels, "PYTHONPATH": str(ROOT)}
+def in_process(products: list[Product | Attention], kernels: str | None) -> list[tuple[np.ndarray, float]]:
+    """Computes products in a process of its own. POP_KERNELS is ``kernels`` in its environment, or is missing."""
+    environment = {**emulation.environment_with(kernels), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "from tests.support.products import main; main()"]
     done = subprocess.run(command, input=pickle.dumps(products), capture_output=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return pickle.loads(done.stdout)
+
+
+def in_qemu(products: list[Product], kernels: str | None, processor: str) -> list[np.ndarray]:
+    """Computes products as another kind of processor does, which is one of those in tests/support/emulation.py."""
+    given, shapes = b"", []
+    for product in products:
+        used = 0 if product.experts is None else product.experts.shape[-1]
+        inputs = product.input.shape
+        *outer, n_outputs, _ = product.weights.shape
+        header = [product.kind, product.n_threads, inputs[-1], n_outputs, *outer, *[1] * (1 - len(outer))]
+        header += [*inputs[::-1], *[1] * (4 - len(inputs)), used]
+        given += np.array(header, np.int64).tobytes() + product.weights.tobytes()
+        given += product.input.astype(np.float32).tobytes()
+        if product.experts is not None:
+            given += product.experts.astype(np.int32).tobytes()
+        shapes.append((*inputs[:-1], n_outputs) if product.experts is None else (*product.experts.shape, n_outputs))
+    written = emulation.run(processor, "arm-products", given=given, kernels=kernels)
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    flat = np.split(np.frombuffer(written, np.float32), ends)
+    assert not flat[-1].size
+    return [values.reshape(shape) for values, shape in zip(flat, shapes)]
 
 
 def main() -> None:

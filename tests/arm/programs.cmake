@@ -1,12 +1,14 @@
 # CMakePresets.json includes this file in the preset "arm".
 include(CheckCXXCompilerFlag)
 
-# Adds the program that tests/engine/test_arm.py runs, beside the libraries: ggml looks there for its CPU libraries.
-function(pop_add_arm_worker)
-    add_executable(arm-worker tests/arm/worker.cpp)
-    target_include_directories(arm-worker PRIVATE csrc)
-    target_link_libraries(arm-worker PRIVATE llama)
-    set_target_properties(arm-worker PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+# Adds the programs that tests run in qemu, beside the libraries: ggml looks there for its CPU libraries.
+function(pop_add_arm_programs)
+    foreach(name IN ITEMS worker products)
+        add_executable(arm-${name} tests/arm/${name}.cpp)
+        target_include_directories(arm-${name} PRIVATE csrc)
+        target_link_libraries(arm-${name} PRIVATE llama)
+        set_target_properties(arm-${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
+    endforeach()
 endfunction()
 
 # GCC knows the matrix instructions of Armv9 (SME) from version 14 on. An older one builds these CPU libraries empty, and
@@ -20,5 +22,5 @@ function(pop_empty_kinds_with_sme)
     endif()
 endfunction()
 
-cmake_language(DEFER CALL pop_add_arm_worker)
+cmake_language(DEFER CALL pop_add_arm_programs)
 cmake_language(DEFER CALL pop_empty_kinds_with_sme)
