@@ -84,7 +84,8 @@ class InputSums:
         x = x - self.origin
         self.weight += float(weights.sum(dtype=np.float64))
         self.sum += weights.astype(np.float64) @ x
-        self.gram += (x * weights[:, None]).T @ x
+        scaled = x * np.sqrt(weights)[:, None]
+        self.gram += scaled.T @ scaled  # NumPy computes half of a matrix times its own transpose, and mirrors it.
         return x
 
     def narrowed(self, bottleneck: np.ndarray) -> InputSums:
@@ -179,14 +180,14 @@ class FittedWeight:
     error_after: float
 
 
-def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int) -> np.ndarray:
+def find_bottleneck(inputs: InputSums, outputs: Iterable[tuple[OutputSums, float]], n_own: int) -> np.ndarray:
     """Finds what of the further inputs says most about all outputs, beyond what the own input says about them.
 
-    This is reduced-rank regression: each weight's outputs count as a share of their variance.
+    This is reduced-rank regression: each weight's error counts as a share of the variance of its outputs.
 
     Args:
         inputs: The own input in the first ``n_own`` columns, then the further inputs.
-        outputs: The outputs of all weights.
+        outputs: The outputs of each weight, and a factor that its error is multiplied by.
         n_own: Columns of the own input.
 
     Returns:
@@ -204,10 +205,10 @@ def find_bottleneck(inputs: InputSums, outputs: Iterable[OutputSums], n_own: int
     rest *= np.outer(scale, scale)
     factor = np.linalg.cholesky((rest + rest.T) / 2 + _LEAST_FURTHER * np.eye(len(rest), dtype=np.float32))
     parts = []
-    for one in outputs:
+    for one, factor_of_error in outputs:
         xy = one.covariance(inputs)
         variance = max(one.square - float(one.sum @ one.sum) / inputs.weight, 1e-30)
-        parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) * scale[:, None] / np.sqrt(variance))
+        parts.append((xy[n_own:] - predictor.T @ xy[:n_own]) * scale[:, None] * factor_of_error / np.sqrt(variance))
     target = np.linalg.solve(factor, np.concatenate(parts, axis=1))
     rank = min(RANK, n_own // 2, target.shape[1])
     basis = _leading_directions(target, rank)

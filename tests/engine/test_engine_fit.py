@@ -306,7 +306,7 @@ def test_bottleneck_finds_what_the_own_input_lacks_beside_activations_that_never
     inputs, outputs = InputSums(n_own + 16), OutputSums(n_own + 16, 1)
     y = (own[:, :1] + further @ direction[:, None]).astype(np.float32)
     outputs.add(inputs.add(np.concatenate([own, further], axis=1), ones), y, ones)
-    bottleneck = find_bottleneck(inputs, [outputs], n_own)
+    bottleneck = find_bottleneck(inputs, [(outputs, 1)], n_own)
     assert bottleneck.shape == (1, 16) and np.isfinite(bottleneck).all()
     passed = further @ bottleneck.T
     rest = (further @ direction) - passed @ np.linalg.lstsq(passed, further @ direction, rcond=None)[0]

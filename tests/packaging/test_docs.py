@@ -270,6 +270,23 @@ def numbered_rows(text: str) -> list[str]:
     return re.findall(r"^\| \d.+\|$", text, re.MULTILINE)
 
 
+def test_modes_of_completion_match_the_raw_runs():
+    found: dict[tuple, list[float]] = {}
+    for row in read_rows("completion-epyc-2-cores.csv"):
+        found.setdefault((row["model"], row["way"], row["quantity"]), []).append(float(row["value"]))
+    models = list(dict.fromkeys(model for model, *_ in found))
+    text = section("docs/how-it-works.md", "Completing the cache later")
+    shown = [cells(row)[1:] for row in re.findall(r"^\|.* ms \|$", text, re.MULTILINE)]
+    names = {"stock": "stock llama.cpp", "whole": "all layers", "off": "`off`", "idle": "`idle`", "answer": "`answer`"}
+    digits = {"first_ms": 0, "last_ms": 0, "longest_gap_ms": 0, "median_gap_ms": 1}
+    expected = [
+        [name, *(f"{statistics.median(found[model, way, quantity]):.{n}f} ms" for quantity, n in digits.items())]
+        for model in models
+        for way, name in names.items()
+    ]
+    assert len(models) == 3 and shown == expected
+
+
 def test_whole_requests_match_the_raw_runs():
     times: dict[tuple, dict[tuple, list[float]]] = {}
     with (ROOT / "bench" / "requests-epyc-2-cores.csv").open() as file:
