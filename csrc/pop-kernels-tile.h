@@ -40,8 +40,8 @@ template <class S> struct pop_tile {
     float   offset[16][pop_vectors][S::lanes];
 };
 
-// Bytes keep their sign where the instruction set multiplies signed bytes, or has no product of signed and unsigned ones
-// that cannot overflow.
+// Bytes keep their sign where the instruction set multiplies signed bytes, or where its product of signed and unsigned
+// ones can overflow.
 template <class S, class F> constexpr bool pop_is_signed() {
     return F::bits == 8 && S::is_signed;
 }

@@ -33,7 +33,8 @@ template <class K> static const pop_kernel * make_kernel() {
     return &kernel;
 }
 
-// Where ggml has rearranged the weights
+// Returns the kernel for weights that ggml has rearranged: `rows` of them stand together and take turns after `turn`
+// bytes. It is null where there is none.
 template <class S> static const pop_kernel * kernel_of_groups(ggml_type type, int rows, int turn) {
     const auto is = [&](ggml_type a_type, int some_rows, int some_turn) {
         return type == a_type && rows == some_rows && turn == some_turn;

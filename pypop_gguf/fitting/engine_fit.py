@@ -36,8 +36,8 @@ _HELD_OUT = 8  # every eighth text chooses lambda and takes no part in the fit
 _RARITY = -0.25  # A token counts by this power of how often the texts have it: 8% less KL divergence on SmolLM2-135M.
 _MOST = 8192  # Columns of an input and the further ones: the sums of more would take several gigabytes.
 _KEYS = 2  # An error of keys counts this much more in the bottleneck: 4% less KL divergence at half of SmolLM2-135M.
-_WIDE = 4096  # Columns of an input and the further ones: sums of more take long, so 10,000 tokens find the bottleneck.
-_TO_NARROW = 10_000
+_WIDE = 4096  # Columns of an input and the further ones: sums of more take long until the bottleneck is found.
+_TO_NARROW = 10_000  # tokens after which the bottleneck of wide inputs is found
 
 
 class BoundarySums:

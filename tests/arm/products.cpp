@@ -1,5 +1,5 @@
 // Computes products of weights with the library for aarch64, as tests/support/products.py does on the machine itself.
-// That module runs this program in qemu.
+// tests/support/products.py also runs this program in qemu.
 //
 //     arm-products < products > outputs
 //

@@ -122,8 +122,8 @@ def test_adapters(emulated, reference_models, tmp_path, name):
     assert min(squared_error(plain, differences), squared_error(plain, replacements)) > 1e-3
 
 
-# llama.cpp rounds the states that it multiplies with quantized weights to 8 bits, in another way on each processor.
-# So do our kernels for quantized weights. This machine uses llama.cpp's own kernels here.
+# llama.cpp and our kernels round the states that they multiply with quantized weights to 8 bits, in another way on each
+# processor. On this machine, which gives the expected results, llama.cpp's own kernels compute.
 QUANTIZED = [(outtype, kernels, 1e-3) for outtype in ("q8_0", "q4_0", "q4_k_m") for kernels in ("off", "on")]
 
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(not (IS_X86 or IS_ARM), reason="the kernels are 
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes products: this machine, or a processor that qemu stands in for."""
+    """A computer that multiplies matrices: this one, or, where a processor is named, one that qemu imitates."""
 
     processor: str | None
 
