@@ -33,7 +33,7 @@ from pypop_gguf.quality.answers import answer
 from pypop_gguf.quality.builtin import make_recall_task, make_tracking_task
 from pypop_gguf.quality.results import WHOLE, Results, name_variant
 from pypop_gguf.quality.score import Tokenizer, compare, log_softmax
-from pypop_gguf.quality.tasks import Item, make_id, read_task, report_skipped
+from pypop_gguf.quality.tasks import Item, Question, make_id, read_task, report_skipped
 from pypop_gguf.terminal import aligned, available_cores, integer_list
 from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
@@ -48,12 +48,14 @@ KINDS = {
     "plain": "the skipped layers' own projections, as in the paper",
     "head": "the same, and the first token runs all layers",
     "fitted": "fitted projections, and the first token runs all layers",
+    "completed": "the same, and 64 tokens of the cache are completed before each further token of a written answer",
     "removed": "a third of the layers removed for prompt and answer: those that POP skips",
     "shortgpt": "a third of the layers removed for prompt and answer: those of least influence",
 }
 CONTEXT = 2560
 KEPT = ROOT / "build" / "table"
 RESULTS = ROOT / "bench" / "real"
+COMPLETED = 64  # tokens before each further token of an answer
 QUANTIZE = ROOT / "build" / "stock" / "quantize" / "llama-quantize"
 
 
@@ -67,6 +69,7 @@ class Variant:
         boundary: First layer that prefill skips, L for none.
         head: Number of first tokens that run all layers.
         adapter: Fitted projections for this boundary, or None.
+        writes_only: Whether it differs from others only where an answer of several tokens is written.
     """
 
     name: str
@@ -74,6 +77,10 @@ class Variant:
     boundary: int
     head: int = 0
     adapter: Any = None
+    writes_only: bool = False
+
+    def measures(self, item: Item | Prompt) -> bool:
+        return not self.writes_only or (isinstance(item, Item) and isinstance(item.question, Question))
 
     def enter(self) -> None:
         """Sets the context of the model up for this variant."""
@@ -152,7 +159,7 @@ def _read_counts(text: str) -> dict[str, int]:
     return counts
 
 
-def _open(path: Path, n_threads: int) -> PopLlama:
+def _open(path: Path, n_threads: int, **options: Any) -> PopLlama:
     return PopLlama(
         str(path),
         pop=False,
@@ -163,6 +170,7 @@ def _open(path: Path, n_threads: int) -> PopLlama:
         n_threads_batch=n_threads,
         flash_attn=True,
         verbose=False,
+        **options,
     )
 
 
@@ -170,7 +178,8 @@ def _open_variants(
     name: str, source: Path, boundaries: list[int], kinds: list[str], n_threads: int
 ) -> Iterator[Variant]:
     """Yields the variants that were asked for, the whole model first."""
-    adapters = {boundary: KEPT / f"{name}.b{boundary}.gguf" for boundary in boundaries} if "fitted" in kinds else {}
+    fits = "fitted" in kinds or "completed" in kinds
+    adapters = {boundary: KEPT / f"{name}.b{boundary}.gguf" for boundary in boundaries} if fits else {}
     missing = {boundary: path.with_suffix(".part") for boundary, path in adapters.items() if not path.exists()}
     if missing:
         llm = steps.open_whole(source, n_threads)
@@ -190,6 +199,12 @@ def _open_variants(
             adapter = native.adapter_init(llm.model, adapters[boundary])
             label = name_variant(boundary, n_layer, fitted=True, head=steps.HEAD)
             yield Variant(label, llm, boundary, steps.HEAD, adapter)
+    if "completed" in kinds:
+        completing = _open(source, n_threads, pop_complete="answer", pop_complete_chunk=COMPLETED)
+        for boundary in sorted(boundaries, reverse=True):
+            adapter = native.adapter_init(completing.model, adapters[boundary])
+            label = name_variant(boundary, n_layer, fitted=True, head=steps.HEAD) + " completed"
+            yield Variant(label, completing, boundary, steps.HEAD, adapter, writes_only=True)
     n_removed = round(n_layer / 3)
     for kind in ("removed", "shortgpt"):
         if kind in kinds:
@@ -263,7 +278,8 @@ def _measure(variants: list[Variant], work: list[Work], results: Results) -> Non
     started = shown = time.monotonic()
     n_measured = 0
     for number, (task, item) in enumerate(work):
-        missing = [variant for variant in variants if results.get(task, item.id, variant.name) is None]
+        measured = [variant for variant in variants if variant.measures(item)]
+        missing = [variant for variant in measured if results.get(task, item.id, variant.name) is None]
         if missing:
             n_measured += 1
             for variant, figures in _measure_item(variants[0], missing, item):

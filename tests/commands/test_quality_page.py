@@ -42,6 +42,30 @@ def test_page_has_paired_differences_and_the_budget_that_they_allow(tmp_path, mo
         assert (tmp_path / "quality" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def write_rows(path, layers: int, rows: list[tuple]) -> None:
+    header = {"model": "model.gguf", "layers": layers, "bytes": 1, "fingerprint": "0"}
+    keys = ("task", "item", "variant", "figures")
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in (header, *(dict(zip(keys, row)) for row in rows))))
+
+
+def test_further_parts_show_ablations_ranks_of_layers_and_what_a_fit_depends_on(tmp_path):
+    # The importance has the order of the measured costs, and the influence has the reverse order.
+    rows = [("scores", f"layer {il}", "whole", {"importance": il + 1.0, "influence": 9.0 - il}) for il in range(4)]
+    for item in ("0", "1"):
+        rows += [("code", item, f"layer {il}", {"kl": 0.1 * il + 0.01, "top1": 1.0}) for il in range(4)]
+        rows.append(("code", item, "POP", {"kl": 0.25, "top1": 0.75}))
+    write_rows(tmp_path / "ablations" / "smollm2-135m.jsonl", 4, rows)
+    rows = [("kinds: code", "0", name, {"kl": kl}) for name, kl in (("plain", 0.5), ("code", 0.125), ("all", 0.25))]
+    write_rows(tmp_path / "sensitivity" / "smollm2-135m.jsonl", 4, rows)
+    text = "\n".join(quality_page.further_sections(tmp_path))
+    assert "| POP | 0.250 [0.250, 0.250] | 75.0% |" in text and "| layer 1 |" not in text
+    assert "importance of `convert` over all layers: 1.00" in text and "influence over all layers: -1.00" in text
+    assert "| Prompts of | Prompts | Plain | Fitted to code | Fitted to all |" in text
+    assert "| code | 1 | 0.5000 [0.5000, 0.5000] | 0.1250 [0.1250, 0.1250] | 0.2500" in text
+    assert "lengths" not in text
+
+
 def test_page_without_results_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["quality_page", "--results", str(tmp_path), "--out", str(tmp_path / "q.md")])
     with pytest.raises(PopError, match=r"run python -m tools\.real_table"):

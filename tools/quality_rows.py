@@ -1,0 +1,89 @@
+"""What a variant of a model costs on each task, from the figures that `real_table` has measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pypop_gguf.quality.results import WHOLE, Results
+from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, paired_difference
+
+# The metric that stands for a task, and what guessing scores.
+METRICS = {
+    "mmlu": ("MMLU", "accuracy", 0.25),
+    "hellaswag": ("HellaSwag", "accuracy_norm", 0.25),
+    "gsm8k": ("GSM8K", "exact_match", 0.0),
+    "humaneval": ("HumanEval", "passed", 0.0),
+    "hotpotqa": ("HotpotQA, F1", "f1", 0.0),
+    "recall-500": ("Recall, 500 tokens", "exact_match", 0.0),
+    "recall-2000": ("Recall, 2,000 tokens", "exact_match", 0.0),
+    "tracking-500": ("Variables, 500 tokens, F1", "f1", 0.0),
+}
+LABELS = {
+    "plain": "plain",
+    "head": "plain, first token whole",
+    "fitted": "fitted",
+    "completed": "fitted, completed",
+    "removed": "removed",
+    "shortgpt": "ShortGPT",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one model.
+
+    Attributes:
+        model: Key of ``MODELS``.
+        variant: Its name in the results.
+        kl: Mean KL divergence over all prompts, None if it was not measured.
+        losses: By task: the difference of the score to the whole model.
+    """
+
+    model: str
+    variant: str
+    kl: Mean | None
+    losses: dict[str, Difference]
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.variant)
+
+
+def kind_of(variant: str) -> str:
+    """Returns the key of ``KINDS`` that a variant belongs to."""
+    first = variant.split()[0]
+    if first in ("removed", "shortgpt"):
+        return first
+    if "completed" in variant:
+        return "completed"
+    if "fitted" in variant:
+        return "fitted"
+    return "head" if "head" in variant else "plain"
+
+
+def boundary_of(variant: str) -> int | None:
+    first = variant.split()[0]
+    return int(first[1:]) if first[1:].isdecimal() else None
+
+
+def kl_tasks(results: Results) -> list[str]:
+    return [task for task in results.tasks() if task.startswith("kl-")]
+
+
+def make_rows(model: str, results: Results) -> list[Row]:
+    """Returns the rows of a model, without the whole model itself."""
+    rows = []
+    for variant in results.variants():
+        if variant == WHOLE:
+            continue
+        values = [results.column(task, variant, "kl", results.items(task, [variant])) for task in kl_tasks(results)]
+        joined = np.concatenate(values) if values else np.array([])
+        losses = {}
+        for task, (_, metric, _) in METRICS.items():
+            if items := results.items(task, [WHOLE, variant]):
+                columns = (results.column(task, name, metric, items) for name in (variant, WHOLE))
+                losses[task] = paired_difference(*columns)
+        rows.append(Row(model, variant, bootstrap_mean(joined) if len(joined) else None, losses))
+    return rows
