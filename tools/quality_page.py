@@ -17,7 +17,17 @@ from pypop_gguf.statistics import Difference, bootstrap_mean
 from tests.support.paths import ROOT
 from tools import ablation_table, fit_sensitivity
 from tools.quality_plots import plot_kl, plot_losses
-from tools.quality_rows import LABELS, METRICS, Row, boundary_of, kind_of, kl_tasks, make_rows
+from tools.quality_rows import (
+    LABELS,
+    METRICS,
+    Row,
+    boundary_of,
+    is_guess,
+    kind_of,
+    kl_tasks,
+    make_rows,
+    sorted_variants,
+)
 from tools.real_models import MODELS
 from tools.real_table import KINDS, RESULTS
 
@@ -133,7 +143,7 @@ def _score_table(name: str, results: Results, rows: list[Row]) -> str:
         if not items:
             continue
         score = bootstrap_mean(results.column(task, WHOLE, metric, items))
-        chance = " (guessing)" if guess and score.low <= guess else ""
+        chance = " (guessing)" if guess and is_guess(score, task) else ""
         whole = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]{chance}"
         cells = [_difference_cell(row.losses[task]) if task in row.losses else "N/A" for row in mine]
         lines.append([title, str(len(items)), whole, *cells])
@@ -147,9 +157,7 @@ def _difference_cell(difference: Difference) -> str:
 
 def _kl_table(name: str, results: Results) -> str:
     lines = []
-    for variant in results.variants():
-        if variant == WHOLE:
-            continue
+    for variant in sorted_variants(results):
         cells = []
         for task in kl_tasks(results):
             items = results.items(task, [variant])
@@ -164,7 +172,11 @@ def _budget_text(rows: list[Row]) -> str:
     measured = sorted((row for row in rows if row.kl and row.losses), key=lambda row: row.kl.value)
     good: list[Row] = []
     for row in measured:
-        lost = {task: loss for task, loss in row.losses.items() if loss.value < -BUDGET_LOSS and not loss.within_noise}
+        lost = {
+            task: loss
+            for task, loss in row.losses.items()
+            if task not in row.guessed and loss.value < -BUDGET_LOSS and not loss.within_noise
+        }
         if lost:
             task, loss = min(lost.items(), key=lambda pair: pair[1].value)
             breach = (
@@ -175,7 +187,9 @@ def _budget_text(rows: list[Row]) -> str:
         good.append(row)
     else:
         breach = "No row does."
-    widths = [(loss.high - loss.low) / 2 for row in measured for loss in row.losses.values()]
+    widths = [
+        (loss.high - loss.low) / 2 for row in measured for task, loss in row.losses.items() if task not in row.guessed
+    ]
     if widths:
         breach += (
             f" Half of the intervals reach {100 * np.median(widths):.1f} points or more to each side, so smaller "
@@ -188,7 +202,8 @@ def _budget_text(rows: list[Row]) -> str:
     )
     return (
         f"Rows are sorted by their mean KL divergence over the four kinds. {limit[0].upper()}{limit[1:]} no task loses "
-        f"more than {100 * BUDGET_LOSS:.0f} point beyond noise. {breach}"
+        f"more than {100 * BUDGET_LOSS:.0f} point beyond noise. Tasks on which the whole model only guesses do not "
+        f"count. {breach}"
     )
 
 

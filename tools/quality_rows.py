@@ -39,12 +39,14 @@ class Row:
         variant: Its name in the results.
         kl: Mean KL divergence over all prompts, None if it was not measured.
         losses: By task: the difference of the score to the whole model.
+        guessed: Tasks on which the whole model does no better than guessing, so that nothing can be lost there.
     """
 
     model: str
     variant: str
     kl: Mean | None
     losses: dict[str, Difference]
+    guessed: frozenset[str]
 
     @property
     def kind(self) -> str:
@@ -72,12 +74,27 @@ def kl_tasks(results: Results) -> list[str]:
     return [task for task in results.tasks() if task.startswith("kl-")]
 
 
+def sorted_variants(results: Results) -> list[str]:
+    """Returns the variants without the whole model, from few skipped layers to many, and rivals last."""
+    kinds = list(LABELS)
+    found = [variant for variant in results.variants() if variant != WHOLE]
+    return sorted(found, key=lambda variant: (-(boundary_of(variant) or 0), kinds.index(kind_of(variant))))
+
+
+def is_guess(score: Mean, task: str) -> bool:
+    return score.low <= METRICS[task][2]
+
+
 def make_rows(model: str, results: Results) -> list[Row]:
     """Returns the rows of a model, without the whole model itself."""
+    whole = {
+        task: bootstrap_mean(results.column(task, WHOLE, metric, items))
+        for task, (_, metric, _) in METRICS.items()
+        if (items := results.items(task, [WHOLE]))
+    }
+    guessed = frozenset(task for task, score in whole.items() if is_guess(score, task))
     rows = []
-    for variant in results.variants():
-        if variant == WHOLE:
-            continue
+    for variant in sorted_variants(results):
         values = [results.column(task, variant, "kl", results.items(task, [variant])) for task in kl_tasks(results)]
         joined = np.concatenate(values) if values else np.array([])
         losses = {}
@@ -85,5 +102,5 @@ def make_rows(model: str, results: Results) -> list[Row]:
             if items := results.items(task, [WHOLE, variant]):
                 columns = (results.column(task, name, metric, items) for name in (variant, WHOLE))
                 losses[task] = paired_difference(*columns)
-        rows.append(Row(model, variant, bootstrap_mean(joined) if len(joined) else None, losses))
+        rows.append(Row(model, variant, bootstrap_mean(joined) if len(joined) else None, losses, guessed))
     return rows
