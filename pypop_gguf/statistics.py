@@ -7,6 +7,7 @@ columns are paired.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,6 +68,15 @@ def bootstrap_mean(values: np.ndarray) -> Mean:
     """Returns the mean of ``values``, [n], one value for each sample."""
     means = values[_draws(len(values))].mean(axis=1)
     return Mean(float(values.mean()), *_interval(means))
+
+
+def bootstrap_mean_of_groups(groups: Sequence[np.ndarray]) -> Mean:
+    """Returns the mean of the groups' means. Each group, [n] with an n of its own, is resampled by itself."""
+    means = [
+        values[np.random.default_rng(i).integers(len(values), size=(_RESAMPLES, len(values)))].mean(axis=1)
+        for i, values in enumerate(groups)
+    ]
+    return Mean(float(np.mean([values.mean() for values in groups])), *_interval(np.mean(means, axis=0)))
 
 
 def paired_difference(values: np.ndarray, baseline: np.ndarray) -> Difference:

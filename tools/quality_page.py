@@ -13,7 +13,7 @@ import numpy as np
 
 from pypop_gguf.errors import PopError
 from pypop_gguf.quality.results import WHOLE, Results
-from pypop_gguf.statistics import Difference, bootstrap_mean
+from pypop_gguf.statistics import Difference, Mean, bootstrap_mean
 from tests.support.paths import ROOT
 from tools import ablation_table, fit_sensitivity
 from tools.quality_plots import plot_kl, plot_losses
@@ -69,7 +69,8 @@ def page(found: dict[str, Results], rows: list[Row], further: list[str]) -> str:
         "The column of the whole model has its score in percent, with a 95% interval. All others have the difference "
         "to it on the same questions, in points. A difference beyond noise is bold (p below 0.05: McNemar's exact "
         "test, for F1 a permutation test within pairs). The test asks for more than an interval without 0 where few "
-        "questions differ, and one in twenty differences is bold by chance.",
+        "questions differ, and one in twenty differences is bold by chance. *Guessing* marks tasks on which the whole "
+        "model may be no better than chance, so that it has nothing to lose.",
     ]
     for name, results in found.items():
         parts += [f"### {results.model}", _score_table(name, results, rows)]
@@ -138,21 +139,33 @@ def _heading(variant: str) -> str:
 def _score_table(name: str, results: Results, rows: list[Row]) -> str:
     mine = [row for row in rows if row.model == name]
     lines = []
-    for task, (title, metric, guess) in METRICS.items():
+    for task, (title, metric, _) in METRICS.items():
         items = results.items(task, [WHOLE])
         if not items:
             continue
         score = bootstrap_mean(results.column(task, WHOLE, metric, items))
-        chance = " (guessing)" if guess and is_guess(score, task) else ""
-        whole = f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]{chance}"
+        chance = " (guessing)" if is_guess(score, task) else ""
+        whole = _percent(score, ".1f") + chance
         cells = [_difference_cell(row.losses[task]) if task in row.losses else "N/A" for row in mine]
         lines.append([title, str(len(items)), whole, *cells])
+    scores = [
+        results.column(task, WHOLE, metric, items).mean()
+        for task, (_, metric, _) in METRICS.items()
+        if (items := results.items(task, [WHOLE])) and task not in mine[0].guessed
+    ]
+    cells = [_percent(row.mean_loss, "+.1f") if row.mean_loss else "N/A" for row in mine]
+    lines.append(["Mean of the tasks that are not guessed", "", f"{100 * np.mean(scores):.1f}", *cells])
     return _table(["Task", "Questions", "Whole", *(_heading(row.variant) for row in mine)], lines)
 
 
 def _difference_cell(difference: Difference) -> str:
-    text = f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    text = _percent(difference, "+.1f")
     return text if difference.within_noise else f"**{text}**"
+
+
+def _percent(estimate: Mean | Difference, spec: str) -> str:
+    value, low, high = (format(100 * number, spec) for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _kl_table(name: str, results: Results) -> str:

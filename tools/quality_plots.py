@@ -70,7 +70,7 @@ def plot_losses(rows: list[Row], path: Path) -> None:
         axes.set_visible(False)
     figure.supxlabel("KL divergence, nats per token")
     figure.supylabel("difference to the whole model, points")
-    kinds = [kind for kind in _MARKERS if any(row.kind == kind for row in rows)]
+    kinds = [kind for kind in _MARKERS if any(row.kind == kind and row.kl for row in rows)]
     handles = [Line2D([], [], color=_COLOURS[i], lw=4, label=model) for i, model in enumerate(models)]
     handles += [
         Line2D(

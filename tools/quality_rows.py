@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pypop_gguf.quality.results import WHOLE, Results
-from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, paired_difference
+from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, bootstrap_mean_of_groups, paired_difference
 
 # The metric that stands for a task, and what guessing scores.
 METRICS = {
@@ -39,6 +39,7 @@ class Row:
         variant: Its name in the results.
         kl: Mean KL divergence over all prompts, None if it was not measured.
         losses: By task: the difference of the score to the whole model.
+        mean_loss: The mean of these differences over the tasks that are not guessed, None if one is missing.
         guessed: Tasks on which the whole model does no better than guessing, so that nothing can be lost there.
     """
 
@@ -46,6 +47,7 @@ class Row:
     variant: str
     kl: Mean | None
     losses: dict[str, Difference]
+    mean_loss: Mean | None
     guessed: frozenset[str]
 
     @property
@@ -97,10 +99,15 @@ def make_rows(model: str, results: Results) -> list[Row]:
     for variant in sorted_variants(results):
         values = [results.column(task, variant, "kl", results.items(task, [variant])) for task in kl_tasks(results)]
         joined = np.concatenate(values) if values else np.array([])
-        losses = {}
+        losses, groups = {}, []
         for task, (_, metric, _) in METRICS.items():
             if items := results.items(task, [WHOLE, variant]):
-                columns = (results.column(task, name, metric, items) for name in (variant, WHOLE))
-                losses[task] = paired_difference(*columns)
-        rows.append(Row(model, variant, bootstrap_mean(joined) if len(joined) else None, losses, guessed))
+                found, expected = (results.column(task, name, metric, items) for name in (variant, WHOLE))
+                losses[task] = paired_difference(found, expected)
+                if task not in guessed:
+                    groups.append(found - expected)
+        kl = bootstrap_mean(joined) if len(joined) else None
+        is_complete = groups and len(groups) == len(whole.keys() - guessed)
+        mean_loss = bootstrap_mean_of_groups(groups) if is_complete else None
+        rows.append(Row(model, variant, kl, losses, mean_loss, guessed))
     return rows
