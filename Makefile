@@ -57,9 +57,7 @@ arm: build/arm/.installed
 	    $(BIN)/python -m pytest tests/engine/test_arm.py tests/engine/test_kernels.py
 
 # a build for x86-64 with AMX, and its kernels against exact products, on a processor with AVX-512 VNNI
-amx:
-	@grep -q avx512_vnni /proc/cpuinfo || { echo "make amx needs Linux and a processor with AVX-512 VNNI" >&2; exit 1; }
-	$(MAKE) build/amx/.installed
+amx: build/amx/.installed
 	rm -f build/amx/report.jsonl
 	POP_AMX=build/amx/bin POP_REPORT=build/amx/report.jsonl \
 	    $(BIN)/python -m pytest tests/engine/test_amx.py tests/engine/test_kernels.py
@@ -145,7 +143,8 @@ build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/* tests/programs/*
 	touch $@
 
 build/amx/.installed: $(VENV)/.installed $(wildcard tests/amx/* tests/programs/*)
-	@echo "building ggml with POP for AMX: about 10 minutes on 2 cores, once"
+	@grep -q avx512_vnni /proc/cpuinfo || { echo "make amx needs Linux and a processor with AVX-512 VNNI" >&2; exit 1; }
+	@echo "building ggml with POP for AMX: a few minutes on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset amx -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/amx --target products emulated-tiles
 	touch $@

@@ -1,9 +1,9 @@
 // Lets programs use the tiles of AMX on a processor of x86-64 without them. `make amx` builds this library, and
 // LD_PRELOAD puts it into programs of Linux.
 //
-// The processor refuses an instruction with tiles, and Linux tells the process with the signal SIGILL. The handler here
-// does what the instruction does after Intel's manual (Software Developer's Manual, volume 2), and goes on behind it. It
-// ends the process where the real instruction would. So programs run as they were compiled, and nothing in them knows.
+// The processor refuses an instruction with tiles, and Linux tells the process so with the signal SIGILL. The handler
+// here does what Intel's manual (Software Developer's Manual, volume 2) says of the instruction, and lets the program
+// go on behind it. It ends the process where the real instruction would fault. So programs run as they were compiled.
 //
 // Linux grants the tiles to a process that asks; here, syscall() does, unless EMULATED_TILES=refused is in the
 // environment. At its end, the process says on stderr how many products of tiles it has computed.
