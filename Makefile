@@ -11,7 +11,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures vulkan arm bench quality docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures vulkan arm amx bench quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -34,7 +34,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/arm/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/amx/*.cpp tests/arm/*.cpp tests/programs/*.cpp
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval]" --no-build-isolation
@@ -55,6 +55,12 @@ arm: build/arm/.installed
 	rm -f build/arm/report.jsonl
 	POP_ARM=build/arm/bin POP_REPORT=build/arm/report.jsonl \
 	    $(BIN)/python -m pytest tests/engine/test_arm.py tests/engine/test_kernels.py
+
+# a build for x86-64 with AMX, and its kernels against exact products, on a processor with AVX-512 VNNI
+amx: build/amx/.installed
+	rm -f build/amx/report.jsonl
+	POP_AMX=build/amx/bin POP_REPORT=build/amx/report.jsonl \
+	    $(BIN)/python -m pytest tests/engine/test_amx.py tests/engine/test_kernels.py
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -130,10 +136,17 @@ build/vulkan/.installed: $(VENV)/.installed
 	    -C cmake.define.LLAMA_BUILD_COMMON=OFF -C cmake.define.LLAMA_BUILD_TOOLS=OFF .
 	touch $@
 
-build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/*)
+build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/* tests/programs/*)
 	@echo "building llama.cpp with POP for aarch64: about 20 minutes on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset arm -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/arm
+	touch $@
+
+build/amx/.installed: $(VENV)/.installed $(wildcard tests/amx/* tests/programs/*)
+	@grep -q avx512_vnni /proc/cpuinfo || { echo "make amx needs Linux and a processor with AVX-512 VNNI" >&2; exit 1; }
+	@echo "building ggml with POP for AMX: a few minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset amx -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/amx --target products emulated-tiles
 	touch $@
 
 clean:

@@ -154,7 +154,7 @@ static const pop_attention_kernel * find_kernel(const ggml_tensor * dst) {
         return nullptr;
     }
 #    if defined(POP_KERNELS_HAS_AVX512_VNNI)
-    if (pop_setting() == POP_KERNELS_BEST) {
+    if (pop_setting_is_best()) {
         return make_kernel<pop_avx512_vnni>();
     }
 #    endif

@@ -85,6 +85,9 @@ private:
     int64_t         next = 0;
 };
 
+// A pop_pass_state lives as long as a pass. It sets up the processor for a kernel that needs that, as those with AMX do.
+template <class K> struct pop_pass_state {};
+
 // Computes the outputs of a tile of an expert's weights for the rows from `first` to `end`, pop_pass_rows at most.
 template <class K>
 static void pop_compute_tile(
@@ -93,6 +96,8 @@ static void pop_compute_tile(
     constexpr int chunk_bytes = K::chunk_bytes(pop_chunk);
 
     pop_scratch<K> & scratch = *(pop_scratch<K> *) memory;
+
+    [[maybe_unused]] const pop_pass_state<K> state{};
 
     const int64_t   first_out = tile * outputs;
     const int64_t   n_outputs = std::min<int64_t>(outputs, job.n_out - first_out);

@@ -8,8 +8,8 @@
 //   has_block  whether there is multiply_block(), which computes all products of a block, and arrange(), which puts
 //              weights in the order that it reads; otherwise pop-kernels-tile.h uses dot() or pairs()
 //
-// pop_best is the struct of the best instruction set that the compiler may use. pop_base is the one for work that is
-// done in vectors of 32 bytes everywhere.
+// pop_best is the struct of the best instruction set that the compiler may use, but for the tiles of AMX, which
+// pop-kernels-amx.h has. pop_base is the one for work that is done in vectors of 32 bytes everywhere.
 
 #pragma once
 

@@ -70,10 +70,10 @@ static inline int32_t pop_load_32(const void * p) {
     return x;
 }
 
-// Adds the products of one block to sum[R][pop_vectors].
-template <class S, class F, int R>
+// Adds the products of one block to sum[R][pop_vectors]. T is pop_tile<S>, or a tile that has the same layout.
+template <class S, class F, int R, class T>
 static inline void pop_multiply_block(const pop_activations * x,
-                                      const pop_tile<S> &     w,
+                                      const T &               w,
                                       int                     block,
                                       typename S::vi (&sum)[R][pop_vectors]) {
     using vi = typename S::vi;
@@ -136,9 +136,9 @@ static inline void pop_multiply_block(const pop_activations * x,
 
 // Adds the products of a chunk to sums[R][outputs], or to nothing if the chunk is the first, which has no sums yet. The
 // rows of the result are `stride` apart.
-template <class S, class F, int R>
+template <class S, class F, int R, class T>
 static void pop_multiply(
-    const pop_activations * x, const pop_tile<S> & w, int n_blocks, const float * sums, float * out, size_t stride) {
+    const pop_activations * x, const T & w, int n_blocks, const float * sums, float * out, size_t stride) {
     using vi = typename S::vi;
     using vf = typename S::vf;
 

@@ -10,6 +10,7 @@ void pop_kernels_choose(const char * setting) {
 
 #if defined(POP_HAS_KERNELS)
 
+#    include "pop-kernels-amx.h"
 #    include "pop-kernels-float.h"
 #    include "pop-kernels-groups.h"
 #    include "pop-kernels-unpack-iq.h"
@@ -154,13 +155,33 @@ template <class S> static const pop_kernel * kernel_of(ggml_type type, int group
     }
 }
 
+bool pop_kernels_take_tiles(void) {
+#    if defined(POP_KERNELS_HAS_AMX)
+    static const bool taken = pop_setting() == POP_KERNELS_TILES && pop_amx::ask_permission();
+    return taken;
+#    else
+    return false;
+#    endif
+}
+
+static const pop_kernel * best_kernel(ggml_type type, int group_rows, int turn) {
+#    if defined(POP_KERNELS_HAS_AMX)
+    if (pop_kernels_take_tiles()) {
+        return kernel_of<pop_amx>(type, group_rows, turn);
+    }
+#    endif
+    return kernel_of<pop_best>(type, group_rows, turn);
+}
+
 static const pop_kernel * find_kernel(ggml_type type, int group_rows, int turn) {
     switch (pop_setting().load()) {
         case POP_KERNELS_OFF:
             return nullptr;
         case POP_KERNELS_BEST:
-            return kernel_of<pop_best>(type, group_rows, turn);
+            return best_kernel(type, group_rows, turn);
 #    if defined(POP_HAS_X86_KERNELS)
+        case POP_KERNELS_TILES:
+            return best_kernel(type, group_rows, turn);
         case POP_KERNELS_AVX2:
             return kernel_of<pop_avx2>(type, group_rows, turn);
         case POP_KERNELS_AVX_VNNI:
@@ -265,6 +286,10 @@ bool pop_kernels_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, 
 }
 
 #else
+
+bool pop_kernels_take_tiles(void) {
+    return false;
+}
 
 size_t pop_kernels_work_size(int, const ggml_tensor *, int, int) {
     return 0;

@@ -75,8 +75,8 @@ def add_kernels_argument(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("on", "off"),
         help="who computes prompts on a CPU: kernels of pypop_gguf where they are faster (on), or those of llama.cpp "
-        "alone (default: POP_KERNELS in the environment, else on, but off on Arm processors, where they were never "
-        "measured)",
+        "alone. The kernels for Arm processors, and those with AMX, were never measured and run only with on (default: "
+        "POP_KERNELS in the environment, else on, but without these)",
     )
 
 

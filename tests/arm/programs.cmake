@@ -3,12 +3,12 @@ include(CheckCXXCompilerFlag)
 
 # Adds the programs that tests run in qemu, beside the libraries: ggml looks there for its CPU libraries.
 function(pop_add_arm_programs)
-    foreach(name IN ITEMS worker products)
-        add_executable(arm-${name} tests/arm/${name}.cpp)
-        target_include_directories(arm-${name} PRIVATE csrc)
-        target_link_libraries(arm-${name} PRIVATE llama)
-        set_target_properties(arm-${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
-    endforeach()
+    add_executable(arm-worker tests/arm/worker.cpp)
+    target_include_directories(arm-worker PRIVATE csrc)
+    target_link_libraries(arm-worker PRIVATE llama)
+    add_executable(products tests/programs/products.cpp)
+    target_link_libraries(products PRIVATE ggml)
+    set_target_properties(arm-worker products PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
 endfunction()
 
 # GCC knows the matrix instructions of Armv9 (SME) from version 14 on. An older one builds these CPU libraries empty, and

@@ -227,7 +227,21 @@ def in_process(products: list[Product | Attention], kernels: str | None) -> list
 
 def in_qemu(products: list[Product], kernels: str | None, processor: str) -> list[np.ndarray]:
     """Computes products as another kind of processor does, which is one of those in tests/support/emulation.py."""
-    given, shapes = b"", []
+    written = emulation.run(processor, "products", given=_packed(products), kernels=kernels)
+    return _unpacked(written, products)
+
+
+def with_amx(
+    products: list[Product], kernels: str | None, *, granted: bool = True
+) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """Computes products as a processor with AMX does, and returns what ``emulation.run_with_amx`` counts, too."""
+    written, counts = emulation.run_with_amx("products", given=_packed(products), kernels=kernels, granted=granted)
+    return _unpacked(written, products), counts
+
+
+def _packed(products: list[Product]) -> bytes:
+    """Returns what tests/programs/products.cpp reads."""
+    given = b""
     for product in products:
         used = 0 if product.experts is None else product.experts.shape[-1]
         inputs = product.input.shape
@@ -238,8 +252,13 @@ def in_qemu(products: list[Product], kernels: str | None, processor: str) -> lis
         given += product.input.astype(np.float32).tobytes()
         if product.experts is not None:
             given += product.experts.astype(np.int32).tobytes()
-        shapes.append((*inputs[:-1], n_outputs) if product.experts is None else (*product.experts.shape, n_outputs))
-    written = emulation.run(processor, "arm-products", given=given, kernels=kernels)
+    return given
+
+
+def _unpacked(written: bytes, products: list[Product]) -> list[np.ndarray]:
+    """Returns the outputs that tests/programs/products.cpp has written."""
+    rows = [product.input.shape[:-1] if product.experts is None else product.experts.shape for product in products]
+    shapes = [(*outer, product.weights.shape[-2]) for outer, product in zip(rows, products, strict=True)]
     ends = np.cumsum([np.prod(shape) for shape in shapes])
     flat = np.split(np.frombuffer(written, np.float32), ends)
     assert not flat[-1].size

@@ -1,7 +1,7 @@
-// Computes products of weights with the library for aarch64, as tests/support/products.py does on the machine itself.
-// tests/support/products.py also runs this program in qemu.
+// Computes products of weights with the library, as tests/support/products.py does in Python. That file also runs this
+// program, where the library is for another processor: `make arm` and `make amx` build it.
 //
-//     arm-products < products > outputs
+//     products < products > outputs
 //
 // A product is ten integers of 64 bits: ggml's type of the weights, the number of threads, the three dimensions of the
 // weights, the four of the input, and the experts that each row meets (0: there are no experts). The weights, the input
@@ -16,7 +16,7 @@
 
 static void require(bool holds, const char * what) {
     if (!holds) {
-        fprintf(stderr, "arm-products: %s\n", what);
+        fprintf(stderr, "products: %s\n", what);
         exit(1);
     }
 }
