@@ -105,17 +105,16 @@ def section(results: Results) -> str:
     n = sum(len(results.items(kind, alone)) for kind in kinds)
     title = f"| Variant, a third of {results.n_layer} layers | KL divergence | Same likeliest token |"
     costs = np.concatenate([_costs(results, kind, alone) for kind in kinds])  # [prompts, layers]
-    lines = []
-    for score, label in (("importance", "the importance of `convert`"), ("influence", "ShortGPT's influence")):
+    ranks = ["| Score of a layer | All layers | All but the last |", "| --- | --- | --- |"]
+    for score, label in (("importance", "importance of `convert`"), ("influence", "block influence of ShortGPT")):
         values = results.column(SCORES, "whole", score, alone)
-        below, every = slice(None, -1), slice(None)
-        for layers, which in ((every, "all layers"), (below, "all but the last")):
-            found = rank_correlation(values[layers], costs[:, layers])
-            lines.append(f"{label} over {which}: {found:.2f}")
-    return "\n".join([title, "| --- | --- | --- |", *rows]) + (
-        f"\n\nRank correlation (Spearman) of a score with the KL divergence where that layer alone is skipped, "
-        f"over {n} prompts: {'; '.join(lines)}."
+        found = (rank_correlation(values[:end], costs[:, :end]) for end in (None, -1))
+        ranks.append(f"| {label} | {' | '.join(f'{one:.2f}' for one in found)} |")
+    intro = (
+        "Does a score tell which layers are dear to skip? This is its rank correlation (Spearman) with the KL "
+        f"divergence where that layer alone is skipped, over {n} prompts:"
     )
+    return "\n".join([title, "| --- | --- | --- |", *rows, "", intro, "", *ranks])
 
 
 def _mean(results: Results, kinds: Sequence[str], variant: str) -> Mean:

@@ -99,7 +99,7 @@ def by_lengths(arguments: argparse.Namespace, source: Path, results: Results) ->
     for number in range(arguments.prompts):
         for length in arguments.lengths:
             # The question and the chat template take about 40 tokens of a prompt.
-            start = number * len(tokens) // arguments.prompts
+            start = number * longest % (len(tokens) - longest)
             part = llm.detokenize(tokens[start : start + length - 40]).decode(errors="replace")
             text = f"Summarize this text in three sentences.\n\n{part}"
             _measure(results, llm, meter, f"lengths: {length}", number, text, arguments.boundary, "all")

@@ -26,6 +26,7 @@ from tools.quality_rows import (
     kind_of,
     kl_tasks,
     make_rows,
+    mean_score,
     sorted_variants,
 )
 from tools.real_models import MODELS
@@ -148,13 +149,8 @@ def _score_table(name: str, results: Results, rows: list[Row]) -> str:
         whole = _percent(score, ".1f") + chance
         cells = [_difference_cell(row.losses[task]) if task in row.losses else "N/A" for row in mine]
         lines.append([title, str(len(items)), whole, *cells])
-    scores = [
-        results.column(task, WHOLE, metric, items).mean()
-        for task, (_, metric, _) in METRICS.items()
-        if (items := results.items(task, [WHOLE])) and task not in mine[0].guessed
-    ]
     cells = [_percent(row.mean_loss, "+.1f") if row.mean_loss else "N/A" for row in mine]
-    lines.append(["Mean of the tasks that are not guessed", "", f"{100 * np.mean(scores):.1f}", *cells])
+    lines.append(["Mean of the tasks that are not guessed", "", f"{100 * mean_score(results):.1f}", *cells])
     return _table(["Task", "Questions", "Whole", *(_heading(row.variant) for row in mine)], lines)
 
 

@@ -111,3 +111,14 @@ def make_rows(model: str, results: Results) -> list[Row]:
         mean_loss = bootstrap_mean_of_groups(groups) if is_complete else None
         rows.append(Row(model, variant, kl, losses, mean_loss, guessed))
     return rows
+
+
+def mean_score(results: Results) -> float:
+    """Returns the mean of the whole model's scores over the tasks that it does not guess."""
+    columns = {
+        task: results.column(task, WHOLE, metric, items)
+        for task, (_, metric, _) in METRICS.items()
+        if (items := results.items(task, [WHOLE]))
+    }
+    known = [column.mean() for task, column in columns.items() if not is_guess(bootstrap_mean(column), task)]
+    return float(np.mean(known))

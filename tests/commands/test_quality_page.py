@@ -60,7 +60,7 @@ def test_further_parts_show_ablations_ranks_of_layers_and_what_a_fit_depends_on(
     write_rows(tmp_path / "sensitivity" / "smollm2-135m.jsonl", 4, rows)
     text = "\n".join(quality_page.further_sections(tmp_path))
     assert "| POP | 0.250 [0.250, 0.250] | 75.0% |" in text and "| layer 1 |" not in text
-    assert "importance of `convert` over all layers: 1.00" in text and "influence over all layers: -1.00" in text
+    assert "| importance of `convert` | 1.00 [1.00, 1.00] | 1.00" in text and "ShortGPT | -1.00 [-1.00" in text
     assert "| Prompts of | Prompts | Plain | Fitted to code | Fitted to all |" in text
     assert "| code | 1 | 0.5000 [0.5000, 0.5000] | 0.1250 [0.1250, 0.1250] | 0.2500" in text
     assert "lengths" not in text

@@ -16,10 +16,12 @@ from pypop_gguf.bench.report import summarize
 from pypop_gguf.bench.runs import read_csv
 from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.geometries import GEOMETRIES
+from pypop_gguf.quality.results import Results, name_variant
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
 from tools import bench_network, cli_docs, memory_table, platforms
 from tools.equal_quality import BUDGETS, format_table, read_measured
+from tools.quality_rows import make_rows, mean_score
 
 PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "third_party/README.md")
@@ -132,18 +134,41 @@ def speedup_and_limit(case) -> list[str]:
     return [f"{ratio.value:.2f} {interval}", f"{case.limit:.2f}"]
 
 
-PEER_PAGES = ["README.md", "docs/speed.md"]
+def table_rows(page: str) -> list[list[str]]:
+    return [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
 
 
-@pytest.mark.parametrize("page", PEER_PAGES)
-def test_speeds_with_kernels_match_the_raw_runs(page):
+# The boundaries that `pop-gguf prepare` has chosen
+CHOSEN = {"smollm2-135m": 24, "qwen2.5-coder-0.5b": 18, "qwen2.5-coder-1.5b": 21}
+
+
+def test_readme_shows_what_prepare_has_chosen():
+    expected = []
+    for setting, (cases, costs) in read_measured(ROOT / "bench/real-epyc-2-cores.csv", ROOT / "bench/real/kl").items():
+        [name] = [name for name in CHOSEN if name in setting.model.lower()]
+        boundary = CHOSEN[name]
+        times = {case.n_prompt: case for case in cases if (case.boundary, case.n_parallel) == (boundary, 1)}
+        speedups = [f"{times[n].speedup.value:.2f} ({times[n].off_after.value:.2f})" for n in (128, 512, 2048)]
+        results = Results(ROOT / "bench" / "real" / f"{name}.jsonl")
+        variant = name_variant(boundary, setting.n_layer, fitted=True, head=1)
+        [row] = [row for row in make_rows(name, results) if row.variant == variant]
+        before, loss = 100 * mean_score(results), row.mean_loss
+        after = f"{before:.1f} -> {before + 100 * loss.value:.1f} [{100 * loss.low:+.1f}, {100 * loss.high:+.1f}]"
+        model = re.sub(r"\.(Q\w+)$", r", \1", setting.model)
+        skipped = f"{setting.n_layer - boundary} of {setting.n_layer}"
+        expected.append([model, skipped, *speedups, f"{costs['fitted'][boundary]:.4f}", after])
+    shown = [row for row in table_rows("README.md") if len(row) == 7 and "->" in row[6]]
+    assert sorted(shown) == sorted(expected)
+
+
+def test_speeds_with_kernels_match_the_raw_runs():
     cases = {
         (setting.model, case.n_prompt, f"{setting.n_layer - case.boundary} of {setting.n_layer}"): case
         for setting, found in summarize(read_csv(ROOT / "bench" / "kernels-epyc-2-cores.csv")).items()
         for case in found
     }
-    rows = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
-    rows = [row[:7] for row in rows if row[0] in KERNEL_MODELS and len(row) > 6 and row[3].endswith(" ms")]
+    rows = table_rows("docs/speed.md")
+    rows = [row for row in rows if row[0] in KERNEL_MODELS and len(row) > 6 and row[3].endswith(" ms")]
     assert len(rows) >= 10
     for model, n_prompt, skipped, *shown in rows:
         case = cases[KERNEL_MODELS[model], int(n_prompt), skipped]
@@ -152,7 +177,6 @@ def test_speeds_with_kernels_match_the_raw_runs(page):
 
 
 def test_speeds_of_the_peer_match_the_raw_runs():
-    """docs/speed.md has tokens per second, and the last column of README's first table the ratio to stock."""
     text = (ROOT / "bench" / "peers-epyc-2-cores.txt").read_text()
     measured = {}
     for section in text.split("== ")[1:]:
@@ -164,11 +188,8 @@ def test_speeds_of_the_peer_match_the_raw_runs():
             r"^ *(\d+) +(\w+) +([\d.]+) +([\d.]+) +([\d.]+)", section, re.MULTILINE
         ):
             measured.setdefault((model, n_prompt), {})[engine] = [float(speed) for speed in speeds]
-    tables = {
-        page: [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
-        for page in PEER_PAGES
-    }
-    rows = {tuple(row[:2]): row[2:7] for row in tables["docs/speed.md"] if len(row) == 8 and tuple(row[:2]) in measured}
+    rows = {tuple(row[:2]): row[2:7] for row in table_rows("docs/speed.md") if len(row) == 8}
+    rows = {case: row for case, row in rows.items() if case in measured}
     assert rows.keys() == measured.keys()
     for case, engines in measured.items():
         (stock, *_), (peer, *_), (ours, low, high) = engines["stock"], engines["peer"], engines["ours"]
@@ -180,17 +201,12 @@ def test_speeds_of_the_peer_match_the_raw_runs():
             f"{ours / peer:.2f}",
         ]
         assert rows[case] == shown, case
-    ratios = {(row[0].replace("-Instruct", ""), row[1]): row[7] for row in tables["README.md"] if len(row) == 8}
-    for case in measured.keys() & ratios.keys():
-        expected = f"{measured[case]['peer'][0] / measured[case]['stock'][0]:.2f}"
-        assert ratios[case] in (expected, "N/A"), case
-    assert sum(ratio not in ("N/A", "ik_llama.cpp") and ratio[0].isdigit() for ratio in ratios.values()) == 8
 
 
 def test_speeds_at_equal_quality_match_the_raw_figures():
     measured = read_measured(ROOT / "bench" / "real-epyc-2-cores.csv", ROOT / "bench" / "real" / "kl")
     expected = [cells(row) for row in format_table(measured).splitlines()]
-    page = [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / "docs" / "speed.md").read_text(), re.MULTILINE)]
+    page = table_rows("docs/speed.md")
     shown = [[row[0].replace(", ", "."), *row[1:]] for row in page if len(row) == 7 and row[1] in map(str, BUDGETS)]
     assert shown == [[*row[:2], *row[3:]] for row in expected if row[2] == "fitted"]
     assert not any(row[3] != "none" for row in expected if row[2] == "plain")
