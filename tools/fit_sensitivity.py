@@ -1,15 +1,15 @@
 """Measures on what a fit depends: the kind of the texts, the length of the prompt, and the weights' type.
 
-Each is measured at one boundary as the KL divergence to the whole model over the answers that it writes, on the prompts
-of `real_quality`. The figures go to bench/real/sensitivity/MODEL.jsonl, and a run that was interrupted goes on where it
-stopped.
+Each is measured with a third of the layers skipped, as the KL divergence to the whole model over the answers that it
+writes, on the prompts of `real_quality`. The figures go to bench/real/sensitivity/MODEL.jsonl, and a run that was
+interrupted goes on where it stopped.
 
 `kinds` compares fits on code alone, on all other bundled texts and on all, each on as many tokens as the code has.
 `lengths` measures prompts of several lengths, which ask for a summary of essays.
 `types` fits to F16, Q8_0 and Q4_0 copies of the model, which llama-quantize writes from the weights as they are, and
 uses each fit on each copy.
 
-    python -m tools.fit_sensitivity smollm2-135m kinds --boundary 20 --data DATA
+    python -m tools.fit_sensitivity smollm2-135m kinds --data DATA
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pypop_gguf import PopLlama
+from pypop_gguf import PopLlama, library
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting import steps, texts
 from pypop_gguf.fitting.measure import Meter
@@ -44,15 +44,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("by", choices=TITLES)
-    parser.add_argument("--boundary", type=int, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=10, metavar="N", help="prompts of each kind or length (10)")
     parser.add_argument("--lengths", type=integer_list, default=[100, 500, 2000, 8000], help="tokens of the prompts")
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
+    source = fetch(arguments.model)
+    n_layer = library.describe_model(source).n_layer
+    arguments.boundary = n_layer - round(n_layer / 3)
     for directory in (KEPT, RESULTS):
         directory.mkdir(parents=True, exist_ok=True)
-    source = fetch(arguments.model)
     results = Results(RESULTS / f"{arguments.model}.jsonl", source)
     {"kinds": by_kinds, "lengths": by_lengths, "types": by_types}[arguments.by](arguments, source, results)
     print("\n".join(aligned(make_rows(results, arguments.by))))

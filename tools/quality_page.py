@@ -109,8 +109,11 @@ def further_sections(directory: Path) -> list[str]:
     if sensitivity:
         parts += [
             "## What a fit depends on",
-            "KL divergence in nats per token with a 95% interval, measured by `python -m tools.fit_sensitivity`. A fit "
-            "to code, to all other texts, or to all had as many tokens each as the bundled code has.",
+            "KL divergence in nats per token with a 95% interval, with a third of the layers skipped, measured by "
+            "`python -m tools.fit_sensitivity`. Where the kinds of texts are compared, fits to code, to all other "
+            "texts and to all had as many tokens each as the bundled code has. Where types are compared, "
+            "llama-quantize wrote the copies from the weights as they are. Prompts of several lengths ask for a "
+            "summary of essays.",
         ]
     for results in sensitivity:
         for by in fit_sensitivity.TITLES:

@@ -63,7 +63,7 @@ def test_further_parts_show_ablations_ranks_of_layers_and_what_a_fit_depends_on(
     assert "| importance of `convert` | 1.00 [1.00, 1.00] | 1.00" in text and "ShortGPT | -1.00 [-1.00" in text
     assert "| Prompts of | Prompts | Plain | Fitted to code | Fitted to all |" in text
     assert "| code | 1 | 0.5000 [0.5000, 0.5000] | 0.1250 [0.1250, 0.1250] | 0.2500" in text
-    assert "lengths" not in text
+    assert ": lengths" not in text
 
 
 def test_page_without_results_says_what_to_run(tmp_path, monkeypatch):
