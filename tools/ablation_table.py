@@ -39,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=10, metavar="N", help="prompts of each kind (default: 10)")
+    parser.add_argument("--prompts", type=int, default=10, metavar="N", help="prompts of each kind (10); 0: scores alone")
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
     import torch
@@ -64,6 +64,8 @@ def main() -> int:
         for name, importance, change in zip(names, prefill.tolist(), influence.tolist()):
             results.add(SCORES, name, "whole", {"importance": importance, "influence": change})
     influence = results.column(SCORES, "whole", "influence", names)
+    if arguments.prompts < 1:
+        return 0
     variants = [*ablations.variants(len(layers), round(len(layers) / 3), influence)]
     variants += [ablations.Variant(name, (il,)) for il, name in enumerate(names)]
     [sparsity] = {variant.sparsity for variant in variants if variant.sparsity}
@@ -96,7 +98,7 @@ def name_layer(il: int) -> str:
 
 def section(results: Results) -> str:
     """Returns the rows of the model as a table in Markdown, and how well the scores order its layers."""
-    rows, kinds = [], [task for task in results.tasks() if task != SCORES]
+    rows, kinds = [], kinds_of(results)
     alone = [name_layer(il) for il in range(results.n_layer)]
     for variant in results.variants():
         if variant in alone or variant == "whole":
@@ -115,6 +117,19 @@ def section(results: Results) -> str:
         f"divergence where that layer alone is skipped, over {n} prompts:"
     )
     return "\n".join([title, "| --- | --- | --- |", *rows, "", intro, "", *ranks])
+
+
+def kinds_of(results: Results) -> list[str]:
+    """Returns the kinds of prompts that were measured, none if the model has scores alone."""
+    return [task for task in results.tasks() if task != SCORES]
+
+
+def layer_costs(results: Results) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the importance of each layer, and the mean KL divergence where it alone is skipped, both [n_layer]."""
+    alone = [name_layer(il) for il in range(results.n_layer)]
+    importance = results.column(SCORES, "whole", "importance", alone)
+    costs = [_costs(results, kind, alone) for kind in kinds_of(results)]
+    return importance, np.concatenate(costs).mean(axis=0) if costs else None
 
 
 def _mean(results: Results, kinds: Sequence[str], variant: str) -> Mean:

@@ -16,7 +16,7 @@ from pypop_gguf.quality.results import WHOLE, Results
 from pypop_gguf.statistics import Difference, Mean, bootstrap_mean
 from tests.support.paths import ROOT
 from tools import ablation_table, fit_sensitivity
-from tools.quality_plots import plot_kl, plot_losses
+from tools.quality_plots import plot_kl, plot_layers, plot_losses
 from tools.quality_rows import (
     LABELS,
     METRICS,
@@ -49,6 +49,8 @@ def main() -> int:
     plots.mkdir(parents=True, exist_ok=True)
     plot_kl(rows, {name: results.n_layer for name, results in found.items()}, plots / "kl.png")
     plot_losses(rows, plots / "losses.png")
+    for results in _read_all(arguments.results / "ablations"):
+        plot_layers(results, plots / layers_plot(results))
     reading = plots / "reading.md"
     parts = [*further_sections(arguments.results), reading.read_text() if reading.exists() else ""]
     arguments.out.write_text(page(found, rows, parts))
@@ -92,6 +94,10 @@ def page(found: dict[str, Results], rows: list[Row], further: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def layers_plot(results: Results) -> str:
+    return f"layers-{results.model.removesuffix('.gguf').lower()}.png"
+
+
 def further_sections(directory: Path) -> list[str]:
     """Returns the parts about ablations, and about what the fit depends on, of the models that have such results."""
     parts = []
@@ -104,7 +110,13 @@ def further_sections(directory: Path) -> list[str]:
             "the answer is written without these layers or weights, too.",
         ]
     for results in ablations:
-        parts += [f"### {results.model}: ablations", ablation_table.section(results)]
+        has_costs = bool(ablation_table.kinds_of(results))
+        parts += [
+            f"### {results.model}: {'ablations' if has_costs else 'importance of its layers'}",
+            ablation_table.section(results) if has_costs else "",
+            f"![Importance of each layer{' and the cost of skipping it' if has_costs else ''}]"
+            f"(quality/{layers_plot(results)})",
+        ]
     sensitivity = _read_all(directory / "sensitivity")
     if sensitivity:
         parts += [

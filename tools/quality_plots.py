@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from pypop_gguf.plotting import style_axes
+from pypop_gguf.quality.results import Results
+from tools.ablation_table import layer_costs
 from tools.quality_rows import LABELS, METRICS, Row, boundary_of
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
@@ -79,4 +83,24 @@ def plot_losses(rows: list[Row], path: Path) -> None:
         for k in kinds
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_layers(results: Results, path: Path) -> None:
+    """Draws the importance of each layer for prefill and, where it was measured, the cost of skipping it alone."""
+    from matplotlib.figure import Figure
+
+    importance, costs = layer_costs(results)
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    lines = [(importance, "importance for prefill", _COLOURS[1])]
+    if costs is not None:
+        lines[0] = (importance / importance.max() * costs.max(), "importance for prefill, scaled", _COLOURS[1])
+        lines.append((costs, "KL divergence where the layer is skipped, nats per token", _COLOURS[0]))
+    for values, label, colour in lines:
+        shown = np.where(values > 0, values, np.nan)  # The last layer costs nothing, and a logarithm has no 0.
+        axes.plot(range(len(values)), shown, marker="o", ms=4, lw=1, color=colour, label=label)
+    axes.set(xlabel="layer", yscale="log")
+    axes.legend(frameon=False, fontsize=8)
+    style_axes(axes)
     figure.savefig(path, dpi=150)

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from pypop_gguf import PopError
-from tools import quality_page, real_table
+from pypop_gguf.quality.results import Results
+from tools import quality_page, quality_plots, real_table
 
 
 def write_results(path, n_items: int, lost: int) -> None:
@@ -64,6 +65,16 @@ def test_further_parts_show_ablations_ranks_of_layers_and_what_a_fit_depends_on(
     assert "| Prompts of | Prompts | Plain | Fitted to code | Fitted to all |" in text
     assert "| code | 1 | 0.5000 [0.5000, 0.5000] | 0.1250 [0.1250, 0.1250] | 0.2500" in text
     assert ": lengths" not in text
+
+
+def test_a_model_with_scores_alone_gets_a_plot(tmp_path):
+    rows = [("scores", f"layer {il}", "whole", {"importance": 4.0 - il, "influence": 1.0}) for il in range(4)]
+    write_rows(tmp_path / "ablations" / "smollm2-135m.jsonl", 4, rows)
+    text = "\n".join(quality_page.further_sections(tmp_path))
+    assert "model.gguf: importance of its layers" in text and "(quality/layers-model.png)" in text
+    results = Results(tmp_path / "ablations" / "smollm2-135m.jsonl")
+    quality_plots.plot_layers(results, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_page_without_results_says_what_to_run(tmp_path, monkeypatch):
