@@ -1,15 +1,6 @@
 # CMakePresets.json includes this file in the preset "arm".
 include(CheckCXXCompilerFlag)
-
-# Adds the programs that tests run in qemu, beside the libraries: ggml looks there for its CPU libraries.
-function(pop_add_arm_programs)
-    foreach(name IN ITEMS worker products)
-        add_executable(arm-${name} tests/arm/${name}.cpp)
-        target_include_directories(arm-${name} PRIVATE csrc)
-        target_link_libraries(arm-${name} PRIVATE llama)
-        set_target_properties(arm-${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
-    endforeach()
-endfunction()
+include("${CMAKE_CURRENT_LIST_DIR}/../programs/programs.cmake")
 
 # GCC knows the matrix instructions of Armv9 (SME) from version 14 on. An older one builds these CPU libraries empty, and
 # ggml passes over them.
@@ -22,5 +13,4 @@ function(pop_empty_kinds_with_sme)
     endif()
 endfunction()
 
-cmake_language(DEFER CALL pop_add_arm_programs)
 cmake_language(DEFER CALL pop_empty_kinds_with_sme)

@@ -1,7 +1,8 @@
 """The kernels of csrc/pop-kernels.cpp, which compute products of weights with many rows.
 
 They are compared with the exact product of the dequantized weights, and with ggml's own kernels, which a process with
-POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu.
+POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu,
+and `make windows` for Windows, in wine.
 """
 
 import platform
@@ -14,7 +15,7 @@ from gguf.quants import dequantize
 
 from pypop_gguf import library
 from tests.support import emulation
-from tests.support.products import Ggml, Product, in_process, in_qemu
+from tests.support.products import Ggml, Product, in_emulator, in_process
 from tests.support.report import report
 
 MIN_ROWS = 9
@@ -30,27 +31,27 @@ SHAPES = ((9, 100, 512), (31, 17, 256), (33, 64, 768), (70, 15, 512), (70, 40, 2
 SHORT_SHAPES = ((9, 16, 32), (31, 17, 64), (33, 100, 896), (70, 40, 928), (12, 33, 37), (10, 16, 261))
 
 IS_X86, IS_ARM = platform.machine() in ("x86_64", "AMD64"), platform.machine() in ("aarch64", "arm64")
-# `make arm` computes the products in qemu, for each of its processors.
-PROCESSORS = emulation.PROCESSORS if emulation.PROGRAMS else (None,)
+# `make arm` and `make windows` compute the products in each of their emulators.
+EMULATORS = tuple(emulation.EMULATORS) or (None,)
 
 pytestmark = pytest.mark.skipif(not (IS_X86 or IS_ARM), reason="the kernels are for x86 and Arm")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer that multiplies matrices: this one, or, where a processor is named, one that qemu imitates."""
+    """A computer that multiplies matrices: this one, or, where an emulator is named, the one that it imitates."""
 
-    processor: str | None
+    emulator: str | None
 
     def compute(self, asked: list[Product], kernels: str | None) -> list[np.ndarray]:
         """Returns the outputs. POP_KERNELS is ``kernels``, or not in the environment."""
-        if self.processor:
-            return in_qemu(asked, kernels, self.processor)
+        if self.emulator:
+            return in_emulator(asked, kernels, self.emulator)
         return [output for output, _ in in_process(asked, kernels)]
 
     @property
     def is_arm(self) -> bool:
-        return bool(self.processor) or IS_ARM
+        return self.emulator in emulation.ARM or IS_ARM
 
     @property
     def instructions(self) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ class Machine:
 
     def has_kernel(self, name: str, instructions: str) -> bool:
         """Returns whether our kernels compute products of these weights with these instructions."""
-        if self.processor:
-            return name not in FLOATS and self.processor != "cortex-a57"
+        if self.emulator in emulation.ARM:
+            return name not in FLOATS and self.emulator != "cortex-a57"
         found = library.load().llama_print_system_info()
         if self.is_arm:
             return name not in FLOATS and b"DOTPROD = 1" in found
@@ -68,7 +69,7 @@ class Machine:
         return not needed or (instructions == "on" and needed in found)
 
 
-@pytest.fixture(params=PROCESSORS, scope="module")
+@pytest.fixture(params=EMULATORS, scope="module")
 def machine(request) -> Machine:
     return Machine(request.param)
 

@@ -225,8 +225,8 @@ def in_process(products: list[Product | Attention], kernels: str | None) -> list
     return pickle.loads(done.stdout)
 
 
-def in_qemu(products: list[Product], kernels: str | None, processor: str) -> list[np.ndarray]:
-    """Computes products as another kind of processor does, which is one of those in tests/support/emulation.py."""
+def in_emulator(products: list[Product], kernels: str | None, name: str) -> list[np.ndarray]:
+    """Computes products in one of the emulators in tests/support/emulation.py."""
     given, shapes = b"", []
     for product in products:
         used = 0 if product.experts is None else product.experts.shape[-1]
@@ -239,7 +239,7 @@ def in_qemu(products: list[Product], kernels: str | None, processor: str) -> lis
         if product.experts is not None:
             given += product.experts.astype(np.int32).tobytes()
         shapes.append((*inputs[:-1], n_outputs) if product.experts is None else (*product.experts.shape, n_outputs))
-    written = emulation.run(processor, "arm-products", given=given, kernels=kernels)
+    written = emulation.run(name, "products", given=given, kernels=kernels)
     ends = np.cumsum([np.prod(shape) for shape in shapes])
     flat = np.split(np.frombuffer(written, np.float32), ends)
     assert not flat[-1].size

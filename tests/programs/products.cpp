@@ -1,7 +1,7 @@
-// Computes products of weights with the library for aarch64, as tests/support/products.py does on the machine itself.
-// tests/support/products.py also runs this program in qemu.
+// Computes products of weights with the library, as tests/support/products.py does in Python. That file also runs this
+// program, where the library is for another processor or system: `make arm` and `make windows` build it.
 //
-//     arm-products < products > outputs
+//     products < products > outputs
 //
 // A product is ten integers of 64 bits: ggml's type of the weights, the number of threads, the three dimensions of the
 // weights, the four of the input, and the experts that each row meets (0: there are no experts). The weights, the input
@@ -14,9 +14,14 @@
 #include <cstdlib>
 #include <vector>
 
+#ifdef _WIN32
+#    include <fcntl.h>
+#    include <io.h>
+#endif
+
 static void require(bool holds, const char * what) {
     if (!holds) {
-        fprintf(stderr, "arm-products: %s\n", what);
+        fprintf(stderr, "products: %s\n", what);
         exit(1);
     }
 }
@@ -89,6 +94,11 @@ static void compute(ggml_backend_dev_t device, const int64_t * header) {
 }
 
 int main() {
+#ifdef _WIN32
+    // Otherwise Windows takes some of the bytes for ends of lines or of the file.
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     ggml_backend_load_all();
     ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     require(device != nullptr, "no CPU library");
