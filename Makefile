@@ -139,7 +139,7 @@ build/vulkan/.installed: $(VENV)/.installed
 # the library for another platform, and the programs that tests run with it
 build/arm/.installed build/windows/.installed: build/%/.installed: $(VENV)/.installed \
     $(wildcard tests/arm/* tests/programs/* tests/windows/*)
-	@echo "building llama.cpp with POP by the preset $*: about 20 minutes on 2 cores, once"
+	@echo "building llama.cpp with POP by the preset $*: 20 minutes or more on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset $* -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$*
 	touch $@
