@@ -11,7 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures vulkan arm amx bench quality docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures vulkan arm windows amx bench quality docs soak licences audit \
+        pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -34,7 +35,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/amx/*.cpp tests/arm/*.cpp tests/programs/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/amx/*.cpp tests/programs/*.cpp
 
 test-slow: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval]" --no-build-isolation
@@ -54,7 +55,13 @@ vulkan: build/vulkan/.installed
 arm: build/arm/.installed
 	rm -f build/arm/report.jsonl
 	POP_ARM=build/arm/bin POP_REPORT=build/arm/report.jsonl \
-	    $(BIN)/python -m pytest tests/engine/test_arm.py tests/engine/test_kernels.py
+	    $(BIN)/python -m pytest tests/engine/test_emulated.py tests/engine/test_kernels.py
+
+# the same with a build for Windows on x86-64, in wine
+windows: build/windows/.installed
+	rm -f build/windows/report.jsonl
+	POP_WINDOWS=build/windows/bin POP_REPORT=build/windows/report.jsonl \
+	    $(BIN)/python -m pytest tests/engine/test_emulated.py tests/engine/test_kernels.py
 
 # a build for x86-64 with AMX, and its kernels against exact products, on a processor with AVX-512 VNNI
 amx: build/amx/.installed
@@ -136,10 +143,12 @@ build/vulkan/.installed: $(VENV)/.installed
 	    -C cmake.define.LLAMA_BUILD_COMMON=OFF -C cmake.define.LLAMA_BUILD_TOOLS=OFF .
 	touch $@
 
-build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/* tests/programs/*)
-	@echo "building llama.cpp with POP for aarch64: about 20 minutes on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset arm -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/arm
+# the library for another platform, and the programs that tests run with it
+build/arm/.installed build/windows/.installed: build/%/.installed: $(VENV)/.installed \
+    $(wildcard tests/arm/* tests/programs/* tests/windows/*)
+	@echo "building llama.cpp with POP by the preset $*: 20 minutes or more on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset $* -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$*
 	touch $@
 
 build/amx/.installed: $(VENV)/.installed $(wildcard tests/amx/* tests/programs/*)

@@ -39,7 +39,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=10, metavar="N", help="prompts of each kind (10); 0: scores alone")
+    parser.add_argument(
+        "--prompts", type=int, default=10, metavar="N", help="prompts of each kind (10); 0: scores alone"
+    )
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
     import torch

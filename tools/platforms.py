@@ -1,8 +1,8 @@
 """Writes docs/platforms.md, the table of what was built and run, from bench/platforms.csv.
 
-The tests of `make vulkan` and `make arm`, and others with POP_REPORT in the environment, leave a report of their
-comparisons. The option --record takes the figures of one into the row of a platform before the page is written.
-tests/packaging/test_docs.py checks that the committed page is what this script writes.
+The tests of `make vulkan`, `make arm` and `make windows`, and others with POP_REPORT in the environment, leave a report
+of their comparisons. The option --record takes the figures of one into the row of a platform before the page is
+written. tests/packaging/test_docs.py checks that the committed page is what this script writes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,6 @@
 # CMakePresets.json includes this file in the preset "arm".
 include(CheckCXXCompilerFlag)
-
-# Adds the programs that tests run in qemu, beside the libraries: ggml looks there for its CPU libraries.
-function(pop_add_arm_programs)
-    add_executable(arm-worker tests/arm/worker.cpp)
-    target_include_directories(arm-worker PRIVATE csrc)
-    target_link_libraries(arm-worker PRIVATE llama)
-    add_executable(products tests/programs/products.cpp)
-    target_link_libraries(products PRIVATE ggml)
-    set_target_properties(arm-worker products PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
-endfunction()
+include("${CMAKE_CURRENT_LIST_DIR}/../programs/programs.cmake")
 
 # GCC knows the matrix instructions of Armv9 (SME) from version 14 on. An older one builds these CPU libraries empty, and
 # ggml passes over them.
@@ -22,5 +13,4 @@ function(pop_empty_kinds_with_sme)
     endif()
 endfunction()
 
-cmake_language(DEFER CALL pop_add_arm_programs)
 cmake_language(DEFER CALL pop_empty_kinds_with_sme)

@@ -2,7 +2,7 @@
 
 They are compared with the exact product of the dequantized weights, and with ggml's own kernels, which a process with
 POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu,
-and `make amx` for x86 with emulated tiles of AMX.
+`make windows` for Windows, in wine, and `make amx` for x86 with emulated tiles of AMX.
 """
 
 import platform
@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from pypop_gguf import library
 from tests.support import emulation
-from tests.support.products import Ggml, Product, in_process, in_qemu, with_amx
+from tests.support.products import Ggml, Product, in_emulator, in_process, with_amx
 from tests.support.report import report
 
 MIN_ROWS = 9
@@ -32,42 +32,42 @@ SHORT_SHAPES = ((9, 16, 32), (31, 17, 64), (33, 100, 896), (70, 40, 928), (12, 3
 
 IS_X86, IS_ARM = platform.machine() in ("x86_64", "AMD64"), platform.machine() in ("aarch64", "arm64")
 AMX = "x86-64 with AMX"
-# `make arm` computes the products in qemu, for each of its processors, and `make amx` with emulated tiles.
-PROCESSORS = emulation.PROCESSORS if emulation.PROGRAMS else (AMX,) if emulation.AMX_PROGRAMS else (None,)
+# `make arm` and `make windows` compute the products in each of their emulators, and `make amx` with emulated tiles.
+EMULATORS = tuple(emulation.EMULATORS) or ((AMX,) if emulation.AMX_PROGRAMS else (None,))
 
 pytestmark = pytest.mark.skipif(not (IS_X86 or IS_ARM), reason="the kernels are for x86 and Arm")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer that multiplies matrices: this one, or, where a processor is named, one that is emulated."""
+    """A computer that multiplies matrices: this one, or, where an emulator is named, the one that it imitates."""
 
-    processor: str | None
+    emulator: str | None
 
     def compute(self, asked: list[Product], kernels: str | None) -> list[np.ndarray]:
         """Returns the outputs. POP_KERNELS is ``kernels``, or not in the environment."""
-        if self.processor == AMX:
+        if self.emulator == AMX:
             # Only our kernels get tiles. ggml then computes few rows in the same way as beside ours.
             return with_amx(asked, kernels, granted=kernels == "on")[0]
-        if self.processor:
-            return in_qemu(asked, kernels, self.processor)
+        if self.emulator:
+            return in_emulator(asked, kernels, self.emulator)
         return [output for output, _ in in_process(asked, kernels)]
 
     @property
     def is_arm(self) -> bool:
-        return self.processor in emulation.PROCESSORS or IS_ARM
+        return self.emulator in emulation.ARM or IS_ARM
 
     @property
     def instructions(self) -> tuple[str, ...]:
         """Values of POP_KERNELS with which our kernels run."""
-        return ("on",) if self.processor or IS_ARM else ("on", "avxvnni", "avx2")
+        return ("on",) if self.is_arm or self.emulator == AMX else ("on", "avxvnni", "avx2")
 
     def has_kernel(self, name: str, instructions: str) -> bool:
         """Returns whether our kernels compute products of these weights with these instructions."""
-        if self.processor == AMX:
+        if self.emulator == AMX:
             return name != "BF16"  # `make amx` builds without AVX512-BF16
-        if self.processor:
-            return name not in FLOATS and self.processor != "cortex-a57"
+        if self.emulator in emulation.ARM:
+            return name not in FLOATS and self.emulator != "cortex-a57"
         found = library.load().llama_print_system_info()
         if self.is_arm:
             return name not in FLOATS and b"DOTPROD = 1" in found
@@ -75,7 +75,7 @@ class Machine:
         return not needed or (instructions == "on" and needed in found)
 
 
-@pytest.fixture(params=PROCESSORS, scope="module")
+@pytest.fixture(params=EMULATORS, scope="module")
 def machine(request) -> Machine:
     return Machine(request.param)
 

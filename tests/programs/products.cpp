@@ -1,5 +1,5 @@
 // Computes products of weights with the library, as tests/support/products.py does in Python. That file also runs this
-// program, where the library is for another processor: `make arm` and `make amx` build it.
+// program, where the library is for another processor or system: `make arm`, `make windows` and `make amx` build it.
 //
 //     products < products > outputs
 //
@@ -13,6 +13,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#ifdef _WIN32
+#    include <fcntl.h>
+#    include <io.h>
+#endif
 
 static void require(bool holds, const char * what) {
     if (!holds) {
@@ -89,6 +94,11 @@ static void compute(ggml_backend_dev_t device, const int64_t * header) {
 }
 
 int main() {
+#ifdef _WIN32
+    // Otherwise Windows takes some of the bytes for ends of lines or of the file.
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     ggml_backend_load_all();
     ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     require(device != nullptr, "no CPU library");

@@ -225,9 +225,9 @@ def in_process(products: list[Product | Attention], kernels: str | None) -> list
     return pickle.loads(done.stdout)
 
 
-def in_qemu(products: list[Product], kernels: str | None, processor: str) -> list[np.ndarray]:
-    """Computes products as another kind of processor does, which is one of those in tests/support/emulation.py."""
-    written = emulation.run(processor, "products", given=_packed(products), kernels=kernels)
+def in_emulator(products: list[Product], kernels: str | None, name: str) -> list[np.ndarray]:
+    """Computes products in one of the emulators in tests/support/emulation.py."""
+    written = emulation.run(name, "products", given=_packed(products), kernels=kernels)
     return _unpacked(written, products)
 
 

@@ -1,12 +1,14 @@
-// Reads prompts with the library for aarch64. tests/engine/test_arm.py compiles nothing: `make arm` does, and the test
-// runs this program in qemu and compares the logits with those of PyTorch and of the library for this machine.
+// Reads prompts with a library for another processor or system, which `make arm` and `make windows` compile. Then
+// tests/engine/test_emulated.py runs this program in qemu or wine, and compares the logits with those of PyTorch and of
+// the library for this machine.
 //
-//     arm-worker MODEL LOGITS < cases
+//     worker LOGITS < model-and-cases
 //
-// A case is a line of words: the boundary (0 leaves POP off), the tokens of head and tail, whether tokens continue, the
-// type of the cache, whether flash attention is on, an adapter's file or "-", the number of prompt tokens, and the
-// tokens of the prompt and of a text that follows it. The program writes the logits of the last prompt token and of
-// each token that follows to LOGITS, as F32, and prints how many tokens each case has pruned.
+// The first line names the model's file, in UTF-8 also on Windows. A case is a line of words: the boundary (0 leaves POP
+// off), the tokens of head and tail, whether tokens continue, the type of the cache, whether flash attention is on, an
+// adapter's file or "-", the number of prompt tokens, and the tokens of the prompt and of a text that follows it. The
+// program writes the logits of the last prompt token and of each token that follows to LOGITS, as F32, and prints how
+// many tokens each case has pruned.
 
 #include "llama-pop.h"
 
@@ -26,7 +28,7 @@ struct read_case {
 
 static void require(bool holds, const std::string & what) {
     if (!holds) {
-        std::cerr << "arm-worker: " << what << ": " << llama_pop_last_error() << "\n";
+        std::cerr << "worker: " << what << ": " << llama_pop_last_error() << "\n";
         exit(1);
     }
 }
@@ -81,15 +83,17 @@ static void decode(llama_context * ctx, const read_case & c, int32_t first, int3
 }
 
 int main(int argc, char ** argv) {
-    require(argc == 3, "usage: arm-worker MODEL LOGITS < cases");
+    require(argc == 2, "usage: worker LOGITS < model-and-cases");
     ggml_backend_load_all();
     llama_backend_init();
     std::cerr << llama_print_system_info() << "\n";
-    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
-    require(model != nullptr, "no model");
-    std::ofstream out(argv[2], std::ios::binary);
+    std::string line;
+    std::getline(std::cin, line);
+    llama_model * model = llama_model_load_from_file(line.c_str(), llama_model_default_params());
+    require(model != nullptr, "no model: " + line);
+    std::ofstream out(argv[1], std::ios::binary);
 
-    for (std::string line; std::getline(std::cin, line);) {
+    while (std::getline(std::cin, line)) {
         const read_case c   = parse(line);
         llama_context * ctx = open_context(model, c);
         decode(ctx, c, 0, c.n_prompt, out);

@@ -1,7 +1,8 @@
-"""The library for Linux on aarch64 gives what PyTorch gives, and what the library for this machine gives.
+"""A library for another platform gives what PyTorch gives, and what the library for this machine gives.
 
-`make arm` compiles it on this machine and runs these tests, in which qemu stands in for three kinds of processors. For
-each, ggml loads the most capable of its CPU libraries. The models are those of test_reference.py, and so is the bound.
+`make arm` compiles it for Linux on aarch64 and runs these tests, in which qemu stands in for three kinds of processors.
+`make windows` compiles it for Windows on x86-64, and wine runs it. ggml loads the most capable of its CPU libraries.
+The models are those of test_reference.py, and so is the bound.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from tests.support.report import report
 from tests.support.scaled_adapter import write_scaled
 
 if not emulation.PROGRAMS:
-    pytest.skip("the library for aarch64 is tested by `make arm`", allow_module_level=True)
+    pytest.skip("libraries for other platforms are tested by `make arm` and `make windows`", allow_module_level=True)
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "lfm2", "bundled"]
 N_PROMPT, N_TOKENS = 41, 44
@@ -41,7 +42,8 @@ class Case:
 
     def line(self, tokens: list[int]) -> str:
         flags = [self.continues, self.type_kv, self.flash_attention]
-        words = [self.boundary, self.head, self.tail, *map(int, flags), self.adapter or "-", N_PROMPT, *tokens]
+        adapter = emulation.name_of(self.adapter) if self.adapter else "-"
+        words = [self.boundary, self.head, self.tail, *map(int, flags), adapter, N_PROMPT, *tokens]
         return " ".join(map(str, words))
 
     @property
@@ -49,9 +51,9 @@ class Case:
         return N_PROMPT - self.head - self.tail if self.boundary else 0
 
 
-@pytest.fixture(params=emulation.PROCESSORS)
+@pytest.fixture(params=emulation.EMULATORS)
 def emulated(request, tmp_path):
-    """Reads cases with the library for aarch64.
+    """Reads cases with the library for another platform.
 
     The fixture is a function of a model's file, its tokens, the cases and POP_KERNELS. It returns F32
     [cases, tokens, n_vocab].
@@ -59,8 +61,9 @@ def emulated(request, tmp_path):
 
     def read(gguf, tokens, cases, kernels="off") -> np.ndarray:
         out = tmp_path / "logits.bin"
-        lines = "".join(case.line(tokens) + "\n" for case in cases)
-        n_pruned = emulation.run(request.param, "arm-worker", gguf, out, given=lines.encode(), kernels=kernels)
+        lines = [emulation.name_of(gguf), *(case.line(tokens) for case in cases)]
+        given = "".join(line + "\n" for line in lines).encode()
+        n_pruned = emulation.run(request.param, "worker", emulation.name_of(out), given=given, kernels=kernels)
         assert [int(line) for line in n_pruned.split()] == [case.n_pruned for case in cases]
         return np.fromfile(out, np.float32).reshape(len(cases), len(tokens) - N_PROMPT + 1, -1)
 
@@ -112,9 +115,9 @@ def test_adapters(emulated, reference_models, tmp_path, name):
     """Version 1 adds differences, as PyTorch does. Version 3 has quantized weights, which this machine reads too."""
     model = reference_models[name]
     tokens = model.tokens(N_TOKENS, seed=2)
-    added = write(model, tmp_path / "fit.gguf", 3)
+    added = write(model, tmp_path / "angepaßt.gguf", 3)
     scaled = write_scaled(tmp_path / "scaled.gguf", model.gguf, 3, 0.5)
-    cases = [Case(3, adapter=tmp_path / "fit.gguf"), Case(3, adapter=scaled), Case(3)]
+    cases = [Case(3, adapter=tmp_path / "angepaßt.gguf"), Case(3, adapter=scaled), Case(3)]
     differences, replacements, plain = emulated(model.gguf, tokens, cases)
     expected = pop_reference.logits(model.torch_model, model.layers, tokens, 3, N_PROMPT, added=added)
     check(model, cases[0], differences, expected)
@@ -131,7 +134,7 @@ QUANTIZED = [(outtype, kernels, 1e-3) for outtype in ("q8_0", "q4_0", "q4_k_m") 
 @pytest.mark.parametrize(("outtype", "kernels", "bound"), [("f32", "off", 1e-5), *QUANTIZED])
 def test_quantized_models_and_caches_equal_this_machines(emulated, reference_models, tmp_path, outtype, kernels, bound):
     model = reference_models["bundled"]
-    target = shutil.copy(model.gguf, tmp_path / "model.gguf")
+    target = shutil.copy(model.gguf, tmp_path / "Modell für Prüfungen.gguf")
     if outtype != "f32":
         quantize(model.gguf, target, outtype)
     tokens = model.tokens(N_TOKENS, seed=3)
