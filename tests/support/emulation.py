@@ -2,8 +2,8 @@
 
 ``make arm`` compiles them for Linux on aarch64, and qemu runs them as several kinds of processors. ``make windows``
 compiles them for Windows on x86-64, and wine runs them on this machine's processor. For each kind of processor, ggml
-loads the most capable of its CPU libraries. ``make amx`` compiles them for x86-64 with AMX. They run on this machine, and
-a library emulates the instructions that it lacks.
+loads the most capable of its CPU libraries. ``make amx`` compiles them for x86-64 with AMX. They run on this machine,
+and a library emulates the instructions that it lacks.
 """
 
 import os
