@@ -49,7 +49,7 @@ def main() -> int:
     plots.mkdir(parents=True, exist_ok=True)
     plot_kl(rows, {name: results.n_layer for name, results in found.items()}, plots / "kl.png")
     plot_losses(rows, plots / "losses.png")
-    for results in _read_all(arguments.results / "ablations"):
+    for results in _read_ablations(arguments.results):
         plot_layers(results, plots / layers_plot(results))
     reading = plots / "reading.md"
     parts = [*further_sections(arguments.results), reading.read_text() if reading.exists() else ""]
@@ -101,7 +101,7 @@ def layers_plot(results: Results) -> str:
 def further_sections(directory: Path) -> list[str]:
     """Returns the parts about ablations, and about what the fit depends on, of the models that have such results."""
     parts = []
-    ablations = _read_all(directory / "ablations")
+    ablations = _read_ablations(directory)
     if ablations:
         parts += [
             "## Ablations and rivals",
@@ -138,6 +138,12 @@ def further_sections(directory: Path) -> list[str]:
 def _read_all(directory: Path) -> list[Results]:
     paths = [directory / f"{name}.jsonl" for name in MODELS]
     return [Results(path) for path in paths if path.exists()]
+
+
+def _read_ablations(directory: Path) -> list[Results]:
+    """Returns the results of the models whose scores are there, without those of a run that has just begun."""
+    found = _read_all(directory / "ablations")
+    return [results for results in found if results.items(ablation_table.SCORES, [WHOLE])]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
