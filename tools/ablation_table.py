@@ -107,7 +107,7 @@ def section(results: Results) -> str:
             continue
         rows.append(f"| {variant} | {_mean(results, kinds, variant):.3f} | {_top1(results, kinds, variant):.1f}% |")
     n = sum(len(results.items(kind, alone)) for kind in kinds)
-    title = f"| Variant, a third of {results.n_layer} layers | KL divergence | Same likeliest token |"
+    title = f"| Variant, a third of {results.n_layer} layers | KL divergence, {n} prompts | Same likeliest token |"
     costs = np.concatenate([_costs(results, kind, alone) for kind in kinds])  # [prompts, layers]
     ranks = ["| Score of a layer | All layers | All but the last |", "| --- | --- | --- |"]
     for score, label in (("importance", "importance of `convert`"), ("influence", "block influence of ShortGPT")):
