@@ -11,8 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures vulkan arm windows amx bench quality docs soak licences audit \
-        pin clean
+.PHONY: demo page page-test test test-slow lint architectures vulkan arm windows amx bench quality docs soak licences \
+        audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo

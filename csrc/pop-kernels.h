@@ -24,9 +24,9 @@ enum { POP_KERNELS_OFF_PARAM = GGML_MAX_OP_PARAMS / sizeof(int32_t) - 1 };
 // Chooses as POP_KERNELS in the environment does; null: as without it. Call it while nothing is computed.
 void pop_kernels_choose(const char * setting);
 
-// Returns whether our kernels use the tiles of AMX, so that ggml's must not: both configure the tiles, and ggml's expect
-// their own configuration. The first call decides it for the life of the process. Our kernels take the tiles only with
-// the setting "on", since nobody has measured them.
+// Returns whether our kernels use the tiles of AMX, so that ggml's must not: both configure the tiles, and ggml's
+// expect their own configuration. The first call decides it for the life of the process. Our kernels take the tiles
+// only with the setting "on", since nobody has measured them.
 bool pop_kernels_take_tiles(void);
 
 // ggml may have rearranged the weights at load: then group_rows rows stand together, and take turns after `turn` bytes.

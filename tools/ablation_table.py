@@ -58,7 +58,7 @@ def main() -> int:
     results = Results(RESULTS / f"{arguments.model}.jsonl", source)
     model, tokenizer = load_for_importance(source)
     layers = find_decoder_layers(model)
-    names = [name_layer(il) for il in range(len(layers))]
+    names = _names(len(layers))
     calibration, _ = load_samples(tokenizer, None, max_samples=CALIBRATION, max_tokens=_TOKENS)
     if results.get(SCORES, names[-1], "whole") is None:
         influence = ablations.block_influence(model, layers, calibration)
@@ -94,21 +94,21 @@ def main() -> int:
     return 0
 
 
-def name_layer(il: int) -> str:
-    return f"layer {il}"
+def _names(n_layer: int) -> list[str]:
+    return [f"layer {il}" for il in range(n_layer)]
 
 
 def section(results: Results) -> str:
     """Returns the rows of the model as a table in Markdown, and how well the scores order its layers."""
     rows, kinds = [], kinds_of(results)
-    alone = [name_layer(il) for il in range(results.n_layer)]
+    alone = _names(results.n_layer)
     for variant in results.variants():
         if variant in alone or variant == "whole":
             continue
         rows.append(f"| {variant} | {_mean(results, kinds, variant):.3f} | {_top1(results, kinds, variant):.1f}% |")
-    n = sum(len(results.items(kind, alone)) for kind in kinds)
+    costs = _costs(results)
+    n = len(costs)
     title = f"| Variant, a third of {results.n_layer} layers | KL divergence, {n} prompts | Same likeliest token |"
-    costs = np.concatenate([_costs(results, kind, alone) for kind in kinds])  # [prompts, layers]
     ranks = ["| Score of a layer | All layers | All but the last |", "| --- | --- | --- |"]
     for score, label in (("importance", "importance of `convert`"), ("influence", "block influence of ShortGPT")):
         values = results.column(SCORES, "whole", score, alone)
@@ -128,10 +128,8 @@ def kinds_of(results: Results) -> list[str]:
 
 def layer_costs(results: Results) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the importance of each layer, and the mean KL divergence where it alone is skipped, both [n_layer]."""
-    alone = [name_layer(il) for il in range(results.n_layer)]
-    importance = results.column(SCORES, "whole", "importance", alone)
-    costs = [_costs(results, kind, alone) for kind in kinds_of(results)]
-    return importance, np.concatenate(costs).mean(axis=0) if costs else None
+    importance = results.column(SCORES, "whole", "importance", _names(results.n_layer))
+    return importance, _costs(results).mean(axis=0) if kinds_of(results) else None
 
 
 def _mean(results: Results, kinds: Sequence[str], variant: str) -> Mean:
@@ -145,9 +143,13 @@ def _top1(results: Results, kinds: Sequence[str], variant: str) -> float:
     return 100 * float(np.concatenate(shares).mean())
 
 
-def _costs(results: Results, kind: str, alone: Sequence[str]) -> np.ndarray:
-    items = results.items(kind, alone)
-    return np.stack([results.column(kind, name, "kl", items) for name in alone], axis=1)
+def _costs(results: Results) -> np.ndarray:
+    """Returns the KL divergence of each prompt where each layer alone is skipped, [n_prompts, n_layer]."""
+    alone, found = _names(results.n_layer), []
+    for kind in kinds_of(results):
+        items = results.items(kind, alone)
+        found.append(np.stack([results.column(kind, name, "kl", items) for name in alone], axis=1))
+    return np.concatenate(found)
 
 
 def rank_correlation(scores: np.ndarray, costs: np.ndarray) -> Mean:
@@ -159,8 +161,7 @@ def rank_correlation(scores: np.ndarray, costs: np.ndarray) -> Mean:
     """
 
     def correlate(means: np.ndarray) -> float:
-        ranks = [np.argsort(np.argsort(values)) for values in (scores, means)]
-        return float(np.corrcoef(*ranks)[0, 1])
+        return float(np.corrcoef(np.argsort(np.argsort(scores)), np.argsort(np.argsort(means)))[0, 1])
 
     chance = np.random.default_rng(0)
     drawn = [correlate(costs[chance.integers(len(costs), size=len(costs))].mean(axis=0)) for _ in range(2000)]

@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from pypop_gguf import PopLlama, library
-from pypop_gguf.errors import PopError
 from pypop_gguf.fitting import steps, texts
 from pypop_gguf.fitting.measure import Meter
 from pypop_gguf.quality.results import Results
@@ -32,7 +30,7 @@ from pypop_gguf.terminal import aligned, available_cores, integer_list
 from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts, read_essays
-from tools.real_table import KEPT, QUANTIZE
+from tools.real_table import KEPT, quantize_once
 
 RESULTS = ROOT / "bench" / "real" / "sensitivity"
 FIT_TEXTS = Path(texts.__file__).with_name("data") / "fit.jsonl"
@@ -95,7 +93,7 @@ def by_lengths(arguments: argparse.Namespace, source: Path, results: Results) ->
         n_threads_batch=arguments.threads,
         verbose=False,
     )
-    meter = Meter(llm, {arguments.boundary: _adapter(arguments, f"b{arguments.boundary}")})
+    meter = Meter(llm, {arguments.boundary: _kept(arguments, f"b{arguments.boundary}")})
     tokens = llm.tokenize(essays.encode(), add_bos=False)
     for number in range(arguments.prompts):
         for length in arguments.lengths:
@@ -107,7 +105,7 @@ def by_lengths(arguments: argparse.Namespace, source: Path, results: Results) ->
 
 
 def by_types(arguments: argparse.Namespace, source: Path, results: Results) -> None:
-    copies = {name: _copy_as(arguments, source, name) for name in TYPES}
+    copies = {name: quantize_once(source, _kept(arguments, name), name, ["--allow-requantize"]) for name in TYPES}
     for fitted_to, copy in copies.items():
         llm = steps.open_whole(copy, arguments.threads)
         _fit(llm, copy, texts.read_prompts(llm, None, steps.CONTEXT)[0], arguments, f"fit-{fitted_to}")
@@ -115,20 +113,20 @@ def by_types(arguments: argparse.Namespace, source: Path, results: Results) -> N
     for used_on, copy in copies.items():
         llm = steps.open_whole(copy, arguments.threads)
         for fitted_to in TYPES:
-            meter = Meter(llm, {arguments.boundary: _adapter(arguments, f"fit-{fitted_to}")})
+            meter = Meter(llm, {arguments.boundary: _kept(arguments, f"fit-{fitted_to}")})
             for kind, number, text in make_prompts(arguments.data, arguments.prompts):
                 item = f"{kind} {number}"
                 _measure(results, llm, meter, f"types: {used_on}", item, text, arguments.boundary, fitted_to)
         llm.close()
 
 
-def _adapter(arguments: argparse.Namespace, name: str) -> Path:
+def _kept(arguments: argparse.Namespace, name: str) -> Path:
     return KEPT / f"{arguments.model}.{name}.gguf"
 
 
 def _fit(llm: PopLlama, source: Path, prompts: list[list[int]], arguments: argparse.Namespace, name: str) -> Meter:
     """Fits once and keeps the adapter."""
-    adapter = _adapter(arguments, name)
+    adapter = _kept(arguments, name)
     if not adapter.exists():
         part = adapter.with_suffix(".part")
         steps.fit(llm, source, prompts, {arguments.boundary: part})
@@ -140,18 +138,6 @@ def _spread(prompts: list[list[int]], n_tokens: int) -> list[list[int]]:
     """Returns prompts from all over the list, about ``n_tokens`` tokens in all."""
     step = max(1.0, sum(map(len, prompts)) / n_tokens)
     return [prompts[int(i * step)] for i in range(int(len(prompts) / step))]
-
-
-def _copy_as(arguments: argparse.Namespace, source: Path, name: str) -> Path:
-    copy = KEPT / f"{arguments.model}.{name}.gguf"
-    if not copy.exists():
-        if not QUANTIZE.exists():
-            raise PopError(f"{QUANTIZE} is missing: run `make test-slow`, which builds it")
-        command = [QUANTIZE, "--allow-requantize", source, copy, name]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise PopError(f"llama-quantize failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
-    return copy
 
 
 def _measure(

@@ -120,7 +120,7 @@ def further_sections(directory: Path) -> list[str]:
     sensitivity = _read_all(directory / "sensitivity")
     if sensitivity:
         parts += [
-            "## What a fit depends on",
+            "## Texts, lengths and types that a fit depends on",
             "KL divergence in nats per token with a 95% interval, with a third of the layers skipped, measured by "
             "`python -m tools.fit_sensitivity`. Where the kinds of texts are compared, fits to code, to all other "
             "texts and to all had as many tokens each as the bundled code has. Where types are compared, "

@@ -1,4 +1,4 @@
-"""What a variant of a model costs on each task, from the figures that `real_table` has measured."""
+"""Computes what a variant of a model costs on each task, from the figures that `real_table` has measured."""
 
 from __future__ import annotations
 

@@ -216,17 +216,22 @@ def _open_variants(
 
 
 def _remove_layers(name: str, source: Path, kind: str, layers: list[int]) -> Path:
-    """Returns a copy without these layers, which llama-quantize writes once.
+    """Returns a copy without these layers."""
+    options = ["--prune-layers", ",".join(map(str, layers))]
+    return quantize_once(source, KEPT / f"{name}.{kind}-{len(layers)}.gguf", "COPY", options)
+
+
+def quantize_once(source: Path, target: Path, kind: str, options: list[str]) -> Path:
+    """Returns a copy of this type, which llama-quantize writes once.
 
     Raises:
         PopError: llama-quantize is not built, or fails.
     """
-    target = KEPT / f"{name}.{kind}-{len(layers)}.gguf"
     if not target.exists():
         if not QUANTIZE.exists():
             raise PopError(f"{QUANTIZE} is missing: run `make test-slow`, which builds it")
         part = target.with_suffix(".part")
-        command = [QUANTIZE, "--prune-layers", ",".join(map(str, layers)), source, part, "COPY"]
+        command = [QUANTIZE, *options, source, part, kind]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         if done.returncode != 0:
             raise PopError(f"llama-quantize failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
