@@ -234,4 +234,6 @@ def load_failure(path: str | os.PathLike, errors: list[str]) -> str:
     """Makes one line of what llama.cpp logged while it failed to load ``path``."""
     # The first line is the cause; those after it say which callers gave up.
     reason = errors[0].split(": ", 1)[-1] if errors else "no reason given"
-    return f"{path}: llama.cpp cannot load this model: {reason}"
+    on_device = any(re.search(r"failed to allocate (?!CPU)\S+ buffer", error) for error in errors)
+    advice = "; put fewer layers on the GPU (--gpu-layers, n_gpu_layers)" if on_device else ""
+    return f"{path}: llama.cpp cannot load this model: {reason}{advice}"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pypop_gguf.errors import one_line
 
 _BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
+ALL_LAYERS = -1  # what llama.cpp takes for all layers on a GPU
 
 
 class Progress(tqdm):
@@ -89,6 +90,25 @@ def add_complete_argument(parser: argparse.ArgumentParser) -> None:
         help="when the layers that prompts have skipped run for them after all, which makes their caches the whole "
         "model's: never, while no answer is wanted, or also between the tokens of answers (default: off)",
     )
+
+
+def add_gpu_layers_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--gpu-layers``, the ``n_gpu_layers`` of ``PopLlama``."""
+    parser.add_argument(
+        "--gpu-layers",
+        type=layer_count,
+        default=ALL_LAYERS,
+        metavar="N",
+        help="number of layers that a GPU holds and computes, the last ones first, in a build with a GPU; "
+        f"{ALL_LAYERS} is all of them (default: {ALL_LAYERS})",
+    )
+
+
+def layer_count(text: str) -> int:
+    """Converts an argument to a number of layers. Give it to argparse as ``type``."""
+    if text != str(ALL_LAYERS) and not (text.isascii() and text.isdigit() and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of layers: give 0 or more, or {ALL_LAYERS} for all")
+    return int(text)
 
 
 def choose_kernels(arguments: argparse.Namespace) -> None:

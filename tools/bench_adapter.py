@@ -19,7 +19,7 @@ import numpy as np
 
 from pypop_gguf import library, native
 from pypop_gguf.llama import PopLlama
-from pypop_gguf.terminal import available_cores, integer_list
+from pypop_gguf.terminal import ALL_LAYERS, available_cores, integer_list
 from tests.support.scaled_adapter import write_scaled
 
 llama_cpp = library.load()
@@ -56,6 +56,7 @@ def _measure(arguments: argparse.Namespace, adapter: Path, n_prompt: int) -> Non
         n_batch=n_prompt,
         n_threads=n_threads,
         n_threads_batch=n_threads,
+        n_gpu_layers=ALL_LAYERS,
         verbose=False,
     )
     second = llama_cpp.llama_init_from_model(llm.model, llm.context_params)

@@ -27,7 +27,7 @@ import numpy as np
 from pypop_gguf import PopError
 from pypop_gguf.memory import resident_bytes
 from pypop_gguf.statistics import bootstrap_ratio
-from pypop_gguf.terminal import aligned, available_cores, integer_list, progress
+from pypop_gguf.terminal import ALL_LAYERS, aligned, available_cores, integer_list, progress
 from tools.bench_common import append_row, check_table
 
 MODES = ("stock", "whole", "off", "idle", "answer")
@@ -168,6 +168,7 @@ def _open(mode: str, arguments: argparse.Namespace) -> Engine:
         n_ctx=arguments.prompt + arguments.answer,
         n_threads=arguments.threads,
         n_threads_batch=arguments.threads,
+        n_gpu_layers=ALL_LAYERS,
         flash_attn=True,
         verbose=False,
     )

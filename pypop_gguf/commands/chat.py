@@ -16,6 +16,7 @@ from pypop_gguf.streams import StdoutError, check_text, read_question
 from pypop_gguf.terminal import (
     Progress,
     add_complete_argument,
+    add_gpu_layers_argument,
     add_kernels_argument,
     available_cores,
     choose_kernels,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
     add_kernels_argument(parser)
+    add_gpu_layers_argument(parser)
     add_complete_argument(parser)
     add_rpc_argument(parser)
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_text("--system", arguments.system)
     servers = reachable_servers(arguments.rpc) if arguments.rpc else []
     threads = arguments.threads or available_cores()
-    model = prepared(arguments.model, threads) if arguments.prepare else arguments.model
+    model = prepared(arguments.model, threads, arguments.gpu_layers) if arguments.prepare else arguments.model
     if servers:
         library.load()
         use_servers(servers)
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         n_threads=threads,
         n_threads_batch=threads,
         pop_complete=arguments.complete,
-        n_gpu_layers=-1 if servers else 0,
+        n_gpu_layers=arguments.gpu_layers,
         verbose=False,
     )
     chat = Chat(llm, arguments.system, arguments.max_tokens, arguments.temperature)

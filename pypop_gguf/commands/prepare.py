@@ -23,7 +23,14 @@ from pypop_gguf.gguf_files.tensors import list_shards
 from pypop_gguf.gguf_files.writer import check_free_space, part_path, replace_together, write_copy, writing
 from pypop_gguf.importance.estimate import CalibrationOptions, estimate_importance
 from pypop_gguf.memory import peak_bytes
-from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels, progress
+from pypop_gguf.terminal import (
+    ALL_LAYERS,
+    add_gpu_layers_argument,
+    add_kernels_argument,
+    available_cores,
+    choose_kernels,
+    progress,
+)
 
 DESCRIPTION = """\
 Makes the prompts of a GGUF model faster to read. The keys and values that the skipped layers leave in the cache are
@@ -83,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of threads (default: the cores that this process may use)",
     )
     add_kernels_argument(parser)
+    add_gpu_layers_argument(parser)
 
 
 def add_prepare_argument(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         boundary=arguments.boundary,
         n_samples=arguments.samples,
         n_threads=arguments.threads,
+        n_gpu_layers=arguments.gpu_layers,
         importance=arguments.importance,
         report=sys.stdout,
     )
@@ -126,12 +135,13 @@ def default_target(source: Path) -> Path:
     return source.with_name(f"{source.stem}-pop.gguf")
 
 
-def prepared(model: Path, n_threads: int) -> Path:
+def prepared(model: Path, n_threads: int, n_gpu_layers: int = ALL_LAYERS) -> Path:
     """Returns a model's prepared file, for ``--prepare`` of chat and serve. It is made if it is not there yet.
 
     Args:
         model: A GGUF file. If it is a prepared one, it is returned itself.
         n_threads: Number of threads to make it with.
+        n_gpu_layers: Number of layers that a GPU computes, the last ones first.
 
     Raises:
         PopError: As :func:`prepare`.
@@ -141,7 +151,7 @@ def prepared(model: Path, n_threads: int) -> Path:
         return model
     target = default_target(model)
     if not target.is_file() or library.fingerprint(target) != library.fingerprint(model):
-        prepare(model, target, n_threads=n_threads, report=sys.stderr)
+        prepare(model, target, n_threads=n_threads, n_gpu_layers=n_gpu_layers, report=sys.stderr)
     return target
 
 
@@ -154,6 +164,7 @@ def prepare(
     boundary: int | None = None,
     n_samples: int = steps.SAMPLES,
     n_threads: int,
+    n_gpu_layers: int,
     importance: bool = False,
     report: TextIO,
 ) -> None:
@@ -167,6 +178,7 @@ def prepare(
         boundary: Fits this boundary, whatever it costs.
         n_samples: Number of prompts to measure on.
         n_threads: Number of threads.
+        n_gpu_layers: Number of layers that a GPU computes, the last ones first.
         importance: Also estimates the importance of the layers, with torch.
         report: What is shown goes there, progress aside.
 
@@ -189,7 +201,7 @@ def prepare(
         stored = dataclasses.replace(estimated, head=stored.head, tail=stored.tail, min_tokens=stored.min_tokens)
     with writing(target):
         check_free_space(target.absolute().parent, 2 * source.stat().st_size)
-        llm = steps.open_whole(source, n_threads)
+        llm = steps.open_whole(source, n_threads, n_gpu_layers=n_gpu_layers)
         to_fit, to_measure = read_prompts(llm, text, steps.CONTEXT)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
         errors = steps.fit(llm, source, to_fit, adapters)

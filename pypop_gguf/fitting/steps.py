@@ -67,13 +67,14 @@ def check_boundary(boundary: int, lossless: int) -> None:
         raise PopError(f"boundary {boundary} leaves nothing to fit: give 1 to {lossless - 1}")
 
 
-def open_whole(source: Path, n_threads: int, tail: int = 1) -> PopLlama:
+def open_whole(source: Path, n_threads: int, tail: int = 1, n_gpu_layers: int = 0) -> PopLlama:
     """Opens a model for fitting and measuring, with pruning off and no adapter.
 
     Args:
         source: Its file.
         n_threads: Number of threads.
         tail: Last prompt tokens that run all layers where a prompt is pruned.
+        n_gpu_layers: Number of layers that a GPU computes, the last ones first.
 
     Raises:
         PopError: The model cannot be loaded.
@@ -88,6 +89,7 @@ def open_whole(source: Path, n_threads: int, tail: int = 1) -> PopLlama:
         n_batch=CONTEXT + ANSWER,
         n_threads=n_threads,
         n_threads_batch=n_threads,
+        n_gpu_layers=n_gpu_layers,
         verbose=False,
     )
 

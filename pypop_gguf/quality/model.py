@@ -10,7 +10,7 @@ from pypop_gguf.boundary_rules import check_support, default_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import read_metadata
-from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
+from pypop_gguf.terminal import add_gpu_layers_argument, add_kernels_argument, available_cores, choose_kernels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="number of threads (default: the cores this process may use)"
     )
     add_kernels_argument(parser)
+    add_gpu_layers_argument(parser)
 
 
 def open_model(
@@ -99,6 +100,7 @@ def open_model(
         n_batch=arguments.context,
         n_threads=threads,
         n_threads_batch=threads,
+        n_gpu_layers=arguments.gpu_layers,
         chat_handler=chat_format.MTMDChatHandler(str(mmproj), verbose=False) if mmproj else None,
         verbose=False,
     )
