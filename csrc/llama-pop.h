@@ -186,6 +186,17 @@ LLAMA_API llama_pos llama_pop_first_incomplete(struct llama_context * ctx, llama
 // others, or a computation fails. Tokens that were completed before stay so.
 LLAMA_API bool llama_pop_complete(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_max, int32_t * n_done);
 
+// Lets the next llama_decode() also complete up to n_max tokens of a sequence, and at most n_ubatch - 1. If it decodes
+// one token alone, of this sequence and with logits, the layers from the boundary on run the chunk and the token
+// together: they read their weights once, which takes less time than llama_pop_complete() and llama_decode() one after
+// the other, and computes the same. Otherwise, as behind image features, it completes nothing; llama_pop_n_completed()
+// tells. If that llama_decode() fails, the tokens stay incomplete.
+// Returns false if seq_id or n_max is out of range, completion is off, or the LoRA adapters are others.
+LLAMA_API bool llama_pop_complete_with_next(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_max);
+
+// Returns the number of tokens that were completed since completion was turned on, 0 where it is off.
+LLAMA_API uint64_t llama_pop_n_completed(const struct llama_context * ctx);
+
 // Stops a llama_pop_complete() that is running, before the next operation on a CPU or the next chunk of n_ubatch tokens
 // on other devices. If none is running, the next one stops at once. This is the only function that another thread may
 // call while a context is in use. Returns false if completion is off.

@@ -6,6 +6,7 @@
 #include "pop-api.h"
 #include "pop-completion.h"
 
+#include <algorithm>
 #include <string>
 
 using namespace pop_api;
@@ -94,6 +95,22 @@ bool llama_pop_complete(llama_context * ctx, llama_seq_id seq_id, int32_t n_max,
         *n_done = (int32_t) ctx->pop_complete(seq_id, n_max);
         return true;
     });
+}
+
+bool llama_pop_complete_with_next(llama_context * ctx, llama_seq_id seq_id, int32_t n_max) {
+    return guarded(false, [&] {
+        if (!given(ctx) || !in_sequences(ctx, seq_id) || !in_range("n_max", n_max, 0, INT32_MAX) || !is_on(ctx)) {
+            return false;
+        }
+        auto & completion = ctx->pop_updated_completion();
+        completion.check_loras(seq_id, ctx->pop_loras());
+        completion.asked = { seq_id, std::min<uint32_t>(n_max, llama_n_ubatch(ctx) - 1) };
+        return true;
+    });
+}
+
+uint64_t llama_pop_n_completed(const llama_context * ctx) {
+    return given(ctx) && ctx->pop.completion ? ctx->pop.completion->n_completed : 0;
 }
 
 bool llama_pop_stop(llama_context * ctx) {

@@ -21,6 +21,7 @@ enum pop_part : uint8_t {
     POP_PRUNED,       // the layers below the boundary run all tokens, those above only write to their caches
     POP_CONTINUES,    // some tokens are run whole: pop_memory replaces this by a pruned pass and its continuations
     POP_CONTINUATION, // the layers from the boundary on run some tokens, from states that were kept
+    POP_BELOW,        // only the layers below the boundary run, for a token that joins a chunk of completion
 };
 
 // The label of a micro-batch, in llama_ubatch::data_t.
@@ -33,6 +34,7 @@ struct pop_ubatch_label {
     std::vector<int32_t> cells;         // of each token, its row among the states that are kept for completion
     uint32_t             keeps     = 0; // the boundary whose states the graph keeps for completion
     uint32_t             completes = 0; // CONTINUATION: a chunk of completion, from states at this boundary
+                                        // BELOW: the boundary of the chunk that its token joins
 };
 
 // These parameters say what pop_rewrite_graph() makes of a graph. They are a part of llm_graph_params, so graph reuse
@@ -46,10 +48,9 @@ struct pop_graph_params {
 
     llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
 
-    // For completion. A CONTINUATION for which this is not nullptr is a chunk: it goes on from these states and
-    // computes nothing but keys and values.
+    // For completion. A CONTINUATION for which this is not nullptr is a chunk, which goes on from these states.
     ggml_tensor * completion = nullptr; // [n_embd, cells], owned by pop_completion
-    uint32_t      keeps      = 0;       // PRUNED, WHOLE: the boundary whose states are written there
+    uint32_t      keeps      = 0;       // PRUNED, WHOLE, BELOW: the boundary whose states are written there
 
     bool operator==(const pop_graph_params & other) const {
         return part == other.part && boundary == other.boundary && n_rows == other.n_rows &&

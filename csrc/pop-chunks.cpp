@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 using slot_info = llama_kv_cache::slot_info;
 
@@ -34,7 +35,12 @@ std::vector<uint32_t> pop_completion::window_cells(llama_seq_id seq_id, const st
     return res;
 }
 
-llama_ubatch pop_completion::make_ubatch(llama_seq_id seq_id, const std::vector<cell> & chunk, uint32_t b) const {
+// Makes the micro-batch of a chunk. If a further token joins it, that token's own micro-batch is joins, and the last
+// cell is the one that it is going to have.
+llama_ubatch pop_completion::make_ubatch(llama_seq_id              seq_id,
+                                         const std::vector<cell> & chunk,
+                                         uint32_t                  b,
+                                         const llama_ubatch *      joins) const {
     const auto &   cells = kv.get_cells(seq_id);
     const size_t   n     = chunk.size();
     const uint32_t n_pos = model.hparams.n_pos_per_embd();
@@ -47,9 +53,10 @@ llama_ubatch pop_completion::make_ubatch(llama_seq_id seq_id, const std::vector<
     data->seq_id_data.assign(n, seq_id);
     data->pos.resize(n * n_pos);
     for (size_t i = 0; i < n; ++i) {
-        const auto & ext = cells.ext_get(chunk[i].idx);
-        data->token.push_back(ext.tok);
-        data->output.push_back(0);
+        const auto & ext     = cells.ext_get(chunk[i].idx);
+        const bool   further = joins && i + 1 == n;
+        data->token.push_back(further ? joins->token[0] : ext.tok);
+        data->output.push_back(further);
         data->n_seq_id.push_back(1);
         data->batch_idxs.push_back(i);
         data->seq_id.push_back(&data->seq_id_data[i]);
@@ -85,29 +92,39 @@ llama_ubatch pop_completion::make_ubatch(llama_seq_id seq_id, const std::vector<
     return res;
 }
 
-llama_memory_context_ptr pop_completion::next_chunk(llama_seq_id                seq_id,
-                                                    uint32_t                    n_max,
-                                                    const llama_adapter_loras & loras) {
+// Tokens that were read differently are not in the same chunk.
+std::vector<pop_completion::cell> pop_completion::chunk_cells(llama_seq_id seq_id, uint32_t n_max) const {
     auto chunk = marked(seq_id);
-    if (chunk.empty()) {
-        return nullptr;
+    if (chunk.empty() || mark_of(seq_id, chunk[0]).boundary == LOST) {
+        return {};
     }
     const auto & cells   = kv.get_cells(seq_id);
-    const mark   first   = marks[row_of(seq_id, chunk[0].idx)];
+    const mark   first   = mark_of(seq_id, chunk[0]);
     const auto   is_text = [&](const cell & at) { return cells.ext_get(at.idx).tok != LLAMA_TOKEN_NULL; };
-    if (first.boundary == LOST) {
-        return nullptr;
-    }
-    if (all_loras[first.loras] != loras) {
-        throw std::runtime_error("the tokens to complete were read with other LoRA adapters: set the same ones again");
-    }
     // tokens and image features make different graphs
     const auto end = std::find_if(chunk.begin(), chunk.end(), [&](const cell & at) {
-        const mark & m = marks[row_of(seq_id, at.idx)];
+        const mark m = mark_of(seq_id, at);
         return m.boundary != first.boundary || m.loras != first.loras || is_text(at) != is_text(chunk[0]);
     });
     chunk.resize(std::min<size_t>(n_max, end - chunk.begin()));
+    return chunk;
+}
 
+void pop_completion::check_loras(llama_seq_id seq_id, const llama_adapter_loras & loras) const {
+    const auto chunk = chunk_cells(seq_id, 1);
+    if (!chunk.empty() && all_loras[mark_of(seq_id, chunk[0]).loras] != loras) {
+        throw std::runtime_error("the tokens to complete were read with other LoRA adapters: set the same ones again");
+    }
+}
+
+llama_memory_context_ptr pop_completion::next_chunk(llama_seq_id                seq_id,
+                                                    uint32_t                    n_max,
+                                                    const llama_adapter_loras & loras) {
+    check_loras(seq_id, loras);
+    auto chunk = chunk_cells(seq_id, n_max);
+    if (chunk.empty()) {
+        return nullptr;
+    }
     const auto slots_of = [seq_id](const llama_kv_cache & cache, std::vector<uint32_t> idxs) {
         slot_info res = {};
         res.s0 = res.s1 = cache.get_stream(seq_id);
@@ -129,11 +146,63 @@ llama_memory_context_ptr pop_completion::next_chunk(llama_seq_id                
     for (const auto & at : chunk) {
         idxs.push_back(at.idx);
     }
-    const llama_ubatch ubatch = make_ubatch(seq_id, chunk, first.boundary);
+    const llama_ubatch ubatch = make_ubatch(seq_id, chunk, mark_of(seq_id, chunk[0]).boundary, nullptr);
     if (iswa) {
         return pop_memory::make_chunk(*iswa, slots_of(kv, idxs), slots_of(*iswa->get_swa(), in_window), ubatch);
     }
     return pop_memory::make_chunk(kv, slots_of(kv, idxs), ubatch);
+}
+
+uint32_t pop_completion::first_new(const llama_ubatch & ubatch) {
+    const auto & label = ubatch.data->pop;
+    const bool   chunk = label.part == POP_CONTINUATION && label.completes;
+    return chunk ? ubatch.n_tokens - (ubatch.output[ubatch.n_tokens - 1] ? 1 : 0) : 0;
+}
+
+bool pop_completion::join(const request & what, llama_memory_context_i & mctx, const llama_adapter_loras & loras) {
+    const llama_seq_id seq_id = what.seq_id;
+
+    llama_ubatch * own = pop_memory::only_ubatch(mctx);
+    if (!own || own->n_tokens != 1 || own->n_seq_id[0] != 1 || own->seq_id[0][0] != seq_id || !own->output[0] ||
+        !own->token) {
+        return false;
+    }
+    auto chunk = chunk_cells(seq_id, what.n_max);
+    if (chunk.empty() || kv.get_cells(seq_id).ext_get(chunk[0].idx).tok == LLAMA_TOKEN_NULL) {
+        return false;
+    }
+    // the token goes on from a state at the boundary of the chunk, so that has to be the state that is kept of it
+    const mark first = mark_of(seq_id, chunk[0]);
+    const auto works = works_at.find(first.boundary);
+    if (all_loras[first.loras] != loras || mark_before(seq_id, own->pos[0]).boundary < first.boundary ||
+        works == works_at.end() || !works->second.joins) {
+        return false;
+    }
+    std::vector<uint32_t> in_window;
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(&memory)) {
+        const auto & swa    = *iswa->get_swa();
+        const auto   cells  = pop_memory::cells_of(mctx, swa);
+        const auto & window = swa.get_cells(seq_id);
+        const auto   idx    = cells[0] % swa.get_size();
+
+        in_window = window_cells(seq_id, chunk);
+        if (in_window.empty() ||
+            (!window.is_empty(idx) && window.pos_get(idx) > chunk[0].pos - (llama_pos) model.hparams.n_swa)) {
+            return false; // the token takes a cell that the chunk reads
+        }
+        chunk.resize(in_window.size());
+    }
+    std::vector<uint32_t> idxs;
+    for (const auto & at : chunk) {
+        idxs.push_back(at.idx);
+    }
+    chunk.push_back({ own->pos[0], (uint32_t) pop_memory::cells_of(mctx, kv)[0] % kv.get_size() });
+    own->output[0]           = 0;
+    own->data->pop.part      = POP_BELOW;
+    own->data->pop.completes = first.boundary;
+    llama_ubatch joined      = make_ubatch(seq_id, chunk, first.boundary, own);
+    pop_memory::append_chunk(mctx, idxs, in_window, joined);
+    return true;
 }
 
 namespace {

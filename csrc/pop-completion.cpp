@@ -34,7 +34,7 @@ pop_completion::pop_completion(llama_memory_i &           memory,
 }
 
 uint32_t pop_completion::any_boundary() const {
-    const auto it = std::find_if(works_at.begin(), works_at.end(), [](const auto & at) { return at.second; });
+    const auto it = std::find_if(works_at.begin(), works_at.end(), [](const auto & at) { return at.second.chunks; });
     return it == works_at.end() ? 0 : it->first;
 }
 
@@ -82,7 +82,7 @@ void pop_completion::begin_ubatch(const llama_ubatch &        ubatch,
     }
     // A chunk is causal. It does not repeat what image features add to the layers from the boundary on.
     const auto works = works_at.find(lowest);
-    const bool can   = causal && works != works_at.end() && works->second &&
+    const bool can   = causal && works != works_at.end() && works->second.chunks &&
                        (ubatch.token || lowest >= model.hparams.n_deepstack_layers);
     label.keeps      = can ? lowest : 0;
 }
@@ -90,6 +90,9 @@ void pop_completion::begin_ubatch(const llama_ubatch &        ubatch,
 void pop_completion::ubatch_done(const llama_ubatch & ubatch, bool pruned, bool kept) {
     const auto & label = ubatch.data->pop;
     if (label.part == POP_CONTINUATION) {
+        if (label.completes) {
+            chunk_done(ubatch);
+        }
         return;
     }
     const uint16_t own = kept && label.keeps ? label.keeps : LOST;
@@ -179,9 +182,9 @@ std::vector<pop_completion::cell> pop_completion::marked(llama_seq_id seq_id) co
 
 // How many tokens of a sequence can be completed, and how many others are not the whole model's.
 std::pair<uint32_t, uint32_t> pop_completion::count(llama_seq_id seq_id) const {
-    const auto all   = marked(seq_id);
-    const auto first = std::find_if(all.begin(), all.end(),
-                                    [&](const cell & at) { return marks[row_of(seq_id, at.idx)].boundary == LOST; });
+    const auto all = marked(seq_id);
+    const auto first =
+        std::find_if(all.begin(), all.end(), [&](const cell & at) { return mark_of(seq_id, at).boundary == LOST; });
     return { first - all.begin(), all.end() - first };
 }
 
@@ -199,7 +202,11 @@ llama_pos pop_completion::first_incomplete(llama_seq_id seq_id) const {
 }
 
 void pop_completion::chunk_done(const llama_ubatch & ubatch) {
-    for (const int32_t row : ubatch.data->pop.cells) {
-        marks[row] = mark();
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const bool joined = i >= first_new(ubatch);
+        if (!joined || mark_before(ubatch.seq_id[i][0], ubatch.pos[i]).boundary == 0) {
+            marks[ubatch.data->pop.cells[i]] = mark();
+        }
+        n_completed += !joined;
     }
 }

@@ -2,7 +2,8 @@
 //
 // For each cell of the cache that needs it a pop_completion keeps the state of its token at a boundary, and a mark that
 // says which boundary that is. llama_context (patch pop/0008) calls begin_ubatch() before each micro-batch of decode(),
-// pop_context calls ubatch_done() after it, and llama_context::pop_complete() runs the chunks (pop-chunks.cpp).
+// pop_context calls ubatch_done() after it, and llama_context::pop_complete() runs the chunks (pop-chunks.cpp). A chunk
+// can also run in a decode() of one further token: see join().
 //
 // A token is the whole model's if it was run whole and the token before it in its sequence is the whole model's. Other
 // tokens attend to caches that are not. Completion goes in the order of positions, so the marked tokens end a sequence.
@@ -67,12 +68,38 @@ struct pop_completion {
     // an exception if the tokens were read with other LoRA adapters.
     llama_memory_context_ptr next_chunk(llama_seq_id seq_id, uint32_t n_max, const llama_adapter_loras & loras);
 
-    // The tokens of a chunk are the whole model's now.
+    // The tokens of a chunk are the whole model's now. A token that has joined it is if all before it are.
     void chunk_done(const llama_ubatch & ubatch);
+
+    // Throws an exception if the first marked tokens of a sequence were read with other LoRA adapters.
+    void check_loras(llama_seq_id seq_id, const llama_adapter_loras & loras) const;
+
+    struct request {
+        llama_seq_id seq_id = -1; // none
+        uint32_t     n_max  = 0;  // tokens of the chunk
+    };
+
+    request asked; // of the next decode()
+
+    // Called before decode() computes its micro-batches. If there is a chunk as requested, and one token of the same
+    // sequence alone is decoded, the layers below the boundary run that token, and then those from there on the chunk
+    // and the token together, so their weights are read once. Returns false, and changes nothing, if there is not.
+    bool join(const request & what, llama_memory_context_i & mctx, const llama_adapter_loras & loras);
+
+    // The index of the first token of a micro-batch that was not in the cache before this decode().
+    static uint32_t first_new(const llama_ubatch & ubatch);
+
+    uint64_t n_completed = 0; // tokens
 
     ggml_tensor * states = nullptr; // [n_embd, cells of all streams]
 
-    std::map<uint32_t, bool> works_at; // the boundaries that llama_context::pop_try_completion() has built graphs for
+    // How completion works at a boundary.
+    struct ways {
+        bool chunks = false;
+        bool joins  = false; // a further token can join a chunk
+    };
+
+    std::map<uint32_t, ways> works_at; // the boundaries that llama_context::pop_try_completion() has built graphs for
 
     // A boundary at which completion works, 0 if there is none.
     uint32_t any_boundary() const;
@@ -93,9 +120,16 @@ private:
     };
 
     size_t       row_of(llama_seq_id seq_id, uint32_t idx) const;
+    mark         mark_of(llama_seq_id seq_id, const cell & at) const { return marks[row_of(seq_id, at.idx)]; }
     mark         mark_before(llama_seq_id seq_id, llama_pos pos) const;
     uint16_t     index_of(const llama_adapter_loras & loras);
-    llama_ubatch make_ubatch(llama_seq_id seq_id, const std::vector<cell> & chunk, uint32_t b) const;
+    llama_ubatch make_ubatch(llama_seq_id              seq_id,
+                             const std::vector<cell> & chunk,
+                             uint32_t                  b,
+                             const llama_ubatch *      joins) const;
+
+    // The cells of the next chunk of a sequence in the order of positions; none if there is no chunk.
+    std::vector<cell> chunk_cells(llama_seq_id seq_id, uint32_t n_max) const;
 
     std::vector<cell>             marked(llama_seq_id seq_id) const;
     std::pair<uint32_t, uint32_t> count(llama_seq_id seq_id) const;
@@ -110,5 +144,6 @@ private:
 
     std::vector<mark>                marks;     // [cells of all streams]
     std::vector<llama_adapter_loras> all_loras; // the sets of adapters that tokens were read with
-    uint16_t                         cur_loras = 0;
+
+    uint16_t cur_loras = 0;
 };

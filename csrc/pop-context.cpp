@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 bool pop_context::needs_whole_model(const llama_cparams & cparams) const {
     const auto & inp = cparams.embeddings_layer_inp;
@@ -29,7 +30,7 @@ bool pop_context::completes() const {
         return false;
     }
     const auto it = completion->works_at.find(boundary);
-    return boundary == 0 || is_lossless() || (it != completion->works_at.end() && it->second);
+    return boundary == 0 || is_lossless() || (it != completion->works_at.end() && it->second.chunks);
 }
 
 llama_adapter_lora * pop_context::adapter_for(pop_part part, uint32_t b) const {
@@ -68,9 +69,18 @@ void pop_context::begin_ubatch(const llama_cparams &       cparams,
                                llama_memory_context_i &    mctx,
                                const llama_adapter_loras & loras) const {
     if (completion) {
-        const bool loses = ubatch.data->pop.part == POP_PRUNED && !is_lossless();
-        completion->begin_ubatch(ubatch, mctx, loses ? boundary : 0, cparams.causal_attn, loras);
+        const auto &   label = ubatch.data->pop;
+        const uint32_t b     = label.part == POP_PRUNED && !is_lossless() ? boundary : label.completes;
+        completion->begin_ubatch(ubatch, mctx, b, cparams.causal_attn, loras);
     }
+}
+
+void pop_context::join_chunk(const llama_cparams &       cparams,
+                             llama_memory_context_i &    mctx,
+                             const llama_adapter_loras & loras) {
+    const auto what = completion ? std::exchange(completion->asked, {}) : pop_completion::request();
+    joins = what.seq_id >= 0 && cparams.causal_attn && !needs_whole_model(cparams) && !cparams.embeddings_nextn &&
+            completion->join(what, mctx, loras);
 }
 
 void pop_context::state_restored(llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -90,6 +100,7 @@ pop_graph_params pop_context::graph_params_for(const llama_cparams & cparams,
     if (label.completes) {
         res            = { label.part, label.completes };
         res.completion = completion->states;
+        res.keeps      = label.part == POP_BELOW ? label.completes : 0;
         return res;
     }
     if (needs_whole_model(cparams)) {
@@ -250,7 +261,7 @@ bool llama_context::pop_try_boundary(uint32_t boundary) {
     return true;
 }
 
-// Builds the graph of a chunk, and the two that keep states for it.
+// Builds the graphs of a chunk, also of one that a token joins, and those that keep states for it.
 void llama_context::pop_try_completion(uint32_t boundary) {
     if (!pop.completion) {
         return;
@@ -269,8 +280,13 @@ void llama_context::pop_try_completion(uint32_t boundary) {
         const auto * res = pop_build_graph(what, n, n_seqs, 0);
         return res && res->pop_rewritten;
     };
-    pop.completion->works_at[boundary] =
-        works(chunk, n_tokens) && works(chunk, n_seqs) && works(whole, n_seqs) && works(pruned, n_tokens);
+    auto & at   = pop.completion->works_at[boundary];
+    at.chunks   = works(chunk, n_tokens) && works(chunk, n_seqs) && works(whole, n_seqs) && works(pruned, n_tokens);
+    pruned.part = POP_BELOW;
+    if (at.chunks && works(pruned, n_seqs)) {
+        const auto * res = pop_build_graph(chunk, n_tokens, n_seqs, 1);
+        at.joins         = res->pop_rewritten && res->t_logits->ne[1] == 1; // some builders compute those of all tokens
+    }
 }
 
 // With GGML_TYPE_COUNT no states are kept. The new reservation also drops the graphs that refer to the old states.

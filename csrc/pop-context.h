@@ -51,6 +51,8 @@ struct pop_context : pop_settings {
     // prompt but the last one. It sets this with reads_cache_of().
     bool drafter_has_no_cache = false;
 
+    bool joins = false; // this decode() completes a chunk with its token
+
     uint32_t lossless_boundary = 0; // pruning there changes nothing; set where completion is on
 
     // Returns whether this context reads something of every token from every layer, or runs other layers than the
@@ -78,6 +80,9 @@ struct pop_context : pop_settings {
                       const llama_ubatch &        ubatch,
                       llama_memory_context_i &    mctx,
                       const llama_adapter_loras & loras) const;
+
+    // Lets a chunk of completion that was asked for join the token of this decode(), if that is possible.
+    void join_chunk(const llama_cparams & cparams, llama_memory_context_i & mctx, const llama_adapter_loras & loras);
 
     // The state of a sequence, or of all with -1, was restored.
     void state_restored(llama_seq_id seq_id, llama_state_seq_flags flags) const;

@@ -219,6 +219,14 @@ struct rewrite {
         return true;
     }
 
+    // Returns whether this is a chunk of completion that no token with logits has joined.
+    bool only_writes() const { return pop.part == POP_CONTINUATION && pop.completion && params.n_outputs == 0; }
+
+    // Returns whether weights of layers from the boundary on are among the tensors.
+    bool is_above(const pop_tensor_set & tensors) const {
+        return std::any_of(tensors.begin(), tensors.end(), [&](const ggml_tensor * t) { return weight_layer(t) >= b; });
+    }
+
     // Returns whether x holds one state for each token, laid out as the kept states are.
     bool is_rows(const ggml_tensor * x) const {
         return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
@@ -280,7 +288,9 @@ struct rewrite {
             if (!is_cut(own)) {
                 return false;
             }
-            reach(node, kept);
+            if (pop.part != POP_BELOW || !is_above(own)) {
+                reach(node, kept);
+            }
         }
 
         if (pop.n_rows > 0) {
@@ -308,7 +318,7 @@ struct rewrite {
     }
 
     // Keeps the results that follow from x_b and drops what the pruned pass has done. No layer below may be needed for
-    // them. The only results of a chunk are its writes to memory.
+    // them. The only results of a chunk without outputs are its writes to memory.
     bool plan_continued() {
         ggml_tensor * x_b = layer_inputs()[b];
         if (!x_b || !is_rows(x_b)) {
@@ -327,7 +337,7 @@ struct rewrite {
 
         replace(x_b, pop.completion ? completion_states() : states(pop.first_state, n_tokens));
         for (ggml_tensor * node : nodes) {
-            const bool result = pop.completion ? is_in_place(node) && node->view_src->buffer : read.count(node) == 0;
+            const bool result = only_writes() ? is_in_place(node) && node->view_src->buffer : read.count(node) == 0;
             if (above.count(node) && result && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
                 reach(node, kept);
             }
@@ -341,7 +351,9 @@ struct rewrite {
     }
 
     bool plan() {
-        const bool planned = pop.part == POP_WHOLE ? true : pop.part == POP_PRUNED ? plan_pruned() : plan_continued();
+        const bool planned = pop.part == POP_WHOLE          ? true
+                             : pop.part == POP_CONTINUATION ? plan_continued()
+                                                            : plan_pruned();
         return planned && (pop.keeps == 0 || plan_keep());
     }
 
@@ -403,14 +415,14 @@ struct rewrite {
             ggml_build_forward_expand(gf, keep_rows);
         }
 
-        if (pop.part == POP_PRUNED || (pop.part == POP_CONTINUATION && pop.completion)) {
+        if (pop.part == POP_PRUNED || pop.part == POP_BELOW || only_writes()) {
             drop_outputs();
         }
         check_outputs();
         res.pop_rewritten = true;
     }
 
-    // A pruned graph and a chunk of completion compute none of the model's results.
+    // These graphs compute none of the model's results.
     void drop_outputs() {
         res.t_logits      = nullptr;
         res.t_embd        = nullptr;

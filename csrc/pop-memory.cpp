@@ -203,6 +203,33 @@ std::vector<int32_t> pop_memory::cells_of(llama_memory_context_i & mctx, const l
     return res;
 }
 
+llama_ubatch * pop_memory::only_ubatch(llama_memory_context_i & mctx) {
+    auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx);
+    auto * kv   = iswa ? static_cast<llama_kv_cache_context *>(iswa->ctx_base.get())
+                       : dynamic_cast<llama_kv_cache_context *>(&mctx);
+    return kv && kv->ubatches.size() == 1 ? &kv->ubatches[0] : nullptr;
+}
+
+void pop_memory::append_chunk(llama_memory_context_i &      mctx,
+                              const std::vector<uint32_t> & idxs,
+                              const std::vector<uint32_t> & idxs_swa,
+                              const llama_ubatch &          ubatch) {
+    const auto append = [&](llama_kv_cache_context & ctx, std::vector<uint32_t> cells) {
+        slot_info slots = ctx.sinfos[0];
+        cells.push_back(slots.idxs[0][0]);
+        slots.idxs[0] = std::move(cells);
+        ctx.sinfos.push_back(std::move(slots));
+        ctx.ubatches.push_back(ubatch);
+    };
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx)) {
+        append(static_cast<llama_kv_cache_context &>(*iswa->ctx_base), idxs);
+        append(static_cast<llama_kv_cache_context &>(*iswa->ctx_swa), idxs_swa);
+        iswa->ubatches.push_back(ubatch);
+    } else {
+        append(dynamic_cast<llama_kv_cache_context &>(mctx), idxs);
+    }
+}
+
 void pop_memory::limit_cells(llama_kv_cache_context & ctx) {
     const auto &       ubatch = ctx.get_ubatch();
     const llama_seq_id seq_id = ubatch.seq_id[0][0];

@@ -33,6 +33,16 @@ struct pop_memory {
                                                llama_kv_cache::slot_info_vec_t slots_swa,
                                                const llama_ubatch &            ubatch);
 
+    // The micro-batch of a decode() that has no other, or nullptr.
+    static llama_ubatch * only_ubatch(llama_memory_context_i & mctx);
+
+    // Adds a chunk behind the only micro-batch, whose single token is the last one of the chunk. The others have these
+    // cells in the cache and, with sliding windows, in the cache of the windows.
+    static void append_chunk(llama_memory_context_i &      mctx,
+                             const std::vector<uint32_t> & idxs,
+                             const std::vector<uint32_t> & idxs_swa,
+                             const llama_ubatch &          ubatch);
+
     // Lets the current micro-batch attend to no cell behind the last one that its only sequence has at its positions.
     static void limit_cells(llama_kv_cache_context & ctx);
     static void limit_cells(llama_kv_cache_iswa_context & ctx);

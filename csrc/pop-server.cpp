@@ -30,6 +30,7 @@ void pop_server::begin_prompt(
     auto & slot          = slots.at(seq_id);
     slot.prunes          = reading.prunes && pop_boundary < pop_n_layer && n_tokens - n_past >= min_tokens;
     slot.n_pruned_before = llama_pop_n_pruned_in(ctx, seq_id);
+    joins                = true;
     llama_pop_set_sequence(ctx, seq_id, slot.prunes);
 
     // a pruned prompt without marks was restored, and the states to complete it are not there
@@ -72,11 +73,32 @@ uint64_t pop_server::complete(llama_seq_id seq_id, pop_cache_record & record, bo
         llama_pop_set_lost(ctx, seq_id, llama_pop_first_incomplete(ctx, seq_id)); // it would fail again
         return 0;
     }
+    update_record(seq_id, record, has_images);
+    return n_done;
+}
+
+void pop_server::update_record(llama_seq_id seq_id, pop_cache_record & record, bool has_images) const {
     if (!has_images) { // else positions are no indices
         const bool all = llama_pop_n_incomplete(ctx, seq_id) == 0 && llama_pop_n_lost(ctx, seq_id) == 0;
         record.complete(all ? pop_cache_record::NONE : llama_pop_first_incomplete(ctx, seq_id));
     }
-    return n_done;
+}
+
+bool pop_server::complete_with_next(llama_seq_id seq_id) {
+    if (!joins || !llama_pop_complete_with_next(ctx, seq_id, std::max(chunk - 1, 1))) { // the token is a row, too
+        return false;
+    }
+    asked    = seq_id;
+    n_before = llama_pop_n_completed(ctx);
+    return true;
+}
+
+uint64_t pop_server::joined(pop_cache_record & record, bool has_images) {
+    const uint64_t n = llama_pop_n_completed(ctx) - n_before;
+    update_record(asked, record, has_images);
+    joins = n > 0; // drafts of another model and image features cannot join
+    asked = -1;
+    return n;
 }
 
 void pop_server::move(llama_seq_id seq_id, pop_cache_record & record, int32_t n_keep) {

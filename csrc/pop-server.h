@@ -48,6 +48,16 @@ public:
     // are text, the record says that they are whole now.
     uint64_t complete(llama_seq_id seq_id, pop_cache_record & record, bool has_images);
 
+    // Lets the next token join a chunk of a slot, whose LoRA adapters are set. Only this slot may be in the next batch.
+    // Returns false if the last token that was asked to join could not.
+    bool complete_with_next(llama_seq_id seq_id);
+
+    // Returns the slot that was asked to join a chunk in the last batch, -1 if none was.
+    llama_seq_id joining() const { return asked; }
+
+    // Returns how many tokens that slot has completed thereby, and updates its record as complete() does.
+    uint64_t joined(pop_cache_record & record, bool has_images);
+
     // Called when the tokens of a slot from n_keep on have moved to other positions. Those that are incomplete stay so:
     // completed now, they would attend to another text.
     void move(llama_seq_id seq_id, pop_cache_record & record, int32_t n_keep);
@@ -66,4 +76,9 @@ private:
     int32_t           chunk        = 0;     // tokens that are completed at once, 0 if completion is off
     bool              answers      = false; // see completes_answers()
     std::vector<slot> slots;
+    bool              joins    = true; // tokens of the answers that are being given can join chunks
+    llama_seq_id      asked    = -1;   // see joining()
+    uint64_t          n_before = 0;    // tokens completed before that
+
+    void update_record(llama_seq_id seq_id, pop_cache_record & record, bool has_images) const;
 };

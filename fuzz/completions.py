@@ -5,8 +5,9 @@
 A case draws a model, a size of micro-batches and unified or separate caches. Two contexts do the same to up to four
 sequences. One prunes and completes; the other runs every layer. Batches hold parts of several sequences, in blocks or
 interleaved. Between them the boundary changes, sequences run whole or not, lose their tails, are copied, shifted, saved
-and restored, and chunks are completed, some of which are stopped in the middle. At last everything is completed, and
-the next logits of each sequence are compared. Only sliding windows may lose what completion needs.
+and restored, and chunks are completed, some of which are stopped in the middle or joined by the next token. At last
+everything is completed, and the next logits of each sequence are compared. Only sliding windows may lose what
+completion needs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Pair:
         past: Number of tokens of each sequence.
         n_completed: Tokens that were completed.
         n_stopped: Calls of ``complete`` that were stopped before they had done all.
+        n_joined: Chunks that a further token has joined.
     """
 
     def __init__(self, chance: random.Random, models: Path):
@@ -59,7 +61,7 @@ class Pair:
         native.set_completion(self.pruned.context, "f32")
         self.past = [0] * self.n_seq
         self.copied = False
-        self.n_completed = self.n_stopped = 0
+        self.n_completed = self.n_stopped = self.n_joined = 0
 
     def close(self) -> None:
         self.pruned.__exit__()
@@ -159,6 +161,24 @@ class Pair:
         else:
             self.complete(s, n)
 
+    def join(self) -> None:
+        """Decodes a token, which joins a chunk of its sequence or, now and then, asks in vain for one of another."""
+        s = self.any()
+        asked = s if self.chance.random() < 0.9 else self.any()
+        if self.past[s] == _LONGEST:
+            return
+        before, left = native.n_completed(self.pruned.context), native.n_incomplete(self.pruned.context, s)
+        native.complete_with_next(self.pruned.context, self.chance.choice([1, 5, 16, 64]), asked)
+        token = self.chance.randrange(3, _N_VOCAB)
+        for engine in (self.pruned, self.whole):
+            engine.step(token, self.past[s], s)
+        self.past[s] += 1
+        done = native.n_completed(self.pruned.context) - before
+        self.n_joined += done > 0
+        self.n_completed += done
+        if done > (left if s == asked else 0):
+            raise Failure(f"{done} tokens were completed of {left}: {self}")
+
     def complete(self, s: int, n: int) -> None:
         before, lost = native.n_incomplete(self.pruned.context, s), native.n_lost(self.pruned.context, s)
         done = native.complete(self.pruned.context, n, s)
@@ -193,7 +213,7 @@ class Pair:
 
 def case(chance: random.Random, models: Path, worst: dict[str, float]) -> str:
     pair = Pair(chance, models)
-    happens = [pair.read] * 4 + [pair.complete_some] * 3
+    happens = [pair.read] * 4 + [pair.complete_some] * 3 + [pair.join] * 3
     happens += [pair.set_boundary, pair.set_sequence, pair.drop_tail, pair.copy, pair.shift, pair.restore]
     try:
         pair.set_boundary()
@@ -207,6 +227,8 @@ def case(chance: random.Random, models: Path, worst: dict[str, float]) -> str:
     worst[pair.name] = max(worst[pair.name], error)
     if lost:
         return "lost to a window"
+    if pair.n_joined:
+        return "joined"
     return "stopped" if pair.n_stopped else "completed" if pair.n_completed else "nothing to complete"
 
 

@@ -58,6 +58,15 @@ class Pace:
         """Counts a decode step without completion."""
         self._step_ms = _smoothed(self._step_ms, ms)
 
+    def knows_steps(self) -> bool:
+        """Returns whether a decode step without completion was counted."""
+        return self._step_ms is not None
+
+    def ms_beyond_step(self, ms: float) -> float:
+        """Returns what a chunk has added to a decode step that took so long with it."""
+        assert self._step_ms is not None
+        return max(ms - self._step_ms, 0.05 * ms)
+
     def count_chunk(self, n_tokens: int, ms: float) -> None:
         """Counts a chunk."""
         self._token_ms = _smoothed(self._token_ms, ms / n_tokens)
@@ -100,6 +109,8 @@ class Completion:
         self._turns, self._record, self._mode = turns, record, mode
         self._pace = Pace(chunk)
         self._said_lost = False
+        self._joins = True  # a token of this answer may join a chunk
+        self._asked_at: int | None = None  # tokens completed before the chunk that the next token is to join
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         if mode == "idle":
@@ -133,12 +144,32 @@ class Completion:
         return left
 
     def before_token(self, llm: Any) -> int:
-        """Runs a chunk before the next token of an answer, and returns how many tokens are left."""
-        return self._run_chunk(llm, self._pace.next_chunk())
+        """Runs a chunk before the next token of an answer, or lets that token join it; returns how many are left.
 
-    def count_step(self, ms: float) -> None:
-        """Counts a decode step, which decides on the size of chunks."""
-        self._pace.count_step(ms)
+        Together they read the weights of the upper layers once. ``after_token`` has to follow.
+        """
+        n = self._pace.next_chunk()
+        self._asked_at = None
+        self._joins = self._joins or llm.timings.generated_tokens == 1
+        if not (self._joins and self._pace.knows_steps()):
+            return self._run_chunk(llm, n)
+        parent.drop_cache_from(llm, llm.n_tokens)  # what the next eval() drops anyway
+        left = native.n_incomplete(llm.ctx)
+        if left:
+            self._asked_at = native.n_completed(llm.ctx)
+            native.complete_with_next(llm.ctx, max(n - 1, 1))
+        return left
+
+    def after_token(self, llm: Any, ms: float) -> None:
+        """Counts the decode step of a token, which took so long, and the chunk that the token has joined."""
+        if self._asked_at is None:
+            self._pace.count_step(ms)
+            return
+        done = native.n_completed(llm.ctx) - self._asked_at
+        self._asked_at = None
+        self._joins = done > 0  # the drafts of another model and image features cannot join
+        if done:
+            self._count(llm, done, self._pace.ms_beyond_step(ms))
 
     def end_call(self, llm: Any) -> None:
         """Writes into a call's timings how many cached tokens are not the whole model's."""
@@ -160,12 +191,15 @@ class Completion:
         began = time.perf_counter()
         done = native.complete(llm.ctx, n_max)
         if done:
-            ms = 1e3 * (time.perf_counter() - began)
-            llm.timings.count_completed(done, ms)
-            self._pace.count_chunk(done, ms)
-            self._record.complete(native.first_incomplete(llm.ctx), llm.n_tokens)
+            self._count(llm, done, 1e3 * (time.perf_counter() - began))
         self._n_lost(llm)
         return native.n_incomplete(llm.ctx)
+
+    def _count(self, llm: Any, done: int, ms: float) -> None:
+        """Counts a chunk, whose tokens are the whole model's now."""
+        llm.timings.count_completed(done, ms)
+        self._pace.count_chunk(done, ms)
+        self._record.complete(native.first_incomplete(llm.ctx), llm.n_tokens)
 
     def _n_lost(self, llm: Any) -> int:
         """Returns how many tokens can never be completed, and says it once."""

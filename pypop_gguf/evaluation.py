@@ -93,7 +93,7 @@ class EvaluatingLlama(CallingLlama):
                     finally:
                         call.in_use = False
                     if answering is not None and timings.generated_tokens:
-                        answering.count_step(1e3 * (time.perf_counter() - began))
+                        answering.after_token(self, 1e3 * (time.perf_counter() - began))
                     if timings.generated_tokens == 0:
                         call.time_prompt(timings, native.n_pruned(self.ctx))
                         n_whole = self._record.usable(len(tokens), self._status.n_layer)

@@ -59,11 +59,11 @@ class PopLlama(evaluation.EvaluatingLlama):
             devices, which is faster for prompts. The parent's default is False.
         pop_complete: When the layers that a prompt has skipped run for it after all, which makes the cache the whole
             model's. ``"off"``: never. ``"call"``: in :meth:`complete_cache`. ``"idle"``: also in a thread of its own,
-            while no call uses the model. ``"answer"``: before each token of an answer after the first, a chunk, and
+            while no call uses the model. ``"answer"``: a chunk with each token of an answer after the first, and
             what is left after the last chunk of a stream. All but ``"off"`` keep one state for each position of the
             context.
-        pop_complete_chunk: Tokens that are completed before each token of an answer. Default: as many as 4 decode steps
-            take time.
+        pop_complete_chunk: Tokens that are computed at once before each token of an answer or together with it.
+            Default: as many as 4 decode steps take time.
         pop_complete_states: Type of the states that are kept: ``"f32"``, or ``"f16"`` or ``"bf16"`` of half the size.
         **llama_kwargs: Everything that ``llama_cpp.Llama`` takes. What it took once is dropped, as it does itself.
 

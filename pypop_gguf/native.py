@@ -243,6 +243,16 @@ def complete(ctx: int, n_max: int, seq_id: int = 0) -> int:
     return done[0]
 
 
+def complete_with_next(ctx: int, n_max: int, seq_id: int = 0) -> None:
+    """Lets the next token that is decoded also complete up to ``n_max`` tokens of its sequence, if that is possible."""
+    _check(_functions().llama_pop_complete_with_next(_context(ctx), seq_id, n_max))
+
+
+def n_completed(ctx: int) -> int:
+    """Returns how many tokens were completed since completion was turned on."""
+    return _functions().llama_pop_n_completed(_context(ctx))
+
+
 def stop(ctx: int) -> None:
     """Stops the ``complete`` that is running, or else the next one; any thread may call it."""
     _check(_functions().llama_pop_stop(_context(ctx)))

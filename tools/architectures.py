@@ -67,7 +67,8 @@ writes them.
 were compared with a reference that stock llama.cpp makes alone, with a third and with half of the layers skipped
 (tolerance {tolerance} normalized squared error; {exact} agree bit for bit). In {continued} models continuation is used:
 the last prompt token reuses what the layers below the boundary have computed for it. The caches of {completed} models
-can be completed later, at {completed_boundaries} boundaries in all, with an error of at most {completed_error:.0e}.
+can be completed later, at {completed_boundaries} boundaries in all, with an error of at most {completed_error:.0e}. At
+{joined} of them a token that is decoded alone joins a chunk, with an error of at most {joined_error:.0e}.
 Weights were fitted in
 {fitted} models, in each layer above the boundary in {fitted_everywhere} of them; {fit_compared} of the fits were
 compared with stock llama.cpp, without their further inputs, and the largest error is {fit_error:.0e}. With further
@@ -113,6 +114,7 @@ class Row:
         effect: Difference that POP makes at the lowest boundary, to judge the error against.
         continued: Difference that continuation makes, None where it is not used.
         completed: Error after completion by boundary, empty where the cache cannot be completed.
+        joined: Error by boundary where a token has joined a chunk, which makes other sums of the same numbers.
         n_fitted: Number of fitted weights.
         has_further: Whether these weights have further inputs.
         fit_layers: Number of layers that have them.
@@ -131,6 +133,7 @@ class Row:
     effect: float = float("nan")
     continued: float | None = None
     completed: dict[int, float] = field(default_factory=dict)
+    joined: dict[int, float] = field(default_factory=dict)
     n_fitted: int = 0
     has_further: bool = False
     fit_layers: int = 0
@@ -247,6 +250,12 @@ def _check(path: Path, row: Row, scratch: Path) -> None:
         for boundary, error in row.completed.items()
         if not error <= TOLERANCE
     ]
+    row.joined = {int(b): error for b, error in found["completed"].get("joined", {}).items() if error is not None}
+    row.failures += [
+        f"b = {boundary}: behind a token that has joined a chunk, it differs from the whole model by {error:.0e}"
+        for boundary, error in row.joined.items()
+        if not error <= CONTINUED_TOLERANCE
+    ]
     row.lossless_error = squared_error(engine.pop(str(row.lossless)), full)
     if not row.lossless_error <= TOLERANCE:
         row.failures.append(f"lossless boundary differs by {row.lossless_error:.0e}")
@@ -324,6 +333,8 @@ def table(rows: list[Row]) -> str:
         continued=continued,
         completed=sum(bool(row.completed) for row in served),
         completed_boundaries=sum(len(row.completed) for row in served),
+        joined=sum(len(row.joined) for row in served),
+        joined_error=max((error for row in served for error in row.joined.values()), default=float("nan")),
         completed_error=max((error for row in served for error in row.completed.values()), default=float("nan")),
         fitted=len(fitted),
         fitted_everywhere=sum(row.fit_layers == row.n_layer - 2 for row in fitted),

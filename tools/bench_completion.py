@@ -3,10 +3,11 @@
     python -m tools.bench_completion MODEL.gguf --boundary 11 --stock build/stock/package --csv bench/NAME.csv
 
 The first table has prompts: read by the whole model, pruned, and completed afterwards in chunks of several sizes. The
-second one has answers in each mode of completion: when the first and the last token came, and how long the user waited
-between two tokens. "whole" is PopLlama without pruning, and "stock" unpatched llama-cpp-python. Prompts are random
-tokens. The engines take turns in each round, with the same prompt. The tables have medians, the smallest and the
-largest value, and ratios to the whole model with 95% intervals. Nothing else should run on the machine.
+second one decodes tokens with a chunk each until the cache is the whole model's: the chunk before the token, or the
+token in the chunk. The third one has answers in each mode of completion: when the first and the last token came, and
+how long the user waited between two tokens. "whole" is PopLlama without pruning, and "stock" unpatched
+llama-cpp-python. Prompts are random tokens. The engines take turns in each round, with the same prompt. The tables have
+medians, the smallest and the largest value, and ratios with 95% intervals. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def main() -> int:
             check_table(arguments.csv, COLUMNS)
         prompts = measure_prompts(arguments)
         print("\n".join(prompt_table(prompts, arguments.chunk)), flush=True)
+        print("\n".join(token_table(measure_tokens(arguments), arguments.chunk)), flush=True)
         print("\n".join(answer_table(measure_answers(arguments))))
     except (PopError, OSError) as error:
         print(f"bench_completion: error: {error}", file=sys.stderr)
@@ -138,6 +140,28 @@ def measure_prompts(arguments: argparse.Namespace) -> dict[tuple[str, str], list
                 _keep(found, arguments, number, f"chunks of {chunk}" if chunk else "whole", values)
             bar.update()
     return found
+
+
+def measure_tokens(arguments: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
+    """Returns the values of all rounds by the way and the quantity."""
+    found: dict[tuple[str, str], list[float]] = {}
+    ways = [(chunk, joins) for chunk in arguments.chunk for joins in (False, True)]
+    with (
+        contextlib.closing(_open("call", arguments)) as engine,
+        progress(total=arguments.rounds + 1, description="tokens", unit="rounds") as bar,
+    ):
+        for number in range(arguments.rounds + 1):
+            for chunk, joins in _rotated(ways, number):
+                asked = dict(seed=number, n_prompt=arguments.prompt, n_answer=arguments.answer)
+                ms = engine.ask("tokens", chunk=chunk, joins=joins, **asked)["tokens_ms"]
+                values = {"whole_ms": sum(ms), "whole_after": len(ms), "longest_token_ms": max(ms)}
+                _keep(found, arguments, number, _token_way(chunk, joins), values)
+            bar.update()
+    return found
+
+
+def _token_way(chunk: int, joins: bool) -> str:
+    return f"tokens {'in' if joins else 'behind'} chunks of {chunk}"
 
 
 def measure_answers(arguments: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
@@ -202,6 +226,18 @@ def prompt_table(found: dict, chunks: Sequence[int]) -> list[str]:
         prompt, complete = (np.array(found[way, quantity]) for quantity in ("prompt_ms", "complete_ms"))
         rows += [_row(f"completed in {way}", complete, whole), _row("pruned and completed", prompt + complete, whole)]
         rows += [("longest chunk", _spread(found[way, "longest_chunk_ms"]), "")]
+    return aligned(rows)
+
+
+def token_table(found: dict, chunks: Sequence[int]) -> list[str]:
+    """Returns the lines of the table of tokens that are decoded until the cache is the whole model's."""
+    rows = [("tokens", "until whole, ms", "of one after the other", "tokens until whole", "longest, ms")]
+    for chunk in chunks:
+        before = np.array(found[_token_way(chunk, False), "whole_ms"])
+        for joins in (False, True):
+            way = _token_way(chunk, joins)
+            count, longest = (_spread(found[way, quantity]) for quantity in ("whole_after", "longest_token_ms"))
+            rows.append((*_row(way, np.array(found[way, "whole_ms"]), before), count, longest))
     return aligned(rows)
 
 

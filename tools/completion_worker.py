@@ -70,6 +70,27 @@ class Worker:
             chunks_ms.append(1e3 * (time.perf_counter() - began))
         return {"prompt_ms": prompt_ms, "chunks_ms": chunks_ms}
 
+    def tokens(self, seed: int, n_prompt: int, n_answer: int, chunk: int, joins: bool) -> dict:
+        """Reads a random prompt, pruned, and decodes tokens, each with a chunk, until the cache is the whole model's.
+
+        There are ``n_answer`` tokens at most. With ``joins``, a token is one row of its chunk; without, the chunk runs
+        before the token. ``tokens_ms`` is the time of each token with its chunk.
+        """
+        from llama_cpp import llama_cpp
+
+        self._llm.score(self._begin(seed, n_prompt), [0])
+        tokens_ms = []
+        while self._native.n_incomplete(self._llm.ctx) and len(tokens_ms) < n_answer:
+            began = time.perf_counter()
+            if joins:
+                self._native.complete_with_next(self._llm.ctx, chunk - 1)
+            else:
+                self._native.complete(self._llm.ctx, chunk)
+            self._llm.eval([len(tokens_ms)])
+            llama_cpp.llama_synchronize(self._llm.ctx)
+            tokens_ms.append(1e3 * (time.perf_counter() - began))
+        return {"tokens_ms": tokens_ms}
+
     def call(self, text: str) -> dict:
         """Answers a text by one token. Of the call, ``before_us`` is the processor time of this thread until the first
         decode and ``after_us`` that after the last one; ``plan_us`` is the engine's time for graphs, 0 if unknown.

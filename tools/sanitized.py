@@ -30,6 +30,7 @@ TESTS = [
     "python/test_completion",
     "test_continuation",
     "test_golden",
+    "test_joined_chunks",
     "test_kernels",
     "test_llama",
     "test_progress",

@@ -23,9 +23,12 @@ def test_each_way_is_measured_in_each_round(served_gguf, tmp_path):
     counts = Counter((row["way"], row["quantity"]) for row in rows)
     assert set(counts.values()) == {2}
     modes = [*(["stock"] if stock else []), "whole", "off", "idle", "answer"]
-    assert {way for way, _ in counts} == {"chunks of 16", "chunks of 64", *modes}
+    chunks = ["chunks of 16", "chunks of 64"]
+    tokens = [f"tokens {where} {way}" for way in chunks for where in ("behind", "in")]
+    assert {way for way, _ in counts} == {*chunks, *tokens, *modes}
     values = {(row["way"], row["quantity"]): float(row["value"]) for row in rows}
     assert values["chunks of 16", "longest_chunk_ms"] < values["chunks of 16", "complete_ms"]
+    assert [values[way, "whole_after"] for way in tokens] == [3, 3, 1, 1]
     assert values["idle", "incomplete"] == 45  # all that is cached: the last token of the answer is not
     assert values["idle", "complete_ms"] > 0 == values["whole", "complete_ms"]
     assert values["answer", "incomplete"] < 45

@@ -140,16 +140,23 @@ def test_adapter(reference_models, tmp_path, name, n_gpu_layers):
 
 # States of each type may add as much to the error as test_completion.py allows on the CPU.
 @pytest.mark.parametrize(("states", "rounding"), [("f32", 0), ("f16", 1e-6), ("bf16", 1e-5)])
+@pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("n_gpu_layers", [5, 9, ALL])
-def test_completed_cache_is_the_whole_models(reference_models, n_gpu_layers, states, rounding):
-    """The states that completion needs lie where the boundary layer lies, on the CPU for 5 of 12 layers."""
+def test_completed_cache_is_the_whole_models(reference_models, n_gpu_layers, joins, states, rounding):
+    """The states that completion needs lie where the boundary layer lies, on the CPU for 5 of 12 layers.
+
+    With ``joins``, the first token that is decoded joins the last chunk.
+    """
     model = reference_models["bundled"]
     tokens = model.tokens(N_PROMPT + N_STEPS, seed=3)
     with Engine(model.gguf, 4, n_gpu_layers=n_gpu_layers) as engine:
         native.set_completion(engine.context, states)
         engine.prefill(tokens[:N_PROMPT])
-        assert native.complete(engine.context, N_PROMPT) == N_PROMPT
+        n_joined = 10 if joins else 0
+        assert native.complete(engine.context, N_PROMPT - n_joined) == N_PROMPT - n_joined
+        native.complete_with_next(engine.context, n_joined)
         found = np.stack([engine.step(tokens[i], i) for i in range(N_PROMPT, len(tokens))])
+        assert native.n_completed(engine.context) == N_PROMPT
     whole = yardstick(model.gguf, model.n_vocab, n_gpu_layers, (("n_steps", N_STEPS),))
     error = squared_error(found, read(model, None, 0)[1:])
     report(model=model.name, boundary=4, n_gpu_layers=n_gpu_layers, error=error, whole=whole)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pypop_gguf.bench.report import summarize
@@ -17,6 +18,7 @@ from pypop_gguf.bench.runs import read_csv
 from pypop_gguf.cli import main
 from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.quality.results import Results, name_variant
+from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.status import PopStatus, Timings
 from tests.support.paths import ROOT
 from tools import bench_network, cli_docs, memory_table, platforms
@@ -286,21 +288,32 @@ def numbered_rows(text: str) -> list[str]:
     return re.findall(r"^\| \d.+\|$", text, re.MULTILINE)
 
 
-def test_modes_of_completion_match_the_raw_runs():
-    found: dict[tuple, list[float]] = {}
+def test_tables_of_completion_match_the_raw_runs():
+    found: dict[tuple, dict[tuple, list[float]]] = {}
     for row in read_rows("completion-epyc-2-cores.csv"):
-        found.setdefault((row["model"], row["way"], row["quantity"]), []).append(float(row["value"]))
-    models = list(dict.fromkeys(model for model, *_ in found))
+        values = found.setdefault((row["model"], row["boundary"]), {})
+        values.setdefault((row["way"], row["quantity"]), []).append(float(row["value"]))
     text = section("docs/how-it-works.md", "Completing the cache later")
-    shown = [cells(row)[1:] for row in re.findall(r"^\|.* ms \|$", text, re.MULTILINE)]
-    names = {"stock": "stock llama.cpp", "whole": "all layers", "off": "`off`", "idle": "`idle`", "answer": "`answer`"}
+    rows = [cells(row)[2:] for row in re.findall(r"^\|.* ms \|$", text, re.MULTILINE)]
+
+    def medians(values, way, digits):
+        return [f"{statistics.median(values[way, quantity]):.{n}f} ms" for quantity, n in digits.items()]
+
+    names = {"stock": "stock llama.cpp", "whole": "all layers", "off": "`off`", "answer": "`answer`"}
     digits = {"first_ms": 0, "last_ms": 0, "longest_gap_ms": 0, "median_gap_ms": 1}
-    expected = [
-        [name, *(f"{statistics.median(found[model, way, quantity]):.{n}f} ms" for quantity, n in digits.items())]
-        for model in models
-        for way, name in names.items()
-    ]
-    assert len(models) == 3 and shown == expected
+    modes = [[name, *medians(values, way, digits)] for values in found.values() for way, name in names.items()]
+    assert len(found) == 4 and [row for row in rows if len(row) == 5] == modes
+
+    chunks = []
+    for values in found.values():
+        ways = "tokens behind chunks of 64", "tokens in chunks of 64"
+        (before, longest_before), (joined, longest) = (
+            medians(values, way, {"whole_ms": 0, "longest_token_ms": 0}) for way in ways
+        )
+        ratio = bootstrap_ratio(*(np.array(values[way, "whole_ms"]) for way in reversed(ways)))
+        longest = f"{longest_before.removesuffix(' ms')} -> {longest}"
+        chunks.append([before, joined, f"{ratio:.2f}", longest])
+    assert [row for row in rows if len(row) == 4] == chunks
 
 
 def test_whole_requests_match_the_raw_runs():

@@ -19,6 +19,8 @@ from pypop_gguf.cli import main
 from pypop_gguf.completion import Pace
 from tests.support.pop_reference import squared_error
 
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # isort: skip - pypop_gguf provides it
+
 TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball and a small dog. " * 8
 OPTIONS = dict(
     n_ctx=512, n_batch=64, n_ubatch=32, pop_boundary=4, n_threads=1, n_threads_batch=1, type_k=0, type_v=0,
@@ -206,8 +208,9 @@ def test_an_answer_completes_its_prompt(opened, chunk, stream):
     assert timings["completed_n"] > 0 and timings["complete_ms"] > 0
 
 
-def test_an_answer_is_the_whole_models_once_its_prompt_is_completed(opened):
-    llm, whole = opened("answer", pop_complete_chunk=512), opened("off", pop=False)
+@pytest.mark.parametrize("chunk", [32, 512])
+def test_an_answer_is_the_whole_models_once_its_prompt_is_completed(opened, chunk):
+    llm, whole = opened("answer", pop_complete_chunk=chunk), opened("off", pop=False)
     prompt = llm.tokenize(TEXT.encode())
     tokens = list(itertools.islice(llm.generate(prompt, temp=0), 10))
     whole.eval([*prompt, *tokens[:-1]])
@@ -218,6 +221,25 @@ def test_an_answer_is_the_whole_models_once_its_prompt_is_completed(opened):
     error = squared_error(llm._logits_of(1)[0], expected)
     # The weights are F16, so one token rounds in another way than many.
     assert error <= 1e-5 < 1e-2 * squared_error(pruned._logits_of(1)[0], expected)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_tokens_join_chunks_unless_several_are_decoded_at_once(opened, monkeypatch, drafted):
+    llm = opened("answer", pop_complete_chunk=16, draft_model=LlamaPromptLookupDecoding() if drafted else None)
+    done = []
+    complete_with_next = native.complete_with_next
+
+    def ask(ctx, n_max):
+        done.append(native.n_completed(ctx))
+        complete_with_next(ctx, n_max)
+
+    monkeypatch.setattr(native, "complete_with_next", ask)
+    timings = complete(llm, max_tokens=60)["timings"]
+    assert timings["completed_n"] >= timings["prompt_n"] and timings["incomplete_n"] == 0
+    if drafted:
+        assert len(done) >= 1
+    else:
+        assert len(done) > 5 and set(np.diff(done)) == {15}
 
 
 def test_a_stream_completes_the_rest_after_its_last_chunk(opened):

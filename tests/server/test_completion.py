@@ -148,6 +148,20 @@ def test_tokens_are_completed_with_the_adapters_that_have_read_them(served_gguf,
             assert slots.ask_as_alone(prompt, pop=False, lora=others) == 0
 
 
+def test_tokens_of_a_lone_answer_join_chunks(server, whole):
+    """Chunks that a token has joined take no time of their own."""
+    if server.mode != "answer":
+        pytest.skip("with idle, nothing is completed during an answer")
+    server.complete("First, something else.", id_slot=0, n_predict=1)
+    wait_until_complete(server)
+    before = server.metric("completion_seconds_total")
+    done = server.complete("Now. " + TEXT, id_slot=0, n_predict=16)
+    assert done["timings"]["completed_n"] >= done["timings"]["pruned_n"] > 100
+    assert server.metric("completion_seconds_total") == before
+    question = "Now. " + TEXT + done["content"]
+    assert server.complete(question, id_slot=0, n_predict=12, pop=False)["content"] == whole(question)
+
+
 def test_a_mode_that_is_none_is_refused(served_gguf):
     command = [sys.executable, "-m", "pypop_gguf", "serve", str(served_gguf), "--complete", "later"]
     done = subprocess.run(command, capture_output=True, text=True)

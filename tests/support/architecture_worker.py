@@ -121,10 +121,11 @@ def prune(model, context, boundary: int, name: str, results: dict[str, np.ndarra
 
 
 def complete(model, lossless: int) -> dict:
-    """Completes a pruned prompt at every boundary where something is lost.
+    """Completes a pruned prompt at every boundary where something is lost, and lets a token join the last chunk.
 
     Returns:
-        The error against the whole model by boundary, None where a boundary cannot be completed; or the refusal.
+        The errors against the whole model by boundary: of completion, None where a boundary cannot be completed, and of
+        the token that joins and those behind it, where it can; or the refusal.
     """
     tokens, context = tokens_for(model), new_context(model)
     memory = llama_cpp.llama_get_memory(context)
@@ -133,20 +134,23 @@ def complete(model, lossless: int) -> dict:
         whole = last_logits(model, context, tokens)
         llama_cpp.llama_memory_clear(memory, True)
         native.set_completion(context, "f32")
-        errors = {}
+        errors, joined = {}, {}
         for boundary in range(1, lossless):
-            llama_cpp.llama_memory_clear(memory, True)
-            native.set_boundary(context, boundary)
-            decode(context, tokens[: N_PROMPT - 1], 0, False)
-            while native.n_incomplete(context):
-                native.complete(context, CHUNK)
-            error = float(np.sum((last_logits(model, context, tokens) - whole) ** 2) / np.sum(whole**2))
-            errors[boundary] = None if native.n_lost(context) else error
+            for left, found in ((0, errors), (CHUNK, joined)):  # the next token joins a chunk of so many
+                llama_cpp.llama_memory_clear(memory, True)
+                native.set_boundary(context, boundary)
+                decode(context, tokens[: N_PROMPT - 1], 0, False)
+                while native.n_incomplete(context) > left:
+                    native.complete(context, min(CHUNK, native.n_incomplete(context) - left))
+                native.complete_with_next(context, left)
+                error = float(np.sum((last_logits(model, context, tokens) - whole) ** 2) / np.sum(whole**2))
+                if native.n_incomplete(context) == 0:
+                    found[boundary] = None if native.n_lost(context) else error
     except PopError as refused:
         return {"refused": str(refused)}
     finally:
         llama_cpp.llama_free(context)
-    return {"errors": errors}
+    return {"errors": errors, "joined": joined}
 
 
 def fit(path: str, boundary: int, adapter: str, results: dict[str, np.ndarray]) -> dict:
