@@ -148,7 +148,8 @@ class Turns:
     def _leave_call(self) -> None:
         with self._changed:
             self._thread, self._may_have_work, self._rests_until = None, True, time.monotonic() + _REST_S
-            self._changed.notify_all()
+            if self._is_free() or self._n_waiting:  # The idle thread woken for each token would delay the next one.
+                self._changed.notify_all()
 
     def _leave_idle_step(self) -> None:
         with self._changed:

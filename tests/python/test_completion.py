@@ -278,6 +278,22 @@ def test_a_thread_completes_between_calls_and_answers_stay_whole(opened):
     assert text_of(answer) == text_of(complete(whole, question))
 
 
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/task"), reason="the threads of a process are counted in Linux's /proc"
+)
+def test_the_completing_thread_leaves_no_other_threads_behind(opened):
+    """A team of OpenMP's that stays makes the team of the calls sleep between the parts of a graph."""
+    llm = opened("idle", n_threads=2, n_threads_batch=2)
+    complete(llm, pop=False)
+    before = len(os.listdir("/proc/self/task"))
+    complete(llm, "Another text. " + TEXT)
+    wait_until_complete(llm)
+    end = time.monotonic() + 60
+    while len(os.listdir("/proc/self/task")) > before:
+        assert time.monotonic() < end, "threads of the completing thread stay"
+        time.sleep(0.01)
+
+
 def test_calls_of_many_threads_and_the_completing_thread_take_turns(opened):
     """Prompts with pop=False do not depend on what the thread has completed, so their texts stay the same."""
     llm, whole = opened("idle"), opened("off", pop=False)

@@ -266,6 +266,30 @@ def test_idle_work_waits_for_the_end_of_a_turn_and_for_a_moment_after_it():
     assert began == [True] and time.monotonic() - left_at >= 0.05
 
 
+def test_steps_within_a_turn_do_not_wake_the_thread_of_idle_work():
+    class Counted(Turns):
+        n_looks = 0
+
+        def _is_free(self):
+            self.n_looks += threading.current_thread().name == "idle work"
+            return super()._is_free()
+
+    turns, turn = Counted(), object()
+    with turns.step(turn):
+        thread = threading.Thread(target=turns.wait_until_idle, args=(True,), name="idle work")
+        thread.start()
+        while turns.n_looks == 0:
+            time.sleep(0.01)
+        time.sleep(0.05)
+    for _ in range(20):
+        with turns.step(turn):
+            time.sleep(0.005)
+    assert turns.n_looks == 1
+    turns.end(turn)
+    thread.join(timeout=60)
+    assert not thread.is_alive() and turns.n_looks > 1
+
+
 def test_idle_work_begins_again_after_each_use_of_the_context_or_while_work_is_left():
     turns = Turns()
     with turns.pause():
