@@ -3,14 +3,17 @@
 ``POP_SCREENSHOTS`` names a directory that keeps a picture of each step.
 """
 
+import contextlib
 import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.server import OPTIONS, serve
+from tests.support.vision_models import convert, qwen3vl
 
 pytestmark = pytest.mark.browser
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: run `make page-test`")
@@ -20,14 +23,20 @@ QUESTION = "Once upon a time, there was a little girl named Lily. She liked to p
 LONG_MS = 60_000
 
 
+@contextlib.contextmanager
+def serve_page(model, log, *options):
+    """Yields a server of this model that has the page."""
+    with serve(model, log, *options) as running:
+        if "<html" not in running.client.get("/").text:
+            pytest.skip("the page is not built: run `make page`")
+        yield running
+
+
 @pytest.fixture(scope="module")
 def server(bundled_gguf, tmp_path_factory):
     log = tmp_path_factory.mktemp("page") / "log.txt"
-    with serve(
-        bundled_gguf, log, "--boundary", 8, *OPTIONS[:-1], "--server-options", "--chat-template", "chatml"
-    ) as running:
-        if "<html" not in running.client.get("/").text:
-            pytest.skip("the page is not built: run `make page`")
+    options = ("--boundary", 8, *OPTIONS, "--chat-template", "chatml")
+    with serve_page(bundled_gguf, log, *options) as running:
         yield running
 
 
@@ -41,10 +50,9 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def page(chromium, server, request):
-    """The page in a new browser. Its requests to other hosts are refused, and fail the test."""
-    options = getattr(request, "param", {})
+@contextlib.contextmanager
+def open_page(chromium, server, **options):
+    """Yields the page in a new browser. Its requests to other hosts are refused, and raise an AssertionError."""
     context = chromium.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
     elsewhere = []
 
@@ -63,6 +71,12 @@ def page(chromium, server, request):
     yield opened
     context.close()
     assert elsewhere == []
+
+
+@pytest.fixture
+def page(chromium, server, request):
+    with open_page(chromium, server, **getattr(request, "param", {})) as opened:
+        yield opened
 
 
 def keep(page, name: str) -> None:
@@ -129,6 +143,31 @@ def test_stopped_answer_stops_the_server(page, server):
         page.wait_for_timeout(100)
     else:
         pytest.fail("the server goes on with an answer that was stopped")
+
+
+def attach(page, file: Path) -> None:
+    page.get_by_role("button", name="Add files").click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("menuitem", name="Add files").click()
+    chooser.value.set_files(file)
+
+
+def test_image_is_pruned_with_its_question_and_answered(chromium, tmp_path):
+    model, picture = convert(qwen3vl, tmp_path), tmp_path / "ball.png"
+    Image.new("RGB", (112, 168), (255, 0, 0)).save(picture)
+    options = ("--boundary", 4, "--mmproj", model.with_name("mmproj-text.gguf"), *OPTIONS, "--n-predict", 8)
+    with serve_page(model, tmp_path / "log.txt", *options) as server, open_page(chromium, server) as page:
+        ask(page, "Which colour?")
+        [text_alone] = wait_for_answers(page, 1)
+        page.goto(server.url)
+        attach(page, picture)
+        page.get_by_alt_text(picture.name).wait_for()
+        ask(page, "Which colour?")
+        [told] = wait_for_answers(page, 1)
+        keep(page, "image")
+        n_image = 24  # 112 x 168 pixels, and each token is a square of 28 x 28
+        pruned = [int(re.search(r"(\d+) of \d+ prompt tokens pruned", text)[1]) for text in (text_alone, told)]
+        assert pruned[1] - pruned[0] >= n_image
 
 
 PHONE = {"viewport": {"width": 375, "height": 667}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}

@@ -1,111 +1,33 @@
 """Vision models: the text model gets the pop.* keys, the projector becomes a second file, and the two load together.
 
-The models are tiny and random. They have the bundled model's tokenizer, which llama.cpp's converter accepts for all.
+The models are tiny and random; ``tests/support/vision_models.py`` makes them.
 """
 
 import base64
 import io
 import json
-import re
-import shutil
 import threading
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-import torch
-import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from pypop_gguf import Cancelled, PopError, PopLlama, cli
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.llama import llama_cpp
-from tests.support.paths import BUNDLED, ROOT
+from tests.support.paths import ROOT
 from tests.support.pop_reference import squared_error
 from tests.support.server import serve
+from tests.support.vision_models import convert, gemma3, qwen3vl
 from tools import architectures
-
-TEXT = dict(
-    vocab_size=4096,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    initializer_range=0.1,
-)
-CHAT_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}\
-{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}\
-{% if add_generation_prompt %} She said:{% endif %}"""
-VISION = dict(hidden_size=32, intermediate_size=64, patch_size=14)
-
-
-def gemma3(directory: Path) -> None:
-    config = transformers.Gemma3Config(
-        text_config=dict(sliding_window=16, query_pre_attn_scalar=16, **TEXT),
-        vision_config=dict(num_hidden_layers=2, num_attention_heads=2, image_size=56, **VISION),
-        mm_tokens_per_image=4,
-    )
-    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(directory)
-    # Published models name their tensors as Transformers did before version 5.
-    weights = load_file(directory / "model.safetensors")
-    old = {
-        re.sub(r"vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", name): weights[name]
-        for name in weights
-    }
-    save_file(old, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def qwen3vl(directory: Path) -> None:
-    rope = dict(rope_type="default", mrope_section=[2, 3, 3], mrope_interleaved=True)
-    config = transformers.Qwen3VLConfig(
-        text_config=dict(rope_scaling=rope, **TEXT),
-        vision_config=dict(
-            depth=2,
-            num_heads=2,
-            out_hidden_size=64,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=[0],
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            **VISION,
-        ),
-    )
-    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(directory)
 
 
 @pytest.fixture(scope="module", params=[gemma3, qwen3vl], ids=["gemma3", "qwen3vl"])
 def converted(request, tmp_path_factory) -> Path:
     """The text model's GGUF, which has the projector beside it."""
-    directory = tmp_path_factory.mktemp(request.param.__name__)
-    source = directory / "model"
-    torch.manual_seed(0)
-    request.param(source)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(BUNDLED / name, source / name)
-    (source / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    preprocessor = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, image_seq_length=4)
-    (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    target = directory / "out" / "text.gguf"
-    target.parent.mkdir()
-    arguments = [
-        "--mmproj",
-        "--outtype",
-        "f32",
-        "--calibration-samples",
-        "2",
-        "--calibration-tokens",
-        "32",
-        "--outfile",
-        str(target),
-    ]
-    assert cli.main(["convert", str(source), *arguments]) == 0
-    return target
+    return convert(request.param, tmp_path_factory.mktemp(request.param.__name__))
 
 
 def test_text_model_and_projector_are_all_that_is_written(converted):
