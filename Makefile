@@ -11,8 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures vulkan arm windows amx bench quality docs soak licences \
-        audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures wheel vulkan arm windows amx bench quality docs soak \
+        licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -44,6 +44,19 @@ test-slow: $(VENV)/.installed $(STOCK)/.generator
 # every architecture against a reference that stock llama.cpp makes alone; about 10 minutes on 2 cores
 architectures: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m tools.architectures docs/architectures.md
+
+# a wheel for Linux with glibc 2.17 or newer, in build/wheel/repaired, and its tests. It carries the page if that is built
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
+	rm -rf build/wheel/built build/wheel/repaired
+	@echo "building the wheel: about 30 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	    --wheel-dir build/wheel/built -C build-dir=build/wheel/native \
+	    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/wheel/toolchain.cmake" \
+	    -C cmake.define.CMAKE_PROJECT_pypop_gguf_INCLUDE="$(CURDIR)/tools/wheel/wheel.cmake" .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat manylinux_2_17_$$(uname -m) -w build/wheel/repaired \
+	    build/wheel/built/*.whl
+	POP_WHEEL=$$(echo build/wheel/repaired/*.whl) $(BIN)/python -m pytest tests/packaging/test_wheel.py
 
 # a build with Vulkan against the CPU; ggml uses a device that is a CPU, such as Mesa's, only where its number is given
 vulkan: build/vulkan/.installed

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def ask(url: str, body: dict | None = None) -> dict:
         return json.loads(response.read())
 
 
+def refuse(url: str, body: dict) -> str:
+    """Returns the reason with which the server refuses a request."""
+    try:
+        answer = ask(url, body)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read().decode()
+    raise AssertionError(answer)
+
+
 def check_server(model: Path, log: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -55,7 +66,9 @@ def check_server(model: Path, log: Path) -> None:
 
     with running_process([*command, "--threads", 1, "--context", 256, "--parallel", 1], log, is_ready):
         timings = ask(f"{url}/completion", {"prompt": PROMPT, "n_predict": 4, "temperature": 0})["timings"]
+        refusal = refuse(f"{url}/completion", {"prompt": PROMPT, "json_schema": {"type": "nothing"}})
     assert timings["predicted_n"] == 4 and timings["pruned_n"] > 50, timings
+    assert "unrecognized type nothing" in refusal, refusal  # an exception that one library threw and another caught
     print(f"served {timings['pruned_n']} pruned tokens")
 
 

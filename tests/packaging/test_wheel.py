@@ -81,7 +81,9 @@ def test_wheel_holds_each_library_once_and_the_licences(wheel):
     libraries = [Path(name).name for name in names if "/lib/" in name and not name.endswith(".py")]
     assert len(libraries) == len({re.split(r"\.(so|dylib|dll)\b", library)[0] for library in libraries})
     assert any("llama" in library for library in libraries) and any("mtmd" in library for library in libraries)
-    parts = ("xxhash", "rotate-bits", "cpp-httplib", "json", "tinyblas")
+    parts = ["xxhash", "rotate-bits", "cpp-httplib", "json", "tinyblas"]
+    if any("pop-cxx" in library for library in libraries):
+        parts += ["libcxx", "libcxxabi", "libunwind", "zig"]
     notices = [
         "llama_cpp/LICENSE.md",
         "llama.cpp/LICENSE",

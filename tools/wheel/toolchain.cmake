@@ -1,0 +1,15 @@
+# Compiles the wheel for Linux with the clang of PyPI's ziglang, which brings the interface of an old glibc. The wheel
+# then runs with that glibc and newer ones, whatever the machine has that compiles it. `make wheel` uses this file.
+find_program(POP_ZIG python-zig REQUIRED)
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR ${CMAKE_HOST_SYSTEM_PROCESSOR})
+set(pop_target -target ${CMAKE_HOST_SYSTEM_PROCESSOR}-linux-gnu.2.17)
+set(CMAKE_C_COMPILER ${POP_ZIG} cc ${pop_target})
+set(CMAKE_CXX_COMPILER ${POP_ZIG} c++ ${pop_target})
+set(CMAKE_AR ${POP_ZIG})
+foreach(language IN ITEMS C CXX)
+    set(CMAKE_${language}_ARCHIVE_CREATE "<CMAKE_AR> ar qcs <TARGET> <OBJECTS>")
+    set(CMAKE_${language}_ARCHIVE_APPEND "<CMAKE_AR> ar qs <TARGET> <OBJECTS>")
+    set(CMAKE_${language}_ARCHIVE_FINISH "")
+    set(CMAKE_${language}_FLAGS_INIT "-g0 -fomit-frame-pointer")
+endforeach()
