@@ -45,7 +45,7 @@ test-slow: $(VENV)/.installed $(STOCK)/.generator
 architectures: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m tools.architectures docs/architectures.md
 
-# a wheel for Linux with glibc 2.17 or newer, in build/wheel/repaired, and its tests. It carries the page if that is built
+# a wheel for glibc 2.17 or newer, in build/wheel/repaired, and its tests. It carries the web page if that was built
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
 	rm -rf build/wheel/built build/wheel/repaired

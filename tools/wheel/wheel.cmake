@@ -1,5 +1,5 @@
-# The settings of the wheel for Linux, and the C++ library that it carries. `make wheel` lets CMakeLists.txt include this
-# file after its project().
+# The settings of the wheel for Linux, and the C++ library that it carries. `make wheel` has this file included after
+# the project() of CMakeLists.txt.
 set(GGML_NATIVE OFF CACHE BOOL "")
 set(GGML_BACKEND_DL ON CACHE BOOL "")
 set(GGML_CPU_ALL_VARIANTS ON CACHE BOOL "")
@@ -15,8 +15,8 @@ file(GLOB sources "${zig}/lib/libcxx/src/*.cpp" "${zig}/lib/libcxx/src/filesyste
 list(FILTER sources EXCLUDE REGEX "libcxx/src/new.cpp|cxa_noexception.cpp") # others define the same functions
 add_library(pop-cxx SHARED ${sources})
 target_compile_features(pop-cxx PRIVATE cxx_std_23)
-target_compile_definitions(pop-cxx PRIVATE _LIBCPP_BUILDING_LIBRARY LIBCXX_BUILDING_LIBCXXABI _LIBCXXABI_BUILDING_LIBRARY
-    LIBC_NAMESPACE=__llvm_libc_common_utils)
+target_compile_definitions(pop-cxx PRIVATE _LIBCPP_BUILDING_LIBRARY LIBCXX_BUILDING_LIBCXXABI
+    _LIBCXXABI_BUILDING_LIBRARY LIBC_NAMESPACE=__llvm_libc_common_utils)
 target_compile_options(pop-cxx PRIVATE -w)
 target_include_directories(pop-cxx PRIVATE "${zig}/lib/libcxx/src" "${zig}/lib/libcxx/libc")
 add_link_options(-nostdlib++ -lunwind -s)
