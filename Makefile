@@ -49,7 +49,7 @@ architectures: $(VENV)/.installed $(STOCK)/.generator
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
 	rm -rf build/wheel/built build/wheel/repaired
-	@echo "building the wheel: about 30 minutes on 2 cores, once"
+	@echo "building the wheel: 20 minutes or more on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
 	    --wheel-dir build/wheel/built -C build-dir=build/wheel/native \
 	    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/wheel/toolchain.cmake" \
