@@ -1,6 +1,6 @@
-"""``pop-gguf prepare``: from any GGUF to a POP GGUF with fitted keys and values, without torch.
+"""``pop-gguf prepare``: from any GGUF to a POP GGUF with fitted keys and values, without torch unless it trains them.
 
-fitting/steps.py fits and measures, boundary_rules.py chooses, gguf_files/writer.py writes.
+fitting/steps.py fits and measures, fitting/training.py trains, boundary_rules.py chooses, gguf_files/writer.py writes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import check_budget, check_support, choose_by_curve
 from pypop_gguf.errors import PopError, one_line, shell_path
 from pypop_gguf.fitting import steps
-from pypop_gguf.fitting.texts import read_prompts
+from pypop_gguf.fitting.texts import TRAIN_TOKENS, read_prompts
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.tensors import list_shards
@@ -42,6 +43,7 @@ An adapter is a file of its own, NAME.pop-bB.gguf, that every pop-gguf command a
 every quantization of the same model. Other engines run OUT.gguf with all layers, as they run MODEL.gguf."""
 
 MAX_KL = 0.015  # Nats a token: docs/quality.md has the cost at which a task first loses beyond noise.
+_LONGEST_TRAINING = 10_000  # minutes
 _SHARES = (0.8, 0.75, 2 / 3, 0.58, 0.5)  # of the layers kept at the boundaries that are tried
 
 
@@ -70,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest KL divergence to the whole model, in nats a token (default: {MAX_KL})",
     )
     budget.add_argument("--boundary", type=int, metavar="B", help="fit this boundary, whatever it costs")
+    parser.add_argument(
+        "--train",
+        type=float,
+        metavar="MINUTES",
+        help="train the adapter of --boundary for so long, with torch, which makes low boundaries cost much less",
+    )
     parser.add_argument(
         "--samples",
         type=int,
@@ -112,6 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("samples", "threads"):
         if getattr(arguments, name) < 1:
             raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 1")
+    if arguments.train is not None:
+        if not 0 < arguments.train <= _LONGEST_TRAINING:
+            raise PopError(f"--train {arguments.train:g} is out of range: give minutes, up to {_LONGEST_TRAINING}")
+        if arguments.boundary is None:
+            raise PopError("--train trains the adapter of one boundary: name it with --boundary")
     choose_kernels(arguments)
     target = arguments.outfile or default_target(arguments.model)
     prepare(
@@ -120,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         text=arguments.text,
         max_kl=arguments.max_kl,
         boundary=arguments.boundary,
+        train_minutes=arguments.train,
         n_samples=arguments.samples,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.gpu_layers,
@@ -162,6 +176,7 @@ def prepare(
     text: Path | None = None,
     max_kl: float = MAX_KL,
     boundary: int | None = None,
+    train_minutes: float | None = None,
     n_samples: int = steps.SAMPLES,
     n_threads: int,
     n_gpu_layers: int,
@@ -176,6 +191,7 @@ def prepare(
         text: Prompts of the user's own; None for the bundled ones.
         max_kl: Largest KL divergence to the whole model, in nats a token.
         boundary: Fits this boundary, whatever it costs.
+        train_minutes: Also trains the adapter of that boundary for so long, with torch.
         n_samples: Number of prompts to measure on.
         n_threads: Number of threads.
         n_gpu_layers: Number of layers that a GPU computes, the last ones first.
@@ -205,6 +221,11 @@ def prepare(
         to_fit, to_measure = read_prompts(llm, text, steps.CONTEXT)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
         errors = steps.fit(llm, source, to_fit, adapters)
+        if train_minutes is not None:
+            assert boundary is not None
+            training = _training()
+            to_train, _ = read_prompts(llm, text, steps.CONTEXT, TRAIN_TOKENS)
+            print(training.train(llm, source, adapters[boundary], to_train, train_minutes, n_threads), file=report)
         costs = steps.measure(llm, to_measure[:n_samples], adapters)
         chosen = boundary or _choose(support.n_layer, costs, max_kl)
         print(steps.format_costs(llm, costs, chosen), file=report, flush=True)
@@ -226,6 +247,19 @@ def prepare(
     print(f"wrote {' and '.join(sizes)}", file=report)
     used = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
     print(f"took  {time.perf_counter() - started:.0f} s{used}", file=report)
+
+
+def _training() -> ModuleType:
+    """Returns the module that trains, which imports torch.
+
+    Raises:
+        PopError: torch is not installed.
+    """
+    try:
+        from pypop_gguf.fitting import training
+    except ImportError as error:
+        raise PopError(f"--train needs torch ({error}); pip install 'pypop-gguf[convert]'") from error
+    return training
 
 
 def _choose_boundaries(n_layer: int, lossless: int, asked: int | None) -> list[int]:

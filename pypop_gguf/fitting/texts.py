@@ -20,28 +20,32 @@ from pypop_gguf.quality.score import Tokenizer
 
 FEWEST = 16  # prompts in a user's own file
 FIT_TOKENS = 40_000  # More text hardly improves a linear fit.
+TRAIN_TOKENS = 5_000_000  # More text improves training, but the states of all of it are held in memory.
 _SAMPLED = 20_000  # letters of a file whose tokens are counted
 _DATA = Path(__file__).with_name("data")
 _MEASURED = 4  # every fourth prompt of a user's own file is measured on
 
 
-def read_prompts(llm: PopLlama, path: Path | None, max_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+def read_prompts(
+    llm: PopLlama, path: Path | None, max_tokens: int, fit_tokens: int = FIT_TOKENS
+) -> tuple[list[list[int]], list[list[int]]]:
     """Reads the prompts to fit on and the prompts to measure on.
 
     Args:
         llm: The model, whose tokenizer and chat template are used.
         path: Plain text or JSON Lines, as ``pop-gguf eval`` reads them; None for the bundled prompts.
         max_tokens: A longer prompt is left out: a part of it would not be what its end asks about.
+        fit_tokens: Most tokens in all of the prompts to fit on.
 
     Returns:
-        The token ids of each prompt to fit on, at most ``FIT_TOKENS`` tokens in all, and of each to measure on.
+        The token ids of each prompt to fit on and of each to measure on.
 
     Raises:
         PopError: The file cannot be read, or has too few prompts.
     """
     if path is None:
         fitted, measured = (_read_bundled(_DATA / name) for name in ("fit.jsonl", "measure.jsonl"))
-        return _cut(encode_chats(llm, fitted, max_tokens)), encode_chats(llm, measured, max_tokens)
+        return _cut(encode_chats(llm, fitted, max_tokens), fit_tokens), encode_chats(llm, measured, max_tokens)
     chats = [_as_chat(record.content) for record in read_records(path, max_tokens)[0]]
     prompts = encode_chats(llm, chats, max_tokens)
     if len(prompts) < FEWEST:
@@ -51,13 +55,13 @@ def read_prompts(llm: PopLlama, path: Path | None, max_tokens: int) -> tuple[lis
         )
     _warn_of_unknown_language(llm, path, chats)
     to_fit = [prompt for i, prompt in enumerate(prompts) if i % _MEASURED != _MEASURED - 1]
-    return _cut(to_fit), prompts[_MEASURED - 1 :: _MEASURED]
+    return _cut(to_fit, fit_tokens), prompts[_MEASURED - 1 :: _MEASURED]
 
 
-def _cut(prompts: list[list[int]]) -> list[list[int]]:
-    """Returns the first prompts, as many as ``FIT_TOKENS`` allow."""
+def _cut(prompts: list[list[int]], most: int) -> list[list[int]]:
+    """Returns the first prompts, as many as have at most so many tokens in all."""
     ends = itertools.accumulate(map(len, prompts))
-    return [prompt for prompt, end in zip(prompts, ends, strict=True) if end <= FIT_TOKENS]
+    return [prompt for prompt, end in zip(prompts, ends, strict=True) if end <= most]
 
 
 def _warn_of_unknown_language(llm: PopLlama, path: Path, chats: Iterable[list[dict[str, str]]]) -> None:

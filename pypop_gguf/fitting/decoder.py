@@ -1,0 +1,185 @@
+"""Runs a model in PyTorch, so that gradients flow through its layers. ``training`` learns fitted projections with it.
+
+The weights come from the GGUF and keep its order of rows. For Llama it interleaves the two numbers that RoPE rotates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.gguf_files.tensors import list_shards
+
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")  # of each layer
+_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}  # how RoPE pairs the numbers of a head, by architecture
+
+Grab = Callable[[int, str, torch.Tensor], None]
+Products = tuple[torch.Tensor, torch.Tensor]  # of keys and values
+
+
+class Decoder:
+    """The layers of a Llama, Qwen2 or Qwen3, in F32 and without gradients of their own.
+
+    Attributes:
+        n_layer: Number of layers.
+        width: Numbers of a state.
+        heads: Heads of keys and values.
+        head_width: Numbers of a head.
+        weights: The model's tensors by their names.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        """Reads the weights.
+
+        Args:
+            path: The GGUF file.
+            device: Where PyTorch computes.
+
+        Raises:
+            PopError: The architecture is another one, or the file is one of several.
+        """
+        if len(list_shards(path)) > 1:
+            raise PopError(f"{path} is split, and training reads one file: merge its parts, or leave --train out")
+        reader = GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        if architecture not in _INTERLEAVED:
+            raise PopError(f"training knows {', '.join(_INTERLEAVED)}, not {architecture}: leave --train out")
+
+        def key(name: str, default=None):
+            field = reader.fields.get(f"{architecture}.{name}")
+            return default if field is None else field.contents()
+
+        self._interleaved, self._device = _INTERLEAVED[architecture], device
+        self.n_layer, self.width, n_head = key("block_count"), key("embedding_length"), key("attention.head_count")
+        self.heads = key("attention.head_count_kv", n_head)
+        self.head_width = key("attention.key_length", self.width // n_head)
+        self._group, self._epsilon = n_head // self.heads, key("attention.layer_norm_rms_epsilon")
+        self.weights = {
+            tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)).to(device)
+            for tensor in reader.tensors
+        }
+        needed = {f"blk.{layer}.{name}.weight" for layer in range(self.n_layer) for name in _MATRICES}
+        if missing := sorted(needed - set(self.weights)):
+            raise PopError(f"training does not know layers without {missing[0]}: leave --train out")
+        self._embedding = self.weights["token_embd.weight"]
+        self._output = self.weights.get("output.weight", self._embedding)
+        exponents = torch.arange(0, self.head_width, 2, device=device).float() / self.head_width
+        self._frequencies = key("rope.freq_base", 10000.0) ** -exponents / self.weights.get("rope_freqs.weight", 1.0)
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns states [..., width] divided by their root mean square."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
+
+    def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Applies RoPE to keys or queries [batch, tokens, ..., head_width] at positions [batch, tokens]."""
+        angles = positions.float()[..., None] * self._frequencies
+        angles = angles.view(*angles.shape[:2], *[1] * (x.dim() - 3), angles.shape[-1])
+        cos, sin = angles.cos(), angles.sin()
+        first, second = (x[..., 0::2], x[..., 1::2]) if self._interleaved else x.chunk(2, -1)
+        pair = first * cos - second * sin, first * sin + second * cos
+        return torch.stack(pair, -1).flatten(-2) if self._interleaved else torch.cat(pair, -1)
+
+    def cached(self, layer: int, products: Products, positions: torch.Tensor) -> Products:
+        """Returns the keys and values of the cache from the products of their weights, with RoPE applied.
+
+        Args:
+            layer: The layer.
+            products: Of the weights of keys and values, each [batch, tokens, heads * head_width].
+            positions: Of the tokens, [batch, tokens].
+        """
+        keys, values = (x.view(*x.shape[:2], self.heads, self.head_width) for x in products)
+        return self.rotated(self._head_norm(layer, "attn_k_norm", keys), positions), values
+
+    def key_value_products(self, layer: int, x: torch.Tensor) -> Products:
+        """Returns the products of the weights of keys and values with what the attention of a layer reads."""
+        return self.project(layer, "attn_k", x), self.project(layer, "attn_v", x)
+
+    def project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies with a weight of a layer and adds its bias, if it has one."""
+        return functional.linear(
+            x, self.weights[f"blk.{layer}.{name}.weight"], self.weights.get(f"blk.{layer}.{name}.bias")
+        )
+
+    def own_input(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """Returns what the attention of a layer reads of states."""
+        return self.normalized(state) * self.weights[f"blk.{layer}.attn_norm.weight"]
+
+    def attended(self, layer: int, state, keys, values, mask, positions) -> torch.Tensor:
+        """Returns the states [batch, tokens, width] after the attention of a layer.
+
+        Args:
+            layer: The layer.
+            state: The states before it.
+            keys: [batch, cells, heads, head_width].
+            values: The same shape.
+            mask: Whether a token sees a cell, [batch, tokens, cells].
+            positions: Of the tokens, [batch, tokens].
+        """
+        batch, tokens = state.shape[:2]
+        queries = self.project(layer, "attn_q", self.own_input(layer, state)).view(batch, tokens, -1, self.head_width)
+        queries = self.rotated(self._head_norm(layer, "attn_q_norm", queries), positions)
+        queries = queries.view(batch, tokens, self.heads, self._group, self.head_width).permute(0, 2, 3, 1, 4)
+        scores = queries.flatten(2, 3) @ keys.permute(0, 2, 3, 1) / math.sqrt(self.head_width)
+        scores = scores.view(batch, self.heads, self._group, tokens, -1).masked_fill(~mask[:, None, None], -1e30)
+        mixed = scores.softmax(-1).flatten(2, 3) @ values.transpose(1, 2)
+        mixed = mixed.view(batch, self.heads, self._group, tokens, self.head_width).permute(0, 3, 1, 2, 4)
+        return state + self.project(layer, "attn_output", mixed.flatten(2))
+
+    def fed_forward(self, layer: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the states after the feed-forward network of a layer, and its hidden activations."""
+        x = self.normalized(state) * self.weights[f"blk.{layer}.ffn_norm.weight"]
+        hidden = functional.silu(self.project(layer, "ffn_gate", x)) * self.project(layer, "ffn_up", x)
+        return state + self.project(layer, "ffn_down", hidden), hidden
+
+    def log_probabilities(self, state: torch.Tensor) -> torch.Tensor:
+        """Returns the natural logarithms of the next token's probabilities, from states of the last layer."""
+        return functional.log_softmax(
+            (self.normalized(state) * self.weights["output_norm.weight"]) @ self._output.T, -1
+        )
+
+    @torch.no_grad()
+    def keep_likely(self, states: Iterable[torch.Tensor], n_likeliest: int) -> None:
+        """Leaves out tokens that are nowhere among the likeliest: the output is most of a small model's operations.
+
+        Args:
+            states: States of the last layer, each [tokens, width].
+            n_likeliest: Tokens that are kept for each state.
+        """
+        likeliest = [self.log_probabilities(state).topk(n_likeliest).indices.unique() for state in states]
+        self._output = self._output[torch.cat(likeliest).unique()]
+
+    @torch.no_grad()
+    def run(self, tokens: torch.Tensor, grab: Grab) -> torch.Tensor:
+        """Runs all layers over a text.
+
+        Args:
+            tokens: Token ids, [tokens].
+            grab: Called with a layer, ``"state"`` and what the layer reads, and with a layer, ``"hidden"`` and the
+                activations of its feed-forward network, each [1, tokens, numbers].
+
+        Returns:
+            The states after the last layer.
+        """
+        positions = torch.arange(len(tokens), device=self._device)[None]
+        mask = torch.ones(1, len(tokens), len(tokens), dtype=torch.bool, device=self._device).tril()
+        state = self._embedding[tokens][None]
+        for layer in range(self.n_layer):
+            grab(layer, "state", state)
+            x = self.own_input(layer, state)
+            cache = self.cached(layer, self.key_value_products(layer, x), positions)
+            state, hidden = self.fed_forward(layer, self.attended(layer, state, *cache, mask, positions))
+            grab(layer, "hidden", hidden)
+        return state
+
+    def _head_norm(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Normalizes heads where the architecture does."""
+        weight = self.weights.get(f"blk.{layer}.{name}.weight")
+        return x if weight is None else self.normalized(x) * weight

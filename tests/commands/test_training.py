@@ -1,0 +1,110 @@
+"""``prepare --train``: an adapter is trained by gradient descent, and costs less in the engine afterwards."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pypop_gguf import PopError  # noqa: E402 - torch may be missing
+from pypop_gguf.cli import main  # noqa: E402
+from pypop_gguf.fitting import steps, training  # noqa: E402
+from pypop_gguf.fitting.decoder import Decoder  # noqa: E402
+from pypop_gguf.fitting.measure import Meter  # noqa: E402
+from pypop_gguf.fitting.texts import read_prompts  # noqa: E402
+from pypop_gguf.gguf_files.adapters import find_adapters  # noqa: E402
+from pypop_gguf.quality.score import log_softmax  # noqa: E402
+from tests.support.engine import F32, Engine  # noqa: E402
+from tests.support.pop_reference import squared_error  # noqa: E402
+
+BOUNDARY = 6
+
+
+@pytest.fixture(scope="module")
+def fitted(served_gguf, tmp_path_factory):
+    """The served model, its closed-form adapter and some of the bundled prompts."""
+    adapter = tmp_path_factory.mktemp("fitted") / "adapter.gguf"
+    llm = steps.open_whole(served_gguf, 1)
+    prompts = read_prompts(llm, None, 200)[0][:60]
+    steps.fit(llm, served_gguf, prompts, {BOUNDARY: adapter})
+    yield llm, adapter, prompts
+    llm.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_pytorch_computes_what_the_engine_computes(reference_models, name):
+    model = reference_models[name]
+    tokens = model.tokens(30)
+    decoder = Decoder(model.gguf, "cpu")
+    with torch.no_grad():
+        found = decoder.log_probabilities(decoder.run(torch.tensor(tokens), lambda *_: None))[0, -1].numpy()
+    with Engine(model.gguf, n_gpu_layers=0, type_k=F32, type_v=F32) as engine:
+        expected = log_softmax(engine.prefill(tokens)[None])[0]
+    assert squared_error(found, expected) <= 1e-9
+
+
+def test_divergence_in_pytorch_is_that_of_the_engine_before_and_after_training(served_gguf, fitted, tmp_path):
+    llm, adapter, prompts = fitted
+    trained = tmp_path / "trained.gguf"
+    shutil.copy(adapter, trained)
+    line = training.train(llm, served_gguf, trained, prompts, minutes=0.2, n_threads=1)
+    before, after = map(float, line.split("held out ")[1].split(" -> "))
+    assert after < before, line
+    decoder = Decoder(served_gguf, "cpu")
+    costs = {}
+    for file in (adapter, trained):
+        meter, maps = Meter(llm, {BOUNDARY: file}), training.Maps(decoder, file, "cpu")
+        engine, pytorch = [], []
+        for prompt in prompts[:: _step(prompts)]:
+            engine.append(meter.measure(prompt, 16)[BOUNDARY].fitted.kl)
+            text = training.read_text(decoder, maps, prompt, meter.answer(prompt, 16), "cpu")
+            maps.begin([text])
+            with torch.no_grad():
+                pytorch.append(float(training.divergence(decoder, maps, text, maps.learned())))
+        assert np.mean(pytorch) == pytest.approx(np.mean(engine), rel=0.1)
+        costs[file] = np.mean(engine)
+    assert costs[trained] < costs[adapter]
+
+
+def _step(prompts) -> int:
+    return max(1, len(prompts) // 8)
+
+
+def test_training_that_does_not_help_leaves_the_adapter(served_gguf, fitted, tmp_path, monkeypatch):
+    llm, adapter, prompts = fitted
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(adapter, copy)
+    monkeypatch.setattr(training, "LEARNING_RATE", 1.0)
+    line = training.train(llm, served_gguf, copy, prompts[:20], minutes=0.05, n_threads=1)
+    assert line.endswith("the adapter stays as it was fitted")
+    assert copy.read_bytes() == adapter.read_bytes()
+
+
+def test_prepare_trains_and_writes(served_gguf, short_texts, tmp_path, capsys):
+    target = tmp_path / "out.gguf"
+    command = ["prepare", str(served_gguf), "--outfile", str(target), "--boundary", "6", "--text", str(short_texts)]
+    assert main([*command, "--train", "0.05", "--samples", "2", "--threads", "1"]) == 0
+    assert "trained in " in capsys.readouterr().out
+    assert list(find_adapters(target)) == [6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "1"], "--train trains the adapter of one boundary: name it with --boundary"),
+        (["--train", "0", "--boundary", "6"], "--train 0 is out of range: give minutes, up to 10000"),
+        (["--train", "nan", "--boundary", "6"], "--train nan is out of range: give minutes, up to 10000"),
+    ],
+)
+def test_wrong_arguments_are_refused(served_gguf, tmp_path, capsys, options, message):
+    assert main(["prepare", str(served_gguf), "--outfile", str(tmp_path / "out.gguf"), *options]) == 1
+    assert capsys.readouterr().err.strip().endswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_architectures_that_training_does_not_know_are_refused(reference_models):
+    with pytest.raises(PopError, match="training knows llama, qwen2, qwen3, not gemma3: leave --train out"):
+        Decoder(reference_models["gemma3"].gguf, "cpu")
+    with pytest.raises(PopError, match=r"training does not know layers without blk\.0\.ffn_down\.weight"):
+        Decoder(reference_models["mixtral"].gguf, "cpu")
