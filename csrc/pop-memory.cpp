@@ -191,7 +191,9 @@ void pop_memory::add_continuations(llama_memory_context_i & mctx, bool kv_unifie
 
 std::vector<int32_t> pop_memory::cells_of(llama_memory_context_i & mctx, const llama_kv_cache & kv) {
     const auto * iswa = dynamic_cast<llama_kv_cache_iswa_context *>(&mctx);
-    const auto & ctx  = iswa ? *iswa->get_base() : static_cast<llama_kv_cache_context &>(mctx);
+    const auto & ctx  = !iswa                         ? static_cast<llama_kv_cache_context &>(mctx)
+                        : iswa->get_base()->kv == &kv ? *iswa->get_base()
+                                                      : *iswa->get_swa();
     const auto & slot = ctx.sinfos[ctx.i_cur];
 
     std::vector<int32_t> res;
