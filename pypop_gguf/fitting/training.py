@@ -42,7 +42,7 @@ _SMALL_NORM = 0.3  # A layer's norm that is smaller than this share of its mean 
 
 @dataclasses.dataclass
 class Text:
-    """What training needs of one prompt and the model's answer to it.
+    """A prompt and the model's answer to it, as training reads them.
 
     Attributes:
         own: States at the boundary of the pruned tokens, divided by their root mean square, F16 [tokens, width].
