@@ -85,7 +85,7 @@ private:
     int64_t         next = 0;
 };
 
-// A pop_pass_state lives as long as a pass. It sets up the processor for a kernel that needs that, such as one with AMX.
+// A pop_pass_state lives as long as a pass. It sets up the processor for kernels that need that, such as those of AMX.
 template <class K> struct pop_pass_state {};
 
 // Computes the outputs of a tile of an expert's weights for the rows from `first` to `end`, pop_pass_rows at most.

@@ -4,7 +4,7 @@
 //
 //     worker LOGITS < model-and-cases
 //
-// The first line names the model's file, in UTF-8 also on Windows. A case is a line of words: the boundary (0 leaves POP
+// The first line names the model's file, in UTF-8 also on Windows. A case is a line of words: the boundary (0 turns POP
 // off), the tokens of head and tail, whether tokens continue, the type of the cache, whether flash attention is on, an
 // adapter's file or "-", the number of prompt tokens, and the tokens of the prompt and of a text that follows it. The
 // program writes the logits of the last prompt token and of each token that follows to LOGITS, as F32, and prints how
