@@ -1,4 +1,4 @@
-"""Runs a model in PyTorch, so that gradients flow through its layers. ``training`` learns fitted projections with it.
+"""Runs the upper layers of a model in PyTorch, so that gradients flow through them: ``training`` learns with it.
 
 The weights come from the GGUF and keep its order of rows. For Llama it interleaves the two numbers that RoPE rotates.
 """
@@ -6,7 +6,7 @@ The weights come from the GGUF and keep its order of rows. For Llama it interlea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +16,33 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from pypop_gguf.errors import PopError
+from pypop_gguf.fitting.products import layer_of
 from pypop_gguf.gguf_files.tensors import list_shards
 
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")  # of each layer
 _INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}  # how RoPE pairs the numbers of a head, by architecture
 
-Grab = Callable[[int, str, torch.Tensor], None]
-Products = tuple[torch.Tensor, torch.Tensor]  # of keys and values
+Pair = tuple[torch.Tensor, torch.Tensor]  # of keys and values
 
 
 class Decoder:
-    """The layers of a Llama, Qwen2 or Qwen3, in F32 and without gradients of their own.
+    """The upper layers of a Llama, Qwen2 or Qwen3, without gradients of their own.
 
     Attributes:
-        n_layer: Number of layers.
-        width: Numbers of a state.
+        n_layer: Number of layers of the model.
         heads: Heads of keys and values.
         head_width: Numbers of a head.
-        weights: The model's tensors by their names.
+        weights: Their tensors by names, and those of the model that belong to no layer.
     """
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, first_layer: int = 0, kind: torch.dtype = torch.float32) -> None:
         """Reads the weights.
 
         Args:
             path: The GGUF file.
             device: Where PyTorch computes.
+            first_layer: The lowest layer that is needed.
+            kind: The type in which matrices are kept and multiplied; all else is F32.
 
         Raises:
             PopError: The architecture is another one, or the file is one of several.
@@ -57,16 +58,19 @@ class Decoder:
             field = reader.fields.get(f"{architecture}.{name}")
             return default if field is None else field.contents()
 
-        self._interleaved, self._device = _INTERLEAVED[architecture], device
-        self.n_layer, self.width, n_head = key("block_count"), key("embedding_length"), key("attention.head_count")
+        self._interleaved, self._device, self._kind = _INTERLEAVED[architecture], device, kind
+        self.n_layer, n_head = key("block_count"), key("attention.head_count")
         self.heads = key("attention.head_count_kv", n_head)
-        self.head_width = key("attention.key_length", self.width // n_head)
+        self.head_width = key("attention.key_length", key("embedding_length") // n_head)
         self._group, self._epsilon = n_head // self.heads, key("attention.layer_norm_rms_epsilon")
+        self._first_layer = first_layer
         self.weights = {
-            tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)).to(device)
+            tensor.name: self.moved(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
             for tensor in reader.tensors
+            if not tensor.name.startswith("blk.") or layer_of(tensor.name) >= first_layer
         }
-        needed = {f"blk.{layer}.{name}.weight" for layer in range(self.n_layer) for name in _MATRICES}
+        self.weights |= {name: x.to(kind) for name, x in self.weights.items() if x.dim() > 1}
+        needed = {f"blk.{layer}.{name}.weight" for layer in range(first_layer, self.n_layer) for name in _MATRICES}
         if missing := sorted(needed - set(self.weights)):
             raise PopError(f"training does not know layers without {missing[0]}: leave --train out")
         self._embedding = self.weights["token_embd.weight"]
@@ -74,9 +78,25 @@ class Decoder:
         exponents = torch.arange(0, self.head_width, 2, device=device).float() / self.head_width
         self._frequencies = key("rope.freq_base", 10000.0) ** -exponents / self.weights.get("rope_freqs.weight", 1.0)
 
+    def moved(self, x: np.ndarray) -> torch.Tensor:
+        """Returns an array where PyTorch computes."""
+        return torch.from_numpy(x).to(self._device)
+
+    def embedded(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Returns the states [tokens, width] before the first layer."""
+        return self._embedding[torch.tensor(tokens, device=self._device)].float()
+
+    def size(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the root mean squares [..., 1] of states, by which they are divided before each layer."""
+        return (x.square().mean(-1, keepdim=True) + self._epsilon).sqrt()
+
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         """Returns states [..., width] divided by their root mean square."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
+        return x / self.size(x)
+
+    def product(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Returns the product of inputs [..., n_in] with a matrix [n_out, n_in] as F32."""
+        return functional.linear(x.to(self._kind), matrix.to(self._kind)).float()
 
     def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Applies RoPE to keys or queries [batch, tokens, ..., head_width] at positions [batch, tokens]."""
@@ -87,7 +107,7 @@ class Decoder:
         pair = first * cos - second * sin, first * sin + second * cos
         return torch.stack(pair, -1).flatten(-2) if self._interleaved else torch.cat(pair, -1)
 
-    def cached(self, layer: int, products: Products, positions: torch.Tensor) -> Products:
+    def cached(self, layer: int, products: Pair, positions: torch.Tensor) -> Pair:
         """Returns the keys and values of the cache from the products of their weights, with RoPE applied.
 
         Args:
@@ -98,15 +118,17 @@ class Decoder:
         keys, values = (x.view(*x.shape[:2], self.heads, self.head_width) for x in products)
         return self.rotated(self._head_norm(layer, "attn_k_norm", keys), positions), values
 
-    def key_value_products(self, layer: int, x: torch.Tensor) -> Products:
+    def key_value_products(self, layer: int, x: torch.Tensor) -> Pair:
         """Returns the products of the weights of keys and values with what the attention of a layer reads."""
         return self.project(layer, "attn_k", x), self.project(layer, "attn_v", x)
 
     def project(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """Multiplies with a weight of a layer and adds its bias, if it has one."""
-        return functional.linear(
-            x, self.weights[f"blk.{layer}.{name}.weight"], self.weights.get(f"blk.{layer}.{name}.bias")
-        )
+        return self.product(x, self.weights[f"blk.{layer}.{name}.weight"]) + self.bias(f"blk.{layer}.{name}")
+
+    def bias(self, name: str) -> torch.Tensor | float:
+        """Returns the bias of a weight such as ``blk.7.attn_v``, or 0 if it has none."""
+        return self.weights.get(f"{name}.bias", 0.0)
 
     def own_input(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         """Returns what the attention of a layer reads of states."""
@@ -133,17 +155,16 @@ class Decoder:
         mixed = mixed.view(batch, self.heads, self._group, tokens, self.head_width).permute(0, 3, 1, 2, 4)
         return state + self.project(layer, "attn_output", mixed.flatten(2))
 
-    def fed_forward(self, layer: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the states after the feed-forward network of a layer, and its hidden activations."""
+    def fed_forward(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """Returns the states after the feed-forward network of a layer."""
         x = self.normalized(state) * self.weights[f"blk.{layer}.ffn_norm.weight"]
         hidden = functional.silu(self.project(layer, "ffn_gate", x)) * self.project(layer, "ffn_up", x)
-        return state + self.project(layer, "ffn_down", hidden), hidden
+        return state + self.project(layer, "ffn_down", hidden)
 
     def log_probabilities(self, state: torch.Tensor) -> torch.Tensor:
         """Returns the natural logarithms of the next token's probabilities, from states of the last layer."""
-        return functional.log_softmax(
-            (self.normalized(state) * self.weights["output_norm.weight"]) @ self._output.T, -1
-        )
+        x = self.normalized(state) * self.weights["output_norm.weight"]
+        return functional.log_softmax(self.product(x, self._output), -1)
 
     @torch.no_grad()
     def keep_likely(self, states: Iterable[torch.Tensor], n_likeliest: int) -> None:
@@ -156,28 +177,25 @@ class Decoder:
         likeliest = [self.log_probabilities(state).topk(n_likeliest).indices.unique() for state in states]
         self._output = self._output[torch.cat(likeliest).unique()]
 
-    @torch.no_grad()
-    def run(self, tokens: torch.Tensor, grab: Grab) -> torch.Tensor:
-        """Runs all layers over a text.
+    def run(self, state: torch.Tensor, caches: Iterable[Pair]) -> torch.Tensor:
+        """Runs the layers over tokens that follow others.
 
         Args:
-            tokens: Token ids, [tokens].
-            grab: Called with a layer, ``"state"`` and what the layer reads, and with a layer, ``"hidden"`` and the
-                activations of its feed-forward network, each [1, tokens, numbers].
+            state: Their states before the lowest of the layers, [tokens, width].
+            caches: Keys and values of all tokens before them in each of the layers, [1, cells, heads, head_width] each.
 
         Returns:
-            The states after the last layer.
+            Their states after the last layer.
         """
-        positions = torch.arange(len(tokens), device=self._device)[None]
-        mask = torch.ones(1, len(tokens), len(tokens), dtype=torch.bool, device=self._device).tril()
-        state = self._embedding[tokens][None]
-        for layer in range(self.n_layer):
-            grab(layer, "state", state)
-            x = self.own_input(layer, state)
-            cache = self.cached(layer, self.key_value_products(layer, x), positions)
-            state, hidden = self.fed_forward(layer, self.attended(layer, state, *cache, mask, positions))
-            grab(layer, "hidden", hidden)
-        return state
+        state = state[None]
+        for layer, before in zip(range(self._first_layer, self.n_layer), caches, strict=True):
+            tokens, cells = state.shape[1], before[0].shape[1]
+            positions = torch.arange(cells, cells + tokens, device=self._device)[None]
+            mask = torch.ones(1, tokens, cells + tokens, dtype=torch.bool, device=self._device).tril(cells)
+            own = self.cached(layer, self.key_value_products(layer, self.own_input(layer, state)), positions)
+            keys, values = (torch.cat(parts, 1) for parts in zip(before, own, strict=True))
+            state = self.fed_forward(layer, self.attended(layer, state, keys, values, mask, positions))
+        return state[0]
 
     def _head_norm(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """Normalizes heads where the architecture does."""

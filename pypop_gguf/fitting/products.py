@@ -30,8 +30,14 @@ class Products:
         self._added: list[str] = []
         self.n_layer = llm.pop.n_layer
 
-    def evaluate(self, tokens: Sequence[int], boundary: int) -> None:
-        """Reads a text into the empty cache without asking for logits, pruned at a boundary; L for a whole pass."""
+    def evaluate(self, tokens: Sequence[int], boundary: int, logits: bool = False) -> None:
+        """Reads a text into the empty cache, pruned at a boundary; L for a whole pass.
+
+        Args:
+            tokens: Token ids.
+            boundary: 1..L.
+            logits: Whether to ask for logits. Without, the last layer writes nothing to the states.
+        """
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._llm.ctx), True)
         native.set_boundary(self._llm.ctx, boundary)
         native.observer_clear(self._observer)
@@ -39,7 +45,7 @@ class Products:
         try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, i, False
+                batch.token[i], batch.pos[i], batch.logits[i] = token, i, logits
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             if status := llama_cpp.llama_decode(self._llm.ctx, batch):
                 raise PopError(f"llama.cpp cannot read a text of {len(tokens)} tokens (status {status})")
@@ -59,6 +65,10 @@ class Products:
             with contextlib.suppress(PopError):  # a weight that the model does not have, or does not use
                 found[name] = self.get(name)
         return found
+
+    def get_first(self, weight: str) -> np.ndarray:
+        """Returns what the product has written for position 0, F32 [n_out]."""
+        return native.observer_get(self._observer, weight)[1][0]
 
     def get(self, weight: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns what the product has read and written but for position 0, F32 [n - 1, n_in] and [n - 1, n_out]."""

@@ -86,6 +86,17 @@ def _as_chat(content: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": content if isinstance(content, str) else content[0]}]
 
 
+def chat_frame(llm: PopLlama) -> tuple[list[int], list[int]]:
+    """Returns the tokens that the chat template has before a user's words and behind them; few or none without one."""
+    tokenizer, words = Tokenizer(llm), "words"
+    if not tokenizer.chat_template:
+        return tokenizer("")["input_ids"], []
+    text = tokenizer.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+    before, _, behind = text.rpartition(words)
+    opening, ending = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
+    return opening, ending
+
+
 def encode_chats(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
     tokenizer = Tokenizer(llm)
     prompts = []

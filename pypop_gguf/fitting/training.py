@@ -23,50 +23,34 @@ from gguf.quants import dequantize
 
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting.adapter_file import write_replacements
-from pypop_gguf.fitting.decoder import Decoder, Products
-from pypop_gguf.fitting.measure import Meter
+from pypop_gguf.fitting.decoder import Decoder, Pair
+from pypop_gguf.fitting.states import Text, reading_states
+from pypop_gguf.fitting.writing import write_texts
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.quality.score import log_softmax
 from pypop_gguf.terminal import progress
 
-ANSWER = 48  # tokens of an answer that is trained on
 LEARNING_RATE = 3e-4  # 1e-3 costs a fifth more at the end, and 3e-3 destroys the fit
 WARM_UP = 30  # steps
 BATCH = 8  # texts of a step
+_WRITING = 0.35  # share of the time in which texts are written
 _LIKELIEST = 64  # tokens of each prediction: the divergence counts those that are among them somewhere
 _HELD_OUT = 10  # every tenth text is not trained on
-_SCALED = 100  # texts by whose states the steps are scaled
+_SCALED = 30  # texts by whose states the steps are scaled
 _LIKE_THE_ENGINE = 0.05  # nats a token by which PyTorch's predictions may differ from the engine's
 _SMALL_NORM = 0.3  # A layer's norm that is smaller than this share of its mean damps what its columns learn.
 
-
-@dataclasses.dataclass
-class Text:
-    """A prompt and the model's answer to it, as training reads them.
-
-    Attributes:
-        own: States at the boundary of the pruned tokens, divided by their root mean square, F16 [tokens, width].
-        further: What the bottleneck reads of them, F16 [tokens, numbers] for each further input.
-        answering: States at the boundary of the last prompt token and of the answer without its end, [answer, width].
-        expected: Their states after the last layer of the whole model, [answer, width].
-        head: Keys and values of the first token for each layer from the boundary on.
-    """
-
-    own: torch.Tensor
-    further: list[torch.Tensor]
-    answering: torch.Tensor
-    expected: torch.Tensor
-    head: list[Products]
+Learned = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]
 
 
 class Maps(torch.nn.Module):
     """The numbers of an adapter that :func:`steps.fit` has written, and what training adds to them."""
 
-    def __init__(self, decoder: Decoder, path: Path, device: str) -> None:
+    def __init__(self, decoder: Decoder, path: Path) -> None:
         super().__init__()
         reader = GGUFReader(path)
         tensors = {
-            tensor.name: torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)).to(device)
+            tensor.name: decoder.moved(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
             for tensor in reader.tensors
         }
         self._decoder = decoder
@@ -100,7 +84,7 @@ class Maps(torch.nn.Module):
         self._norm_scale = self._norm / (self._norm**2 + _SMALL_NORM**2 * (self._norm**2).mean(-1, keepdim=True))
         self.d_weight, self.d_shift = (_zeros_like(x) for x in (self._weight, self._shift))
         if self.inputs:
-            narrowed = _narrow(further, self._bottlenecks)
+            narrowed = _narrow(self._decoder, further, self._bottlenecks)
             output = output + narrowed @ self._further.T
             self._narrow_scale = narrowed.std(0).clamp(min=1e-6)
             self._further_scales = [1 / _deviation(x) for x in further]
@@ -108,7 +92,12 @@ class Maps(torch.nn.Module):
             self.d_bottlenecks = torch.nn.ParameterList(map(_zeros_like, self._bottlenecks))
         self._output_scale = output.std(0).clamp(min=1e-6)[:, None]
 
-    def learned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    def learned(self) -> Learned:
+        """Returns what :meth:`caches` multiplies with: norms are in the weights, and biases in the shifts."""
+        weight, shift, further, bottlenecks = self._trained()
+        return weight * self._norm, shift + self._bias, further, bottlenecks
+
+    def _trained(self) -> Learned:
         """Returns the weights of all layers, their shifts, the weights behind the bottleneck, and the bottleneck."""
         weight = self._weight + self._output_scale * self.d_weight * self._own_scale * self._norm_scale
         shift = self._shift + self._output_scale[:, 0] * self.d_shift
@@ -121,20 +110,28 @@ class Maps(torch.nn.Module):
         ]
         return weight, shift, further, bottlenecks
 
-    def caches(self, text: Text, learned, positions: torch.Tensor) -> Iterator[Products]:
-        """Yields the keys and values of a text's pruned tokens, for each layer above the boundary."""
+    def caches(self, text: Text, learned: Learned) -> Iterator[Pair]:
+        """Yields keys and values behind a pruned prompt for each layer from the boundary on, the first token's too."""
+        decoder, n_pruned = self._decoder, text.answer
+        own = text.own[:n_pruned]
+        positions = torch.arange(1, n_pruned + 1, device=own.device)[None]
+        x = own.float()[None] * decoder.weights[f"blk.{self.boundary}.attn_norm.weight"]
+        pairs = [decoder.key_value_products(self.boundary, x)]
         weight, shift, further, bottlenecks = learned
-        output = functional.linear(text.own.float(), weight * self._norm, shift + self._bias)
-        if bottlenecks:
-            output = output + functional.linear(_narrow(text.further, bottlenecks), further)
+        output = decoder.product(own, weight) + shift
+        if further is not None:
+            narrowed = _narrow(decoder, [x[:n_pruned] for x in text.further], bottlenecks)
+            output = output + decoder.product(narrowed, further)
         parts = output[None].split(self._n_rows, -1)
-        for i, layer in enumerate(self._layers):
-            yield self._decoder.cached(layer, (parts[2 * i], parts[2 * i + 1]), positions)
+        pairs += zip(parts[0::2], parts[1::2], strict=True)
+        for layer, pair, head in zip(range(self.boundary, decoder.n_layer), pairs, text.head, strict=True):
+            keys, values = (torch.cat(x, 1) for x in zip(head, decoder.cached(layer, pair, positions), strict=True))
+            yield keys, values
 
     def write(self, path: Path, architecture: str, fingerprint: str) -> None:
         """Writes the adapter as it is now."""
         with torch.no_grad():
-            weight, shift, further, bottlenecks = self.learned()
+            weight, shift, further, bottlenecks = self._trained()
 
         def of_each(x: torch.Tensor) -> dict[str, np.ndarray]:
             return dict(zip(self._names, (part.cpu().numpy() for part in x.split(self._n_rows)), strict=True))
@@ -151,10 +148,9 @@ class Maps(torch.nn.Module):
         )
 
 
-def _narrow(inputs: Sequence[torch.Tensor], bottlenecks: Sequence[torch.Tensor]) -> torch.Tensor:
+def _narrow(decoder: Decoder, inputs: Sequence[torch.Tensor], bottlenecks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the sum of what the bottleneck makes of further inputs, [tokens, rank]."""
-    products = [functional.linear(x.float(), matrix) for x, matrix in zip(inputs, bottlenecks, strict=True)]
-    return torch.stack(products).sum(0)
+    return torch.stack([decoder.product(x, matrix) for x, matrix in zip(inputs, bottlenecks, strict=True)]).sum(0)
 
 
 def _zeros_like(x: torch.Tensor) -> torch.nn.Parameter:
@@ -167,53 +163,18 @@ def _deviation(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(deviation, 0.02 * deviation.square().mean().sqrt())
 
 
-@torch.no_grad()
-def read_text(decoder: Decoder, maps: Maps, prompt: Sequence[int], answer: Sequence[int], device: str) -> Text:
-    """Runs the whole model over a prompt and its answer, and keeps what training needs."""
-    b, first = maps.boundary, len(prompt) - 1
-    wanted = {name: (int(name.split(".")[1]), "hidden" if ".ffn_down." in name else "state") for name in maps.inputs}
-    grabbed: dict[tuple[int, str], torch.Tensor] = {}
-    head: list[Products] = []
-
-    def grab(layer: int, part: str, x: torch.Tensor) -> None:
-        if (layer, part) in wanted.values() or (layer, part) == (b, "state"):
-            grabbed[layer, part] = x[0]
-        if layer >= b and part == "state":
-            own = decoder.own_input(layer, x[:, :1])
-            first_position = torch.zeros(1, 1, device=device)
-            head.append(decoder.cached(layer, decoder.key_value_products(layer, own), first_position))
-
-    tokens = torch.tensor([*prompt, *answer[:-1]], device=device)
-    last = decoder.run(tokens, grab)[0, first:]
-    state = grabbed[b, "state"]
-    further = []
-    for layer, part in wanted.values():
-        x = grabbed[layer, part][1:first]
-        further.append((x if part == "hidden" else decoder.own_input(layer, x)).half())
-    return Text(decoder.normalized(state[1:first]).half(), further, state[first:].clone(), last.clone(), head)
-
-
-def divergence(decoder: Decoder, maps: Maps, text: Text, learned) -> torch.Tensor:
+def divergence(decoder: Decoder, maps: Maps, text: Text, learned: Learned) -> torch.Tensor:
     """Returns the mean KL divergence to the whole model over the tokens of an answer behind a pruned prompt."""
-    n_pruned, n_answer = len(text.own), len(text.answering)
-    device = text.own.device
-    pruned = torch.arange(1, n_pruned + 1, device=device)[None]
-    positions = torch.arange(n_pruned + 1, n_pruned + 1 + n_answer, device=device)[None]
-    seen = torch.ones(1, n_answer, n_pruned + 1, dtype=torch.bool, device=device)
-    mask = torch.cat([seen, torch.ones(1, n_answer, n_answer, dtype=torch.bool, device=device).tril()], -1)
-    state, b = text.answering[None], maps.boundary
-    at_boundary = text.own.float()[None] * decoder.weights[f"blk.{b}.attn_norm.weight"]
-    exact = decoder.cached(b, decoder.key_value_products(b, at_boundary), pruned)
-    caches = [exact, *maps.caches(text, learned, pruned)]
-    for layer, cache, head in zip(range(b, decoder.n_layer), caches, text.head, strict=True):
-        x = decoder.own_input(layer, state)
-        own = decoder.cached(layer, decoder.key_value_products(layer, x), positions)
-        keys, values = (torch.cat(parts, 1) for parts in zip(head, cache, own, strict=True))
-        state, _ = decoder.fed_forward(layer, decoder.attended(layer, state, keys, values, mask, positions))
-    found = decoder.log_probabilities(state[0])
+    found = decoder.log_probabilities(predict(decoder, maps, text, learned))
     with torch.no_grad():
-        expected = decoder.log_probabilities(text.expected)
+        expected = decoder.log_probabilities(text.expected[text.answer :].float())
     return (expected.exp() * (expected - found)).sum(-1).mean()
+
+
+def predict(decoder: Decoder, maps: Maps, text: Text, learned: Learned) -> torch.Tensor:
+    """Returns the states after the last layer, [answer, width], of the tokens behind a pruned prompt."""
+    state = text.own[text.answer :].float() * text.size[text.answer :]
+    return decoder.run(state, maps.caches(text, learned))
 
 
 def train(
@@ -222,11 +183,11 @@ def train(
     """Trains an adapter file and replaces it, if that helps texts that were not trained on.
 
     Args:
-        llm: The model, from :func:`steps.open_whole`. It writes the answers.
+        llm: The model, from :func:`steps.open_whole`. It writes the answers, and prompts of its own.
         source: Its file.
         adapter: The adapter, from :func:`steps.fit`.
-        prompts: Token ids of the prompts to train on.
-        minutes: Time for the steps. The answers and the states of the texts come before.
+        prompts: Token ids of the given prompts.
+        minutes: Time for all of it.
         n_threads: Number of threads, where PyTorch finds no GPU.
 
     Returns:
@@ -235,47 +196,61 @@ def train(
     Raises:
         PopError: PyTorch computes other predictions than the engine, so this model is of another kind.
     """
+    began = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(n_threads)
-    decoder = Decoder(source, device)
-    maps = Maps(decoder, adapter, device)
-    prompts = [prompt for prompt in prompts if len(prompt) > 3]
-    answers = _answers(llm, prompts)
-    _check_alike(llm, decoder, prompts[0], answers[0], device)
-    texts = []
-    with progress(total=len(prompts), description="reading texts to train on", unit="texts") as bar:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            texts.append(read_text(decoder, maps, prompt, answer, device))
+    boundary = int(GGUFReader(adapter).fields["pop.boundary"].contents())
+    decoder = Decoder(source, device, boundary, fastest_type(device))
+    maps = Maps(decoder, adapter)
+    written = write_texts(llm, prompts, 60 * minutes * _WRITING)
+    with (
+        progress(total=len(written), description="reading texts to train on", unit="texts") as bar,
+        reading_states(llm, decoder, boundary, maps.inputs) as reader,
+    ):
+        texts = []
+        for prompt, answer in written:
+            texts.append(reader.read(prompt, answer))
             bar.update()
-    decoder.keep_likely((text.expected for text in texts), _LIKELIEST)
     held_out, trained_on = texts[::_HELD_OUT], [text for i, text in enumerate(texts) if i % _HELD_OUT]
     maps.begin(trained_on)
+    _check_alike(llm, decoder, maps, texts[0], *written[0])
+    decoder.keep_likely((text.expected[text.answer :].float() for text in texts), _LIKELIEST)
     before = _mean_divergence(decoder, maps, held_out)
-    n_steps = _descend(decoder, maps, trained_on, 60 * minutes)
+    n_steps = _descend(decoder, maps, trained_on, began + 60 * minutes)
     after = _mean_divergence(decoder, maps, held_out)
     if after < before:
         architecture = llm.metadata["general.architecture"]
         maps.write(adapter, architecture, GGUFReader(adapter).fields["pop.fingerprint"].contents())
     kept = "" if after < before else "; the adapter stays as it was fitted"
-    return f"trained in {n_steps} steps: KL on {len(held_out)} texts held out {before:.4f} -> {after:.4f}{kept}"
+    return (
+        f"trained on {len(trained_on)} texts in {n_steps} steps: KL on {len(held_out)} texts held out "
+        f"{before:.4f} -> {after:.4f}{kept}"
+    )
 
 
-def _answers(llm: PopLlama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lets the model answer, so that its own predictions are trained on."""
-    meter, answers = Meter(llm, {}), []
-    with progress(total=len(prompts), description="writing answers to train on", unit="prompts") as bar:
-        for prompt in prompts:
-            answers.append(meter.answer(prompt, ANSWER))
-            bar.update()
-    return answers
+def fastest_type(device: str) -> torch.dtype:
+    """Returns BF16 where PyTorch multiplies it faster, else F32."""
+
+    def seconds(kind: torch.dtype) -> float:
+        x, matrix = (torch.ones(n, 1024, dtype=kind, device=device) for n in (256, 1024))
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            functional.linear(x, matrix).sum().item()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return min(torch.float32, torch.bfloat16, key=seconds)
 
 
-def _check_alike(llm: PopLlama, decoder: Decoder, prompt: Sequence[int], answer: list[int], device: str) -> None:
+def _check_alike(
+    llm: PopLlama, decoder: Decoder, maps: Maps, text: Text, prompt: Sequence[int], answer: list[int]
+) -> None:
     """Checks that PyTorch computes what the engine computes."""
-    engine = torch.from_numpy(log_softmax(llm.score(prompt, answer, pop=False))).to(device)
-    tokens = torch.tensor([*prompt, *answer[:-1]], device=device)
+    engine = decoder.moved(log_softmax(llm.score(prompt, answer, pop=False)))
     with torch.no_grad():
-        found = decoder.log_probabilities(decoder.run(tokens, lambda *_: None)[0, len(prompt) - 1 :])
+        whole = dataclasses.replace(text, answer=0)
+        found = decoder.log_probabilities(predict(decoder, maps, whole, maps.learned())[text.answer :])
     difference = float((engine.exp() * (engine - found)).sum(-1).mean())
     if not difference <= _LIKE_THE_ENGINE:
         raise PopError(
@@ -290,12 +265,13 @@ def _mean_divergence(decoder: Decoder, maps: Maps, texts: Sequence[Text]) -> flo
     return float(np.mean([float(divergence(decoder, maps, text, learned)) for text in texts]))
 
 
-def _descend(decoder: Decoder, maps: Maps, texts: list[Text], seconds: float) -> int:
-    """Takes steps until the time is over, and returns their number."""
+def _descend(decoder: Decoder, maps: Maps, texts: list[Text], deadline: float) -> int:
+    """Takes steps until a time of :func:`time.monotonic`, and returns their number."""
     optimizer = torch.optim.Adam(maps.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     chance, n_steps = random.Random(0), 0
     queue: list[Text] = []
     began = time.monotonic()
+    seconds = max(1.0, deadline - began)
     with progress(total=round(seconds), description="training", unit="s") as bar:
         while (share := (time.monotonic() - began) / seconds) < 1:
             rate = LEARNING_RATE * min(1, (n_steps + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))

@@ -12,6 +12,7 @@ from pypop_gguf.cli import main  # noqa: E402
 from pypop_gguf.fitting import steps, training  # noqa: E402
 from pypop_gguf.fitting.decoder import Decoder  # noqa: E402
 from pypop_gguf.fitting.measure import Meter  # noqa: E402
+from pypop_gguf.fitting.states import reading_states  # noqa: E402
 from pypop_gguf.fitting.texts import read_prompts  # noqa: E402
 from pypop_gguf.gguf_files.adapters import find_adapters  # noqa: E402
 from pypop_gguf.quality.score import log_softmax  # noqa: E402
@@ -37,8 +38,10 @@ def test_pytorch_computes_what_the_engine_computes(reference_models, name):
     model = reference_models[name]
     tokens = model.tokens(30)
     decoder = Decoder(model.gguf, "cpu")
+    nothing = torch.zeros(1, 0, decoder.heads, decoder.head_width)
     with torch.no_grad():
-        found = decoder.log_probabilities(decoder.run(torch.tensor(tokens), lambda *_: None))[0, -1].numpy()
+        last = decoder.run(decoder.embedded(tokens), [(nothing, nothing)] * decoder.n_layer)
+        found = decoder.log_probabilities(last)[-1].numpy()
     with Engine(model.gguf, n_gpu_layers=0, type_k=F32, type_v=F32) as engine:
         expected = log_softmax(engine.prefill(tokens)[None])[0]
     assert squared_error(found, expected) <= 1e-9
@@ -48,17 +51,19 @@ def test_divergence_in_pytorch_is_that_of_the_engine_before_and_after_training(s
     llm, adapter, prompts = fitted
     trained = tmp_path / "trained.gguf"
     shutil.copy(adapter, trained)
-    line = training.train(llm, served_gguf, trained, prompts, minutes=0.2, n_threads=1)
+    line = training.train(llm, served_gguf, trained, prompts, minutes=0.3, n_threads=1)
     before, after = map(float, line.split("held out ")[1].split(" -> "))
     assert after < before, line
-    decoder = Decoder(served_gguf, "cpu")
+    decoder = Decoder(served_gguf, "cpu", BOUNDARY)
     costs = {}
     for file in (adapter, trained):
-        meter, maps = Meter(llm, {BOUNDARY: file}), training.Maps(decoder, file, "cpu")
+        meter, maps = Meter(llm, {BOUNDARY: file}), training.Maps(decoder, file)
         engine, pytorch = [], []
         for prompt in prompts[:: _step(prompts)]:
             engine.append(meter.measure(prompt, 16)[BOUNDARY].fitted.kl)
-            text = training.read_text(decoder, maps, prompt, meter.answer(prompt, 16), "cpu")
+            answer = meter.answer(prompt, 16)
+            with reading_states(llm, decoder, BOUNDARY, maps.inputs) as reader:
+                text = reader.read(prompt, answer)
             maps.begin([text])
             with torch.no_grad():
                 pytorch.append(float(training.divergence(decoder, maps, text, maps.learned())))

@@ -1,0 +1,106 @@
+"""Reads, through the engine, what training needs of a text: states at the boundary and after the last layer.
+
+The engine reads a text many times faster than PyTorch. It hands over what each weight reads and writes, and a state is
+the embedding of its token plus all that the layers below have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from pypop_gguf.errors import PopError
+from pypop_gguf.fitting.decoder import Decoder, Pair
+from pypop_gguf.fitting.products import FIRST, Products, observing
+from pypop_gguf.llama import PopLlama
+
+
+@dataclasses.dataclass
+class Text:
+    """A prompt and the model's answer to it, as training reads them. Rows are tokens, without the first one.
+
+    Attributes:
+        own: States at the boundary, divided by their root mean square, F16 [tokens, width].
+        size: The root mean squares, F32 [tokens, 1].
+        further: What the bottleneck reads, F16 [tokens, numbers] for each further input.
+        expected: States after the whole model's last layer, divided by their root mean square, F16 [tokens, width].
+        head: Keys and values of the first token for each layer from the boundary on.
+        answer: The row of the last prompt token, from which on the whole model reads.
+    """
+
+    own: torch.Tensor
+    size: torch.Tensor
+    further: list[torch.Tensor]
+    expected: torch.Tensor
+    head: list[Pair]
+    answer: int
+
+
+class StateReader:
+    """Reads texts; :func:`reading_states` makes one."""
+
+    def __init__(self, products: Products, decoder: Decoder, boundary: int, inputs: Sequence[str]) -> None:
+        self._products, self._decoder, self._boundary, self._inputs = products, decoder, boundary, inputs
+        parts = ("attn_output", "ffn_down")
+        self._writers = [[f"blk.{layer}.{part}.weight" for part in parts] for layer in range(decoder.n_layer)]
+        for name in itertools.chain(inputs, *self._writers):
+            products.add(name)
+
+    def read(self, prompt: Sequence[int], answer: Sequence[int]) -> Text:
+        """Reads a prompt and its answer with the whole model.
+
+        Args:
+            prompt: Token ids, at least two.
+            answer: Token ids.
+
+        Raises:
+            PopError: The engine cannot read the tokens, or the layers are of another kind.
+        """
+        tokens, decoder = [*prompt, *answer[:-1]], self._decoder
+        self._products.evaluate(tokens, decoder.n_layer, logits=True)
+        found = self._products.get_all()
+        for name in itertools.chain(self._inputs, *self._writers):
+            if name not in found or len(found[name][1]) != len(tokens) - FIRST:
+                raise PopError(
+                    f"training does not know a model that does not use {name} as Llama does: leave --train out"
+                )
+        state = decoder.embedded(tokens[FIRST:])
+        at_boundary = state
+        for layer, names in enumerate(self._writers):
+            at_boundary = state if layer == self._boundary else at_boundary
+            for name in names:
+                state = state + decoder.moved(found[name][1])
+        return Text(
+            own=decoder.normalized(at_boundary).half(),
+            size=decoder.size(at_boundary),
+            further=[decoder.moved(found[name][0]).half() for name in self._inputs],
+            expected=decoder.normalized(state).half(),
+            head=[self._first(layer) for layer in range(self._boundary, decoder.n_layer)],
+            answer=len(prompt) - 1 - FIRST,
+        )
+
+    def _first(self, layer: int) -> Pair:
+        """Returns the keys and values of the first token."""
+        decoder = self._decoder
+        names = (f"blk.{layer}.attn_{part}" for part in "kv")
+        products = (decoder.moved(self._products.get_first(f"{name}.weight")) + decoder.bias(name) for name in names)
+        keys, values = (product[None, None] for product in products)
+        return decoder.cached(layer, (keys, values), torch.zeros(1, 1, device=keys.device))
+
+
+@contextlib.contextmanager
+def reading_states(llm: PopLlama, decoder: Decoder, boundary: int, inputs: Sequence[str]) -> Iterator[StateReader]:
+    """Reads states with the engine until the block ends.
+
+    Args:
+        llm: The model, from :func:`steps.open_whole`.
+        decoder: Its upper layers in PyTorch.
+        boundary: The boundary.
+        inputs: The weights below the boundary whose inputs are further inputs.
+    """
+    with observing(llm, boundary) as products:
+        yield StateReader(products, decoder, boundary, inputs)
