@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 from pathlib import Path
@@ -30,6 +31,12 @@ def prompt_text(kind: str) -> str:
     lines = (ROOT / "pypop_gguf" / "fitting" / "data" / "fit.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == kind]
     return "\n\n".join(record["messages"][0]["content"] for record in records)
+
+
+def cut_tokens(tokens: list[int], n: int, number: int) -> list[int]:
+    """Returns ``n`` of the tokens; another number begins elsewhere."""
+    start = 977 * number % len(tokens)
+    return list(itertools.islice(itertools.cycle(tokens), start, start + n))
 
 
 def check_table(path: Path, columns: list[str]) -> None:

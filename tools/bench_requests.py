@@ -30,7 +30,7 @@ from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.terminal import aligned, available_cores, progress
 from tests.support.process import NotReady
 from tests.support.server import Server, serve
-from tools.bench_common import append_row, check_table, prompt_text
+from tools.bench_common import append_row, check_table, cut_tokens, prompt_text
 
 COLUMNS = [
     *("date", "model", "threads", "request", "part", "prompt_tokens", "answer_tokens", "round", "pop"),
@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
 def _measure_server(server: Server, requests: list[Request], arguments: argparse.Namespace, bar) -> Iterator[dict]:
     texts = {text: server.post("/tokenize", content=prompt_text(text))["tokens"] for text in {r.text for r in requests}}
     for pop in (True, False):
-        warm = _ask(server, _cut(texts[requests[0].text], requests[-1].n_prompt, 0), 2, pop, cached=False)
+        warm = _ask(server, cut_tokens(texts[requests[0].text], requests[-1].n_prompt, 0), 2, pop, cached=False)
         if pop and not warm["pruned_tokens"]:
             raise PopError(f"{arguments.model} prunes no prompt: make a copy with `pop-gguf prepare` and give that")
     for number, request in itertools.product(range(arguments.runs), requests):
@@ -142,7 +142,7 @@ def _converse(server: Server, request: Request, text: list[int], number: int, po
     prompt: list[int] = []
     answers = []
     for turn in range(request.n_turns):
-        prompt += _cut(text, request.n_prompt, number * request.n_turns + turn)
+        prompt += cut_tokens(text, request.n_prompt, number * request.n_turns + turn)
         answer = _ask(server, prompt, request.n_answer, pop, cached=turn > 0)
         prompt = prompt + answer.pop("tokens")
         answers.append(answer)
@@ -163,12 +163,6 @@ def _ask(server: Server, prompt: list[int], n_answer: int, pop: bool, cached: bo
         raise PopError(f"{timings['cache_n']} tokens came from a cache that was to be cold")
     result = {"prompt_tokens": len(prompt), "first_ms": round(times[0], 2), "last_ms": round(times[-1], 2)}
     return {**result, "cached_tokens": timings["cache_n"], "pruned_tokens": timings["pruned_n"], "tokens": tokens}
-
-
-def _cut(tokens: list[int], n: int, number: int) -> list[int]:
-    """Returns ``n`` of the tokens; another number begins elsewhere."""
-    start = 977 * number % len(tokens)
-    return list(itertools.islice(itertools.cycle(tokens), start, start + n))
 
 
 def table(rows: list[dict]) -> list[str]:

@@ -2,50 +2,20 @@
 
 import contextlib
 import http.server
-import re
-import shutil
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.paths import ROOT
-from tests.support.process import accepts_connections, free_port, running_process, stop
-from tests.support.server import OPTIONS, new_client, serve
+from tests.support.nginx import NGINX, proxy
+from tests.support.process import stop
+from tests.support.server import OPTIONS, serve
 
-# nginx keeps its files here, so it needs no rights of root.
-PLACES = """
-daemon off; pid nginx.pid; error_log stderr; events {}
-http {
-    access_log off;
-    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-"""
+pytestmark = pytest.mark.skipif(not NGINX, reason="needs the program nginx")
+
 # nginx chooses by the ports, which differ each time: so many conversations do not all come to the same server.
 CONVERSATIONS = [f"conversation {number}" for number in range(20)]
 PROMPT = "Once upon a time, there was a little girl named Lily. She had a {}."
-
-
-@contextlib.contextmanager
-def proxy(directory: Path, *ports: int) -> Iterator[httpx.Client]:
-    """Runs nginx with the documented configuration in front of two servers, and yields a client of it."""
-    nginx = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-    if not nginx:
-        pytest.skip("needs the program nginx")
-    port = free_port()
-    text = re.search(r"^```nginx\n(.+?)^```$", (ROOT / "docs" / "server.md").read_text(), re.M | re.S)[1]
-    for documented, used in zip((8080, 8081, 8082), (port, *ports), strict=True):
-        assert f"127.0.0.1:{documented}" in text
-        text = text.replace(f"127.0.0.1:{documented}", f"127.0.0.1:{used}")
-    (directory / "nginx.conf").write_text(f"{PLACES}{text}}}\n")
-    command = [nginx, "-p", directory, "-c", directory / "nginx.conf"]
-    with (
-        running_process(command, directory / "nginx.txt", lambda: accepts_connections(port)),
-        new_client(port) as client,
-    ):
-        yield client
 
 
 @pytest.fixture

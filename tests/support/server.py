@@ -65,12 +65,8 @@ class Server:
         return self.post("/completion", prompt=prompt, **{"temperature": 0, "n_predict": 12, **options})
 
     def stream(self, path: str, **body) -> Iterator[dict]:
-        """Yields the events of a streamed answer, each as soon as it arrives. Closing the iterator hangs up."""
-        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
+        """Returns the events of a streamed answer, as :func:`stream_events` yields them."""
+        return stream_events(self.client, path, body)
 
     def metric(self, name: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"llamacpp:{name} ")]
@@ -79,6 +75,15 @@ class Server:
     def resident_bytes(self) -> int:
         """Returns the memory in bytes that the process holds now. This works on Linux only."""
         return resident_bytes(self.process.pid)
+
+
+def stream_events(client: httpx.Client, path: str, body: dict, headers: dict | None = None) -> Iterator[dict]:
+    """Yields the events of a streamed answer, each as soon as it arrives. Closing the iterator hangs up."""
+    with client.stream("POST", path, json={**body, "stream": True}, headers=headers) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
 
 
 def ask(server: Server, path: str, body: bytes | None = None, headers: dict | None = None):
