@@ -77,7 +77,7 @@ def test_a_token_that_joins_a_chunk_gets_the_logits_that_it_gets_behind_the_chun
     model = {**reference_models, **shared_cache_models}[name]
     with whole_engine(model) as whole:
         last = min(native.lossless_boundary(whole.model), native.n_layer(whole.model) - 1)
-    tolerance = 1e-7 if name == "gemma4" else TOLERANCE  # ggml reads its activation function from a table
+    tolerance = 1e-7 if name.startswith("gemma") else TOLERANCE  # ggml reads their activation function from a table
     for boundary in range(1, last):
         assert_as_one_after_the_other(model, boundary, tolerance)
 
@@ -88,7 +88,7 @@ def test_a_token_that_joins_a_chunk_gets_the_logits_that_it_gets_behind_the_chun
     ids=["flash attention", "one stream", "two streams", "small micro-batches"],
 )
 def test_it_does_so_with_other_parameters(reference_models, parameters):
-    assert_as_one_after_the_other(reference_models["bundled"], 4, 1e-6, **parameters)
+    assert_as_one_after_the_other(reference_models["bundled"], 4, 1e-5, **parameters)
 
 
 @pytest.mark.parametrize("cache", [F16, Q8_0])
