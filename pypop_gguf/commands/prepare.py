@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         type=float,
         metavar="MINUTES",
-        help="train the adapter of --boundary for so long, with torch, which makes low boundaries cost much less",
+        help="train the adapter of --boundary for so long, with torch, on texts that the model writes: low boundaries "
+        "cost much less then",
     )
     parser.add_argument(
         "--samples",

@@ -64,12 +64,11 @@ class Decoder:
         self.head_width = key("attention.key_length", key("embedding_length") // n_head)
         self._group, self._epsilon = n_head // self.heads, key("attention.layer_norm_rms_epsilon")
         self._first_layer = first_layer
-        self.weights = {
-            tensor.name: self.moved(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
-            for tensor in reader.tensors
-            if not tensor.name.startswith("blk.") or layer_of(tensor.name) >= first_layer
-        }
-        self.weights |= {name: x.to(kind) for name, x in self.weights.items() if x.dim() > 1}
+        self.weights: dict[str, torch.Tensor] = {}
+        for tensor in reader.tensors:
+            if not tensor.name.startswith("blk.") or layer_of(tensor.name) >= first_layer:
+                weight = self.moved(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
+                self.weights[tensor.name] = weight.to(kind) if weight.dim() > 1 else weight
         needed = {f"blk.{layer}.{name}.weight" for layer in range(first_layer, self.n_layer) for name in _MATRICES}
         if missing := sorted(needed - set(self.weights)):
             raise PopError(f"training does not know layers without {missing[0]}: leave --train out")

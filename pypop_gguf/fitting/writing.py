@@ -61,7 +61,7 @@ class Author:
         self._prompts = [list(prompt) for prompt in prompts if len(prompt) <= self._longest]
         self._vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_seq_max, parameters.kv_unified = _AT_ONCE, True
+        parameters.n_seq_max = _AT_ONCE
         parameters.n_ctx = parameters.n_batch = _AT_ONCE * llm.n_ctx()
         parameters.n_threads, parameters.n_threads_batch = llm.n_threads, llm.n_threads_batch
         with contextlib.ExitStack() as stack:

@@ -90,7 +90,7 @@ def test_prepare_trains_and_writes(served_gguf, short_texts, tmp_path, capsys):
     target = tmp_path / "out.gguf"
     command = ["prepare", str(served_gguf), "--outfile", str(target), "--boundary", "6", "--text", str(short_texts)]
     assert main([*command, "--train", "0.05", "--samples", "2", "--threads", "1"]) == 0
-    assert "trained in " in capsys.readouterr().out
+    assert "trained on " in capsys.readouterr().out
     assert list(find_adapters(target)) == [6]
 
 
