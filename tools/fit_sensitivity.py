@@ -30,7 +30,7 @@ from pypop_gguf.terminal import aligned, available_cores, integer_list
 from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts, read_essays
-from tools.real_table import KEPT, quantize_once
+from tools.real_variants import KEPT, quantize_once
 
 RESULTS = ROOT / "bench" / "real" / "sensitivity"
 FIT_TEXTS = Path(texts.__file__).with_name("data") / "fit.jsonl"

@@ -30,7 +30,8 @@ from tools.quality_rows import (
     sorted_variants,
 )
 from tools.real_models import MODELS
-from tools.real_table import KINDS, RESULTS
+from tools.real_table import RESULTS
+from tools.real_variants import KINDS
 
 BUDGET_LOSS = 0.01  # of a task's score
 

@@ -12,7 +12,7 @@ from tools.ablation_table import layer_costs
 from tools.quality_rows import LABELS, METRICS, Row, boundary_of
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
-_MARKERS = {"plain": "o", "head": "^", "fitted": "s", "completed": "d", "removed": "x", "shortgpt": "+"}
+_MARKERS = {"plain": "o", "head": "^", "fitted": "s", "trained": "v", "completed": "d", "removed": "x", "shortgpt": "+"}
 
 
 def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:

@@ -24,6 +24,7 @@ LABELS = {
     "plain": "plain",
     "head": "plain, first token whole",
     "fitted": "fitted",
+    "trained": "trained",
     "completed": "fitted, completed",
     "removed": "removed",
     "shortgpt": "ShortGPT",
@@ -60,8 +61,9 @@ def kind_of(variant: str) -> str:
     first = variant.split()[0]
     if first in ("removed", "shortgpt"):
         return first
-    if "completed" in variant:
-        return "completed"
+    for kind in ("completed", "trained"):
+        if kind in variant:
+            return kind
     if "fitted" in variant:
         return "fitted"
     return "head" if "head" in variant else "plain"

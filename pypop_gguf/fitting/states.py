@@ -21,7 +21,7 @@ from pypop_gguf.llama import PopLlama
 
 @dataclasses.dataclass
 class Text:
-    """A prompt and the model's answer to it, as training reads them. Rows are tokens, without the first one.
+    """A text as training reads it: a prompt, and what the whole model reads behind it. Rows are tokens but the first.
 
     Attributes:
         own: States at the boundary, divided by their root mean square, F16 [tokens, width].
@@ -29,7 +29,7 @@ class Text:
         further: What the bottleneck reads, F16 [tokens, numbers] for each further input.
         expected: States after the whole model's last layer, divided by their root mean square, F16 [tokens, width].
         head: Keys and values of the first token for each layer from the boundary on.
-        answer: The row of the last prompt token, from which on the whole model reads.
+        start: The row of the last prompt token, which is the first that the whole model reads.
     """
 
     own: torch.Tensor
@@ -37,7 +37,12 @@ class Text:
     further: list[torch.Tensor]
     expected: torch.Tensor
     head: list[Pair]
-    answer: int
+    start: int
+
+    def part(self, start: int, end: int) -> Text:
+        """Returns the text before one row, with another one as the first that the whole model reads."""
+        rows = (self.own[:end], self.size[:end], [x[:end] for x in self.further], self.expected[:end])
+        return Text(*rows, self.head, start)
 
 
 class StateReader:
@@ -50,17 +55,17 @@ class StateReader:
         for name in itertools.chain(inputs, *self._writers):
             products.add(name)
 
-    def read(self, prompt: Sequence[int], answer: Sequence[int]) -> Text:
-        """Reads a prompt and its answer with the whole model.
+    def read(self, prompt: Sequence[int], behind: Sequence[int]) -> Text:
+        """Reads a prompt and what follows it with the whole model.
 
         Args:
             prompt: Token ids, at least two.
-            answer: Token ids.
+            behind: Token ids of an answer, and of what may follow that.
 
         Raises:
             PopError: The engine cannot read the tokens, or the layers are of another kind.
         """
-        tokens, decoder = [*prompt, *answer[:-1]], self._decoder
+        tokens, decoder = [*prompt, *behind[:-1]], self._decoder
         self._products.evaluate(tokens, decoder.n_layer, logits=True)
         found = self._products.get_all()
         for name in itertools.chain(self._inputs, *self._writers):
@@ -80,7 +85,7 @@ class StateReader:
             further=[decoder.moved(found[name][0]).half() for name in self._inputs],
             expected=decoder.normalized(state).half(),
             head=[self._first(layer) for layer in range(self._boundary, decoder.n_layer)],
-            answer=len(prompt) - 1 - FIRST,
+            start=len(prompt) - 1 - FIRST,
         )
 
     def _first(self, layer: int) -> Pair:
