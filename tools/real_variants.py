@@ -25,14 +25,14 @@ KINDS = {
     "plain": "the skipped layers' own projections, as in the paper",
     "head": "the same, and the first token runs all layers",
     "fitted": "fitted projections, and the first token runs all layers",
-    "trained": "the same, and the fitted projections were trained for 20 minutes",
+    "trained": "the same, and the fitted projections were trained for 15 minutes",
     "completed": "fitted, and 64 tokens of the cache are completed before each further token of a written answer",
     "removed": "a third of the layers removed for prompt and answer: those that POP skips",
     "shortgpt": "a third of the layers removed for prompt and answer: those of least influence",
 }
 CONTEXT = 2560
 KEPT = ROOT / "build" / "table"
-TRAINED = 20  # minutes
+TRAINED = 15  # minutes
 COMPLETED = 64  # tokens before each further token of an answer
 QUANTIZE = ROOT / "build" / "stock" / "quantize" / "llama-quantize"
 
