@@ -22,7 +22,7 @@ def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for colour, (model, n_layer) in zip(_COLOURS, layers.items()):
-        for kind, style in (("plain", ":"), ("head", "-."), ("fitted", "-")):
+        for kind, style in (("plain", ":"), ("head", "-."), ("fitted", "-"), ("trained", "--")):
             points = [
                 (1 - boundary_of(row.variant) / n_layer, row.kl)
                 for row in rows

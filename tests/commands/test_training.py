@@ -1,6 +1,10 @@
 """``prepare --train``: an adapter is trained by gradient descent, and costs less in the engine afterwards."""
 
+import contextlib
+import itertools
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from pypop_gguf import PopError  # noqa: E402 - torch may be missing
 from pypop_gguf.cli import main  # noqa: E402
-from pypop_gguf.fitting import steps, training  # noqa: E402
+from pypop_gguf.fitting import steps, training, writing  # noqa: E402
 from pypop_gguf.fitting.decoder import Decoder  # noqa: E402
 from pypop_gguf.fitting.maps import Maps, divergence  # noqa: E402
 from pypop_gguf.fitting.measure import Meter  # noqa: E402
@@ -73,6 +77,36 @@ def test_divergence_in_pytorch_is_that_of_the_engine_before_and_after_training(
         assert np.mean(pytorch) == pytest.approx(np.mean(engine), rel=0.1)
         costs[file] = np.mean(engine)
     assert costs[trained] < costs[adapter]
+
+
+def test_written_texts_are_greedy_answers_to_given_prompts_and_to_prompts_in_the_same_frame(fitted):
+    llm, _, prompts = fitted
+    frame = [prompts[0][0], 300], [301, 302]  # any tokens, because the served model has no template of its own
+    with contextlib.closing(writing.Author(llm, prompts[:6], frame)) as author:
+        texts = list(itertools.islice(author.write(time.monotonic() + 60, random.Random(0)), 24))
+    given = [prompt for prompt, _ in texts if prompt in prompts[:6]]
+    assert sorted(given) == sorted(prompts[:6])
+    for prompt, answer in texts:
+        logits = llm.score(prompt, answer, pop=False)
+        chosen = logits[range(len(answer)), answer]
+        assert np.all(logits.max(1) - chosen < 0.05), "an answer is not the likeliest, but for rounding"
+        assert len(answer) == writing.ANSWER or answer[-1] == llm.token_eos()
+    own = [prompt for prompt, _ in texts if prompt not in prompts]
+    assert all(prompt[-2:] == frame[1] for prompt in own)
+    assert any(prompt[:2] == frame[0] for prompt in own)  # from the beginning
+    assert any(prompt[:8] in [one[:8] for one in prompts] for prompt in own)  # from a piece of a given one
+
+
+def test_a_part_of_a_text_is_read_as_if_it_were_all(served_gguf, fitted):
+    llm, adapter, prompts = fitted
+    decoder = Decoder(served_gguf, "cpu", BOUNDARY)
+    maps = Maps(decoder, adapter)
+    with reading_states(llm, decoder, BOUNDARY, maps.inputs) as reader:
+        long, short = reader.read(prompts[0][:20], prompts[0][20:40]), reader.read(prompts[0][:15], prompts[0][15:31])
+    maps.begin([long])
+    with torch.no_grad():
+        costs = [float(divergence(decoder, maps, x, maps.learned())) for x in (long.part(13, 29), short)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3)
 
 
 def _step(prompts) -> int:
