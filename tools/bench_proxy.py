@@ -1,4 +1,4 @@
-"""Measures how many requests a second a second server behind nginx adds, with POP and with `"pop": false`.
+"""Measures how many more requests two servers behind nginx answer than one, with POP and with `"pop": false`.
 
     python -m tools.bench_proxy MODEL.gguf --rounds 5 --csv bench/proxy-NAME.csv
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="model with a boundary")
     parser.add_argument("--prompt", type=int, default=256, metavar="TOKENS", help="length of a prompt (default: 256)")
     parser.add_argument("--answer", type=int, default=32, metavar="TOKENS", help="length of an answer (default: 32)")
-    parser.add_argument("--conversations", type=int, default=32, metavar="N", help="of a round (default: 32)")
+    parser.add_argument("--conversations", type=int, default=32, metavar="N", help="in each round (default: 32)")
     parser.add_argument("--clients", type=int, default=8, metavar="N", help="number of clients at once (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: 5)")
     parser.add_argument("--csv", type=Path, help="file to append every run to")

@@ -16,7 +16,7 @@ from typing import Any
 from pypop_gguf import PopLlama, native
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting import steps
-from pypop_gguf.fitting.texts import TRAIN_TOKENS, read_prompts
+from pypop_gguf.fitting.texts import WRITTEN_TOKENS, read_prompts
 from pypop_gguf.quality.results import WHOLE, name_variant
 from pypop_gguf.quality.tasks import Item, Question
 from tests.support.paths import ROOT
@@ -25,14 +25,14 @@ KINDS = {
     "plain": "the skipped layers' own projections, as in the paper",
     "head": "the same, and the first token runs all layers",
     "fitted": "fitted projections, and the first token runs all layers",
-    "trained": "the same, and the fitted projections were trained for 15 minutes",
+    "trained": "fitted projections that were trained for 10 minutes, and the first token runs all layers",
     "completed": "fitted, and 64 tokens of the cache are completed before each further token of a written answer",
     "removed": "a third of the layers removed for prompt and answer: those that POP skips",
     "shortgpt": "a third of the layers removed for prompt and answer: those of least influence",
 }
 CONTEXT = 2560
 KEPT = ROOT / "build" / "table"
-TRAINED = 15  # minutes
+TRAINED = 10  # minutes
 COMPLETED = 64  # tokens before each further token of an answer
 QUANTIZE = ROOT / "build" / "stock" / "quantize" / "llama-quantize"
 
@@ -144,7 +144,7 @@ def _train(source: Path, fitted: dict[int, Path], trained: dict[int, Path], n_th
         if not path.exists():
             part = Path(shutil.copy(fitted[boundary], path.with_suffix(".part")))
             llm = steps.open_whole(source, n_threads)
-            prompts = read_prompts(llm, None, steps.CONTEXT, TRAIN_TOKENS)[0]
+            prompts = read_prompts(llm, None, steps.CONTEXT, WRITTEN_TOKENS)[0]
             print(training.train(llm, source, part, prompts, TRAINED, n_threads))
             llm.close()
             part.replace(path)

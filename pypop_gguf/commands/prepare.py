@@ -17,7 +17,7 @@ from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import check_budget, check_support, choose_by_curve
 from pypop_gguf.errors import PopError, one_line, shell_path
 from pypop_gguf.fitting import steps
-from pypop_gguf.fitting.texts import TRAIN_TOKENS, read_prompts
+from pypop_gguf.fitting.texts import WRITTEN_TOKENS, read_prompts
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.tensors import list_shards
@@ -225,7 +225,7 @@ def prepare(
         if train_minutes is not None:
             assert boundary is not None
             training = _training()
-            to_train, _ = read_prompts(llm, text, steps.CONTEXT, TRAIN_TOKENS)
+            to_train, _ = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
             print(training.train(llm, source, adapters[boundary], to_train, train_minutes, n_threads), file=report)
         costs = steps.measure(llm, to_measure[:n_samples], adapters)
         chosen = boundary or _choose(support.n_layer, costs, max_kl)

@@ -32,7 +32,7 @@ class Decoder:
         n_layer: Number of layers of the model.
         heads: Heads of keys and values.
         head_width: Numbers of a head.
-        weights: Their tensors by names, and those of the model that belong to no layer.
+        weights: Their tensors by names, those that belong to no layer, and the biases of all layers.
     """
 
     def __init__(self, path: Path, device: str, first_layer: int = 0, kind: torch.dtype = torch.float32) -> None:
@@ -66,7 +66,8 @@ class Decoder:
         self._first_layer = first_layer
         self.weights: dict[str, torch.Tensor] = {}
         for tensor in reader.tensors:
-            if not tensor.name.startswith("blk.") or layer_of(tensor.name) >= first_layer:
+            is_below = tensor.name.startswith("blk.") and layer_of(tensor.name) < first_layer
+            if not is_below or tensor.name.endswith(".bias"):
                 weight = self.moved(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
                 self.weights[tensor.name] = weight.to(kind) if weight.dim() > 1 else weight
         needed = {f"blk.{layer}.{name}.weight" for layer in range(first_layer, self.n_layer) for name in _MATRICES}
@@ -78,7 +79,7 @@ class Decoder:
         self._frequencies = key("rope.freq_base", 10000.0) ** -exponents / self.weights.get("rope_freqs.weight", 1.0)
 
     def moved(self, x: np.ndarray) -> torch.Tensor:
-        """Returns an array where PyTorch computes."""
+        """Returns an array as a tensor on the device that PyTorch computes on."""
         return torch.from_numpy(x).to(self._device)
 
     def embedded(self, tokens: Sequence[int]) -> torch.Tensor:

@@ -89,7 +89,10 @@ class Maps(torch.nn.Module):
         return weight, shift, further, bottlenecks
 
     def caches(self, text: Text, learned: Learned) -> Iterator[Pair]:
-        """Yields keys and values behind a pruned prompt for each layer from the boundary on, the first token's too."""
+        """Yields the keys and values that a pruned prompt leaves in each layer from the boundary on.
+
+        Those of the first token come first.
+        """
         decoder, n_pruned = self._decoder, text.start
         own = text.own[:n_pruned]
         positions = torch.arange(1, n_pruned + 1, device=own.device)[None]

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from pypop_gguf.errors import PopError
@@ -21,7 +22,9 @@ from pypop_gguf.llama import PopLlama
 
 @dataclasses.dataclass
 class Text:
-    """A text as training reads it: a prompt, and what the whole model reads behind it. Rows are tokens but the first.
+    """A text as training reads it: a prompt, and what the whole model reads behind it.
+
+    Each token but the first has a row.
 
     Attributes:
         own: States at the boundary, divided by their root mean square, F16 [tokens, width].
@@ -40,7 +43,7 @@ class Text:
     start: int
 
     def part(self, start: int, end: int) -> Text:
-        """Returns the text before one row, with another one as the first that the whole model reads."""
+        """Returns the text before the row ``end``, with ``start`` as the first row that the whole model reads."""
         rows = (self.own[:end], self.size[:end], [x[:end] for x in self.further], self.expected[:end])
         return Text(*rows, self.head, start)
 
@@ -67,26 +70,28 @@ class StateReader:
         """
         tokens, decoder = [*prompt, *behind[:-1]], self._decoder
         self._products.evaluate(tokens, decoder.n_layer, logits=True)
-        found = self._products.get_all()
-        for name in itertools.chain(self._inputs, *self._writers):
-            if name not in found or len(found[name][1]) != len(tokens) - FIRST:
-                raise PopError(
-                    f"training does not know a model that does not use {name} as Llama does: leave --train out"
-                )
         state = decoder.embedded(tokens[FIRST:])
         at_boundary = state
         for layer, names in enumerate(self._writers):
             at_boundary = state if layer == self._boundary else at_boundary
             for name in names:
-                state = state + decoder.moved(found[name][1])
+                written = self._checked(name, self._products.get_output(name), len(state))
+                state = state + written + decoder.bias(name.removesuffix(".weight"))
+        inputs = (self._checked(name, self._products.get(name)[0], len(state)) for name in self._inputs)
         return Text(
             own=decoder.normalized(at_boundary).half(),
             size=decoder.size(at_boundary),
-            further=[decoder.moved(found[name][0]).half() for name in self._inputs],
+            further=[x.half() for x in inputs],
             expected=decoder.normalized(state).half(),
             head=[self._first(layer) for layer in range(self._boundary, decoder.n_layer)],
             start=len(prompt) - 1 - FIRST,
         )
+
+    def _checked(self, name: str, rows: np.ndarray, n_tokens: int) -> torch.Tensor:
+        """Returns what a weight has read or written, unless it is not for each token."""
+        if len(rows) != n_tokens:
+            raise PopError(f"training does not know a model that does not use {name} as Llama does: leave --train out")
+        return self._decoder.moved(rows)
 
     def _first(self, layer: int) -> Pair:
         """Returns the keys and values of the first token."""

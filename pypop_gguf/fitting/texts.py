@@ -20,7 +20,7 @@ from pypop_gguf.quality.score import Tokenizer
 
 FEWEST = 16  # prompts in a user's own file
 FIT_TOKENS = 40_000  # More text hardly improves a linear fit.
-TRAIN_TOKENS = 5_000_000  # More text improves training, but the states of all of it are held in memory.
+WRITTEN_TOKENS = 300_000  # More text improves training, but the states of all of it are held in memory.
 _SAMPLED = 20_000  # letters of a file whose tokens are counted
 _DATA = Path(__file__).with_name("data")
 _MEASURED = 4  # every fourth prompt of a user's own file is measured on
@@ -87,25 +87,26 @@ def _as_chat(content: Any) -> list[dict[str, str]]:
 
 
 def chat_frame(llm: PopLlama) -> tuple[list[int], list[int]]:
-    """Returns the tokens that the chat template has before a user's words and behind them; few or none without one."""
-    tokenizer, words = Tokenizer(llm), "words"
-    if not tokenizer.chat_template:
-        return tokenizer("")["input_ids"], []
-    text = tokenizer.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
-    before, _, behind = text.rpartition(words)
-    opening, ending = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
-    return opening, ending
+    """Returns the tokens that every prompt of one message has before the user's words and behind them."""
+    tokenizer = Tokenizer(llm)
+    one, other = (_encode_chat(tokenizer, [{"role": "user", "content": words}]) for words in ("one", "7"))
+
+    def shared(first: list[int], second: list[int]) -> list[int]:
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        return [token for token, _ in pairs]
+
+    return shared(one, other), shared(one[::-1], other[::-1])[::-1]
 
 
 def encode_chats(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
     tokenizer = Tokenizer(llm)
-    prompts = []
-    for chat in chats:
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            tokens = tokenizer("\n\n".join(message["content"] for message in chat))["input_ids"]
-        if 4 < len(tokens) <= max_tokens:
-            prompts.append(tokens)
-    return prompts
+    prompts = [_encode_chat(tokenizer, chat) for chat in chats]
+    return [prompt for prompt in prompts if 4 < len(prompt) <= max_tokens]
+
+
+def _encode_chat(tokenizer: Tokenizer, chat: list[dict[str, str]]) -> list[int]:
+    """Returns the tokens of a chat up to the place of the answer."""
+    if not tokenizer.chat_template:
+        return tokenizer("\n\n".join(message["content"] for message in chat))["input_ids"]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -32,8 +32,8 @@ from pypop_gguf.terminal import progress
 LEARNING_RATE = 1.5e-4  # After 150 steps, twice and half as much cost 13% and 5% more on SmolLM2-135M.
 WARM_UP = 30  # steps
 BATCH = 8  # texts of a step
-_WRITING = 0.35  # share of the time in which texts are written
-_LIKELIEST = 64  # tokens of each prediction: the divergence counts those that are among them somewhere
+_WRITING = 0.2  # share of the time in which texts are written
+_LIKELIEST = 64  # tokens of each prediction of an answer: the divergence counts those that are among them somewhere
 _COPIED = 32  # tokens of a prompt that are repeated behind its answer
 _ANSWERS, _COPIES = 0.5, 0.25  # shares of the steps' texts in which these are read behind the pruned tokens
 _HELD_OUT = 10  # every tenth text is not trained on
@@ -77,7 +77,8 @@ def train(
         source: Its file.
         adapter: The adapter, from :func:`steps.fit`.
         prompts: Token ids of the given prompts.
-        minutes: Time for all of it.
+        minutes: Time for the writing, the reading and the steps. At least 20 texts are written and one step is taken,
+            however long that takes.
         n_threads: Number of threads, where PyTorch finds no GPU.
 
     Returns:
@@ -99,7 +100,7 @@ def train(
     ):
         lessons, chance = [], random.Random(0)
         for prompt, answer in written:
-            copied = _copy(prompt, llm.n_ctx() - len(prompt) - len(answer), chance)
+            copied = _copy(prompt, llm.n_batch - len(prompt) - len(answer), chance)
             lessons.append(Lesson(reader.read(prompt, [*answer, *copied]), len(answer)))
             bar.update()
     answers = [lesson.answer() for lesson in lessons]

@@ -1,7 +1,7 @@
 """Lets a model write answers, and prompts of its own, to train on. It writes several at once.
 
-Its own prompts are written where the chat template has the user's words: from their beginning, or on from a given
-prompt that was cut at a random place. The second keeps to the kinds and the lengths of the given prompts.
+Half of its own prompts are written from the place on where the chat template has the user's words. The others go on
+from a given prompt that was cut at a random place, so they are of the same kinds.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 
 from pypop_gguf import library, native
 from pypop_gguf.errors import PopError
-from pypop_gguf.fitting.texts import chat_frame
+from pypop_gguf.fitting.texts import WRITTEN_TOKENS, chat_frame
 from pypop_gguf.llama import PopLlama
 from pypop_gguf.terminal import progress
 
 llama_cpp = library.load()
 
 ANSWER = 48  # tokens of an answer that is trained on
-_AT_ONCE = 8  # texts that are written at once
+_AT_ONCE = 24  # Texts that are written at once: a pass for so many takes less time than one for 8, which has no kernel.
 _FEWEST = 20  # texts that are written in any case
 _SHORTEST, _LONGEST = 8, 120  # tokens that the model writes of a prompt
 _FROM_THE_BEGINNING = 0.5  # share of its own prompts that begin with nothing
@@ -33,7 +33,7 @@ class _Draft:
     """A text that is being written.
 
     Attributes:
-        tokens: What there is of it.
+        tokens: The tokens that it has so far.
         to_write: Tokens that the model still writes of the prompt, at most.
         n_read: Tokens that are in the cache.
         n_prompt: Tokens of the prompt once it is whole, else 0.
@@ -53,21 +53,23 @@ class Author:
 
         Args:
             llm: The model.
-            prompts: Token ids of the given prompts. One that leaves the context no room for an answer is left out.
+            prompts: Token ids of the given prompts. One that leaves a batch no room for an answer is left out.
             frame: What the chat template has before the user's words and behind them.
         """
         self._opening, self._ending = frame
-        self._longest = llm.n_ctx() - ANSWER
+        self._longest = llm.n_batch - ANSWER  # A text is read in one batch later.
         self._prompts = [list(prompt) for prompt in prompts if len(prompt) <= self._longest]
         self._vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_seq_max = _AT_ONCE
-        parameters.n_ctx = parameters.n_batch = _AT_ONCE * llm.n_ctx()
+        parameters.n_ctx = parameters.n_batch = _AT_ONCE * llm.n_batch
         parameters.n_threads, parameters.n_threads_batch = llm.n_threads, llm.n_threads_batch
         with contextlib.ExitStack() as stack:
-            self._ctx = llama_cpp.llama_init_from_model(llm.model, parameters)
+            with library.captured_log() as errors:
+                self._ctx = llama_cpp.llama_init_from_model(llm.model, parameters)
             if not self._ctx:
-                raise PopError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens to write texts in")
+                reason = (errors or ["no reason given"])[0]
+                raise PopError(f"llama.cpp cannot make a context of {parameters.n_ctx} tokens to write in: {reason}")
             stack.callback(llama_cpp.llama_free, self._ctx)
             native.open_context(self._ctx, None, boundary=native.OFF)
             self._memory = llama_cpp.llama_get_memory(self._ctx)
@@ -105,8 +107,9 @@ class Author:
             for sequence, row in self._read(drafts).items():
                 draft = drafts[sequence]
                 if self._append(draft, row):
-                    yield draft.tokens[: draft.n_prompt], draft.tokens[draft.n_prompt :]
                     del drafts[sequence]
+                    if draft.n_prompt > 1:  # A shorter prompt has no token that is pruned.
+                        yield draft.tokens[: draft.n_prompt], draft.tokens[draft.n_prompt :]
 
     def _drafts(self, chance: random.Random) -> Iterator[_Draft]:
         for prompt in chance.sample(self._prompts, len(self._prompts)):
@@ -115,7 +118,7 @@ class Author:
             begun = list(self._opening)
             if not begun or chance.random() >= _FROM_THE_BEGINNING:
                 prompt = chance.choice(self._prompts)
-                end = len(prompt) - len(self._ending)
+                end = max(1, len(prompt) - len(self._ending) - 1)  # At least one token is written anew.
                 begun = prompt[: chance.randint(max(1, min(len(begun), end)), end)]
             room = self._longest - len(begun) - len(self._ending)
             yield _Draft(begun, max(1, min(chance.randint(_SHORTEST, _LONGEST), room)))
@@ -150,21 +153,27 @@ class Author:
                 draft.n_prompt = len(draft.tokens)
             if draft.n_read < len(draft.tokens):
                 return False
+            token = llama_cpp.llama_sampler_sample(self._greedy, self._ctx, row)
+            ends = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
         draft.tokens.append(token)
         return ends or len(draft.tokens) == draft.n_prompt + ANSWER
 
 
 def write_texts(llm: PopLlama, prompts: Sequence[Sequence[int]], seconds: float) -> list[tuple[list[int], list[int]]]:
-    """Lets a model answer given prompts, and then prompts of its own, for so long.
+    """Lets a model answer given prompts, and then prompts of its own, for so long or until there are enough.
 
     Returns:
         Token ids of each prompt and of its answer, in the order in which they were whole.
     """
     author, began, total = Author(llm, prompts, chat_frame(llm)), time.monotonic(), max(1, round(seconds))
-    texts = []
+    texts: list[tuple[list[int], list[int]]] = []
+    n_tokens = 0
     with contextlib.closing(author), progress(total=total, description="writing texts to train on", unit="s") as bar:
         for text in author.write(began + seconds, random.Random(0)):
             texts.append(text)
+            n_tokens += sum(map(len, text))
+            if n_tokens >= WRITTEN_TOKENS:
+                break
             bar.set_postfix_str(f"{len(texts)} texts", refresh=False)
             bar.update_to(min(total, int(time.monotonic() - began)), total)
     return texts

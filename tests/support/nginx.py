@@ -31,7 +31,7 @@ def proxy(directory: Path, *ports: int) -> Iterator[httpx.Client]:
 
     Args:
         directory: An existing directory for its files.
-        ports: The ports of the servers. The line of the second documented server is left out where one is given.
+        ports: The ports of the servers. If there is only one, docs/server.md's line of the second server is left out.
     """
     port = free_port()
     text = re.search(r"^```nginx\n(.+?)^```$", (ROOT / "docs" / "server.md").read_text(), re.M | re.S)[1]
