@@ -15,7 +15,7 @@ void pop_kernels_choose(const char * setting) {
 #    include "pop-kernels-groups.h"
 #    include "pop-kernels-unpack-iq.h"
 
-// Fewer rows are decoding rather than a prompt: reading the weights from memory limits their speed.
+// Fewer rows stay with ggml, because ours unpack the weights first, which has to pay. See min_rows().
 static constexpr int64_t MIN_ROWS = 9;
 
 // The functions for a type of weights, for one instruction set
@@ -164,6 +164,23 @@ bool pop_kernels_take_tiles(void) {
 #    endif
 }
 
+// The least number of rows with which our kernels were faster, where that was measured: with AVX-512 VNNI and 2 threads.
+static int64_t min_rows(ggml_type type) {
+    if (pop_best::lanes != 16 || !pop_setting_is_best() || pop_kernels_take_tiles()) {
+        return MIN_ROWS;
+    }
+    switch (type) {
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_IQ1_M:
+            return MIN_ROWS;
+        case GGML_TYPE_Q8_0:
+            return 6;
+        default:
+            return 2;
+    }
+}
+
 static const pop_kernel * best_kernel(ggml_type type, int group_rows, int turn) {
 #    if defined(POP_KERNELS_HAS_AMX)
     if (pop_kernels_take_tiles()) {
@@ -205,7 +222,7 @@ static const pop_kernel * find_kernel(const ggml_tensor * dst, int group_rows, i
         if (ids->ne[1] < MIN_ROWS || ids->ne[0] * ids->ne[1] < 4 * weights->ne[2]) {
             return nullptr;
         }
-    } else if (ggml_nrows(input) < MIN_ROWS || weights->ne[2] != 1) {
+    } else if (ggml_nrows(input) < min_rows(weights->type) || weights->ne[2] != 1) {
         return nullptr;
     }
     return find_kernel(weights->type, group_rows, turn);

@@ -5,6 +5,7 @@ import itertools
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pypop_gguf.fitting.decoder import Decoder  # noqa: E402
 from pypop_gguf.fitting.maps import Maps, divergence  # noqa: E402
 from pypop_gguf.fitting.measure import Meter  # noqa: E402
 from pypop_gguf.fitting.states import reading_states  # noqa: E402
-from pypop_gguf.fitting.texts import read_prompts  # noqa: E402
+from pypop_gguf.fitting.texts import chat_frame, encode_chats, read_prompts  # noqa: E402
 from pypop_gguf.gguf_files.adapters import find_adapters  # noqa: E402
 from pypop_gguf.quality.score import log_softmax  # noqa: E402
 from tests.support.engine import F32, Engine  # noqa: E402
@@ -79,22 +80,36 @@ def test_divergence_in_pytorch_is_that_of_the_engine_before_and_after_training(
     assert costs[trained] < costs[adapter]
 
 
-def test_written_texts_are_greedy_answers_to_given_prompts_and_to_prompts_in_the_same_frame(fitted):
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def test_the_frame_is_what_prompts_of_one_message_share(fitted, monkeypatch):
+    llm, *_ = fitted
+    monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", TEMPLATE)
+    opening, ending = chat_frame(llm)
+    assert llm.detokenize(opening).strip() == b"<user>" and llm.detokenize(ending).endswith(b"assistant>")
+    [prompt] = encode_chats(llm, [[{"role": "user", "content": "Once there was a dog."}]], 100)
+    assert prompt[: len(opening)] == opening and prompt[-len(ending) :] == ending
+
+
+@pytest.mark.parametrize("ending", [[301, 302], []], ids=["with an ending", "without one"])
+def test_written_texts_are_greedy_answers_to_given_prompts_and_to_prompts_in_the_same_frame(fitted, ending):
     llm, _, prompts = fitted
-    frame = [prompts[0][0], 300], [301, 302]  # any tokens, because the served model has no template of its own
-    with contextlib.closing(writing.Author(llm, prompts[:6], frame)) as author:
-        texts = list(itertools.islice(author.write(time.monotonic() + 60, random.Random(0)), 24))
-    given = [prompt for prompt, _ in texts if prompt in prompts[:6]]
-    assert sorted(given) == sorted(prompts[:6])
+    opening, given = [prompts[0][0], 300], [*prompts[:6], (prompts[0] * 40)[: llm.n_batch - writing.ANSWER]]
+    too_long = (prompts[0] * 40)[: llm.n_batch]
+    with contextlib.closing(writing.Author(llm, [*given, too_long], (opening, ending))) as author:
+        texts = list(itertools.islice(author.write(time.monotonic() + 60, random.Random(0)), 36))
+    assert sorted(prompt for prompt, _ in texts if prompt in given) == sorted(given)
     for prompt, answer in texts:
+        assert 1 < len(prompt) <= llm.n_batch - writing.ANSWER
         logits = llm.score(prompt, answer, pop=False)
         chosen = logits[range(len(answer)), answer]
         assert np.all(logits.max(1) - chosen < 0.05), "an answer is not the likeliest, but for rounding"
         assert len(answer) == writing.ANSWER or answer[-1] == llm.token_eos()
-    own = [prompt for prompt, _ in texts if prompt not in prompts]
-    assert all(prompt[-2:] == frame[1] for prompt in own)
-    assert any(prompt[:2] == frame[0] for prompt in own)  # from the beginning
-    assert any(prompt[:8] in [one[:8] for one in prompts] for prompt in own)  # from a piece of a given one
+    own = [prompt for prompt, _ in texts if prompt not in given]
+    assert all(prompt[len(prompt) - len(ending) :] == ending for prompt in own)
+    assert any(prompt[:2] == opening for prompt in own)  # from the beginning
+    assert any(prompt[:8] in [one[:8] for one in given] for prompt in own)  # from a piece of a given one
 
 
 def test_a_part_of_a_text_is_read_as_if_it_were_all(served_gguf, fitted):
@@ -121,6 +136,13 @@ def test_training_that_does_not_help_leaves_the_adapter(served_gguf, fitted, tmp
     line = training.train(llm, served_gguf, copy, prompts[:20], minutes=0.05, n_threads=1)
     assert line.endswith("the adapter stays as it was fitted")
     assert copy.read_bytes() == adapter.read_bytes()
+
+
+def test_prompts_that_leave_little_room_are_trained_on(served_gguf, fitted, tmp_path):
+    llm, adapter, prompts = fitted
+    copy = Path(shutil.copy(adapter, tmp_path / "copy.gguf"))
+    long = [(prompt * 40)[: llm.n_batch - writing.ANSWER - i] for i, prompt in enumerate(prompts[:5])]
+    assert training.train(llm, served_gguf, copy, [*long, *prompts[:15]], 0.01, 1).startswith("trained on ")
 
 
 def test_prepare_trains_and_writes(served_gguf, short_texts, tmp_path, capsys):

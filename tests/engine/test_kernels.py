@@ -1,7 +1,7 @@
 """The kernels of csrc/pop-kernels.cpp, which compute products of weights with many rows.
 
 They are compared with the exact product of the dequantized weights, and with ggml's own kernels, which a process with
-POP_KERNELS=off runs. Below MIN_ROWS rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu,
+POP_KERNELS=off runs. With few rows, ggml's kernels run in any case. `make arm` runs these tests for Arm, in qemu,
 `make windows` for Windows, in wine, and `make amx` for x86 with emulated tiles of AMX.
 """
 
@@ -18,7 +18,8 @@ from tests.support import emulation
 from tests.support.products import Ggml, Product, in_emulator, in_process, with_amx
 from tests.support.report import report
 
-MIN_ROWS = 9
+MIN_ROWS = 9  # Fewer stay with ggml, except with AVX-512 VNNI.
+MIN_ROWS_AVX512 = {"F16": 9, "BF16": 9, "IQ1_M": 9, "Q8_0": 6}  # of all other types 2
 SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4")
 SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 CODE_BOOKS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -61,6 +62,12 @@ class Machine:
     def instructions(self) -> tuple[str, ...]:
         """Values of POP_KERNELS with which our kernels run."""
         return ("on",) if self.is_arm or self.emulator == AMX else ("on", "avxvnni", "avx2")
+
+    def min_rows(self, name: str) -> int:
+        """Returns the least number of rows that our kernels multiply with these weights."""
+        if self.emulator or b"AVX512_VNNI = 1" not in library.load().llama_print_system_info():
+            return MIN_ROWS
+        return MIN_ROWS_AVX512.get(name, 2)
 
     def has_kernel(self, name: str, instructions: str) -> bool:
         """Returns whether our kernels compute products of these weights with these instructions."""
@@ -149,8 +156,18 @@ def test_same_with_any_number_of_threads(machine, ggml, name):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_few_rows_stay_with_ggml(machine, ggml, name):
-    asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(1, MIN_ROWS)))
+    asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(1, machine.min_rows(name))))
     assert all(map(np.array_equal, machine.compute(asked, "on"), machine.compute(asked, "off")))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_few_more_rows_are_as_exact(machine, ggml, name):
+    if machine.min_rows(name) == MIN_ROWS:
+        pytest.skip(f"products of {name} with fewer than {MIN_ROWS} rows stay with ggml here")
+    asked = products(ggml, name, tuple((rows, 40, 512) for rows in range(machine.min_rows(name), MIN_ROWS)))
+    stock, computed = machine.compute(asked, "off"), machine.compute(asked, "on")
+    assert not any(map(np.array_equal, computed, stock))
+    assert squared_errors(computed, asked).mean() <= 1.1 * squared_errors(stock, asked).mean()
 
 
 @pytest.mark.parametrize("name", ("Q4_0", "Q4_K"))
