@@ -116,7 +116,7 @@ class Author:
             yield _Draft(list(prompt), n_prompt=len(prompt))
         while True:
             begun = list(self._opening)
-            if not begun or chance.random() >= _FROM_THE_BEGINNING:
+            if self._prompts and (not begun or chance.random() >= _FROM_THE_BEGINNING):
                 prompt = chance.choice(self._prompts)
                 end = max(1, len(prompt) - len(self._ending) - 1)  # At least one token is written anew.
                 begun = prompt[: chance.randint(max(1, min(len(begun), end)), end)]
