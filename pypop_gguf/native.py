@@ -336,29 +336,24 @@ def observer_weight(observer, i: int) -> str | None:
     return None if name == _bound()[0].NULL else _bound()[0].string(name).decode()
 
 
-def observer_get(observer, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns copies of what the products of a weight have read and written, F32 [n, n_in] and [n, n_out]."""
-    product = _observed(observer, weight)
-    return _matrix(product.input, product.n_tokens, product.n_in), observer_get_output(observer, weight)
+def observer_get(observer, weight: str, with_input: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Returns copies of what the products of a weight have read and written, F32 [n, n_in] and [n, n_out].
 
-
-def observer_get_output(observer, weight: str) -> np.ndarray:
-    """Returns a copy of what the products of a weight have written, F32 [n, n_out]."""
-    product = _observed(observer, weight)
-    return _matrix(product.output, product.n_tokens, product.n_out)
-
-
-def _observed(observer, weight: str):
+    Args:
+        observer: The observer.
+        weight: Name of the weight.
+        with_input: Whether to copy what they have read. Without, that array has no rows.
+    """
     ffi, functions = _bound()
     product = ffi.new("struct llama_pop_product *")
     _check(functions.llama_pop_observer_get(observer, weight.encode(), product))
-    return product
 
+    def matrix(data, n_rows: int, n_columns: int) -> np.ndarray:
+        view = np.frombuffer(ffi.buffer(data, 4 * n_rows * n_columns), dtype=np.float32)
+        return view.reshape(n_rows, n_columns).copy()
 
-def _matrix(data, n_rows: int, n_columns: int) -> np.ndarray:
-    ffi, _ = _bound()
-    view = np.frombuffer(ffi.buffer(data, 4 * n_rows * n_columns), dtype=np.float32)
-    return view.reshape(n_rows, n_columns).copy()
+    n_read = product.n_tokens if with_input else 0
+    return matrix(product.input, n_read, product.n_in), matrix(product.output, product.n_tokens, product.n_out)
 
 
 def observer_clear(observer) -> None:

@@ -68,11 +68,11 @@ class Products:
 
     def get_first(self, weight: str) -> np.ndarray:
         """Returns what the product has written for position 0, F32 [n_out]."""
-        return native.observer_get_output(self._observer, weight)[0]
+        return native.observer_get(self._observer, weight, with_input=False)[1][0]
 
     def get_output(self, weight: str) -> np.ndarray:
         """Returns what the product has written but for position 0, F32 [n - 1, n_out]."""
-        return native.observer_get_output(self._observer, weight)[FIRST:]
+        return native.observer_get(self._observer, weight, with_input=False)[1][FIRST:]
 
     def get(self, weight: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns what the product has read and written but for position 0, F32 [n - 1, n_in] and [n - 1, n_out]."""
