@@ -164,7 +164,8 @@ bool pop_kernels_take_tiles(void) {
 #    endif
 }
 
-// The least number of rows with which our kernels were faster, where that was measured: with AVX-512 VNNI and 2 threads.
+// The least number of rows with which our kernels were faster than those of ggml. It was measured with AVX-512 VNNI and
+// 2 threads; elsewhere it is not known.
 static int64_t min_rows(ggml_type type) {
     if (pop_best::lanes != 16 || !pop_setting_is_best() || pop_kernels_take_tiles()) {
         return MIN_ROWS;

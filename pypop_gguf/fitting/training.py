@@ -91,7 +91,7 @@ def train(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(n_threads)
     boundary = int(GGUFReader(adapter).fields["pop.boundary"].contents())
-    decoder = Decoder(source, device, boundary, fastest_type(device))
+    decoder = Decoder(source, device, boundary, _fastest_type(device))
     maps = Maps(decoder, adapter)
     written = write_texts(llm, prompts, 60 * minutes * _WRITING)
     with (
@@ -128,7 +128,7 @@ def _copy(prompt: Sequence[int], room: int, chance: random.Random) -> Sequence[i
     return prompt[start : start + n]
 
 
-def fastest_type(device: str) -> torch.dtype:
+def _fastest_type(device: str) -> torch.dtype:
     """Returns BF16 where PyTorch multiplies it faster, else F32."""
 
     def seconds(kind: torch.dtype) -> float:

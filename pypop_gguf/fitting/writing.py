@@ -24,8 +24,8 @@ ANSWER = 48  # tokens of an answer that is trained on
 _AT_ONCE = 24  # Texts that are written at once: a pass for so many takes less time than one for 8, which has no kernel.
 _FEWEST = 20  # texts that are written in any case
 _SHORTEST, _LONGEST = 8, 120  # tokens that the model writes of a prompt
-_FROM_THE_BEGINNING = 0.5  # share of its own prompts that begin with nothing
-_LIKELIEST = 100  # tokens among which each of a prompt is drawn
+_FROM_THE_BEGINNING = 0.5  # share of its own prompts that go on from no given one
+_LIKELIEST = 100  # Each token of a prompt is drawn among so many.
 
 
 @dataclasses.dataclass

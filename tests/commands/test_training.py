@@ -101,7 +101,7 @@ def test_written_texts_are_greedy_answers_to_given_prompts_and_to_prompts_in_the
         texts = list(itertools.islice(author.write(time.monotonic() + 60, random.Random(0)), 36))
     assert sorted(prompt for prompt, _ in texts if prompt in given) == sorted(given)
     for prompt, answer in texts:
-        assert 1 < len(prompt) <= llm.n_batch - writing.ANSWER
+        assert len(prompt) in range(2, llm.n_batch - writing.ANSWER + 1)
         logits = llm.score(prompt, answer, pop=False)
         chosen = logits[range(len(answer)), answer]
         assert np.all(logits.max(1) - chosen < 0.05), "an answer is not the likeliest, but for rounding"
