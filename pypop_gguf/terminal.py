@@ -1,4 +1,4 @@
-"""Progress, tables, lists of numbers as arguments, the number of cores, and options that several commands have."""
+"""Progress, tables, numbers as arguments, the number of cores, and options that several commands have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pypop_gguf.errors import one_line
+from pypop_gguf.errors import PopError, one_line
 
 _BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{unit}, {remaining} left{postfix}"
 ALL_LAYERS = -1  # what llama.cpp takes for all layers on a GPU
@@ -68,6 +68,25 @@ def integer_list(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 20,22") from None
+
+
+def check_ranges(arguments: argparse.Namespace, **ranges: int | tuple[int, int | None]) -> None:
+    """Checks parsed numbers and lists of numbers; one that was not given passes.
+
+    Args:
+        arguments: The parsed arguments.
+        ranges: The smallest value of each by its name, or the smallest and the largest.
+
+    Raises:
+        PopError: A number is out of its range.
+    """
+    for name, allowed in ranges.items():
+        low, high = allowed if isinstance(allowed, tuple) else (allowed, None)
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if value is not None and (value < low or (high is not None and value > high)):
+                wanted = f"at least {low}" if high is None else f"{low} to {high}"
+                raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give {wanted}")
 
 
 def add_kernels_argument(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import PopError
-from pypop_gguf.terminal import aligned, available_cores, progress
+from pypop_gguf.terminal import aligned, available_cores, check_ranges, progress
 from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_completion import Engine
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--stock", type=Path, help="directory with an unpatched llama_cpp package")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, boundary=1, words=1, calls=1, threads=1)
         calls = measure_calls(arguments)
         first_us = 1e3 * min(calls["off"]["first_ms"])
         print("\n".join(call_table(calls, first_us)), flush=True)

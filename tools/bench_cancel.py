@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pypop_gguf import Cancelled, PopError, PopLlama
 from pypop_gguf.memory import resident_bytes
-from pypop_gguf.terminal import available_cores
+from pypop_gguf.terminal import available_cores, check_ranges
 from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, number_prompt
@@ -73,9 +73,7 @@ def _cases(arguments: argparse.Namespace) -> list[tuple[int, str]]:
         )
     if not set(engines) <= {"python", "server"}:
         raise PopError(f"--engines {arguments.engines}: give python, server or both")
-    for name in ("aborts", "threads"):
-        if getattr(arguments, name) < 1:
-            raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 1")
+    check_ranges(arguments, aborts=1, threads=1)
     if arguments.csv:
         check_table(arguments.csv, COLUMNS)
     return [(int(size), engine) for size in sizes for engine in engines]

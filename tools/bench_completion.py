@@ -28,7 +28,7 @@ import numpy as np
 from pypop_gguf import PopError
 from pypop_gguf.memory import resident_bytes
 from pypop_gguf.statistics import bootstrap_ratio
-from pypop_gguf.terminal import ALL_LAYERS, aligned, available_cores, integer_list, progress
+from pypop_gguf.terminal import ALL_LAYERS, aligned, available_cores, check_ranges, integer_list, progress
 from tools.bench_common import append_row, check_table
 
 MODES = ("stock", "whole", "off", "idle", "answer")
@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every value to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, boundary=1, prompt=1, answer=1, chunk=1, rounds=1, threads=1)
         if arguments.csv:
             check_table(arguments.csv, COLUMNS)
         prompts = measure_prompts(arguments)

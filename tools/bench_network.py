@@ -30,7 +30,7 @@ from pypop_gguf.bench.measure import in_turn
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import trunk_layers
 from pypop_gguf.statistics import bootstrap_ratio
-from pypop_gguf.terminal import aligned, integer_list, progress
+from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
 from tests.support.process import NotReady
 from tests.support.server import rpc_servers
 from tools.bench_common import append_row, check_table
@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, boundary=1, prompt=1, rate=1, runs=1, threads=1, delay=0)
         if arguments.csv:
             check_table(arguments.csv, COLUMNS)
         rows = []

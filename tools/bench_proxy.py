@@ -33,7 +33,7 @@ from pypop_gguf import PopError
 from pypop_gguf.bench.measure import in_turn
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.statistics import bootstrap_ratio
-from pypop_gguf.terminal import aligned, physical_cores, progress
+from pypop_gguf.terminal import aligned, check_ranges, physical_cores, progress
 from tests.support.nginx import NGINX, proxy
 from tests.support.process import NotReady
 from tests.support.server import Server, serve, stream_events
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, prompt=1, answer=1, conversations=1, clients=1, rounds=1)
         if arguments.csv:
             check_table(arguments.csv, COLUMNS)
         read_metadata(arguments.model)  # A bad file is reported in one line here.

@@ -27,7 +27,7 @@ import numpy as np
 from pypop_gguf import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.statistics import bootstrap_ratio
-from pypop_gguf.terminal import aligned, available_cores, progress
+from pypop_gguf.terminal import aligned, available_cores, check_ranges, progress
 from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, cut_tokens, prompt_text
@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every answer to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, runs=1, threads=1)
         if arguments.csv:
             check_table(arguments.csv, COLUMNS)
         read_metadata(arguments.model)  # A bad file is reported in one line here.

@@ -24,7 +24,7 @@ import numpy as np
 from pypop_gguf import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import trunk_layers
-from pypop_gguf.terminal import available_cores
+from pypop_gguf.terminal import available_cores, check_ranges
 from tests.support.process import NotReady
 from tests.support.server import Server, running, serve
 from tools.bench_common import append_row, check_table, number_prompt
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, boundary=1, prompt=1, answer=1, clients=1, rounds=1, threads=1)
         _run(arguments)
     except (PopError, NotReady, OSError) as error:
         print(f"bench_server: error: {error}", file=sys.stderr)

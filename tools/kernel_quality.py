@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import PopError, PopLlama, library
-from pypop_gguf.terminal import aligned, available_cores
+from pypop_gguf.terminal import aligned, available_cores, check_ranges
 
 ON, OFF = dict(pop_kernels=True), dict(pop_kernels=False)
 REFERENCE = dict(pop_kernels=False, flash_attn=False)
@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--error-tokens", type=int, default=1024, help="tokens for the second table (default: 1024)")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, context=1, error_tokens=1, tokens=0)
         text = read_text(arguments.text)
         if arguments.tokens:
             chunks = tokenize(arguments.model, text, arguments.tokens, arguments.context)

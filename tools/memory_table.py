@@ -28,7 +28,7 @@ from pathlib import Path
 from pypop_gguf import PopError
 from pypop_gguf.bench.engine import Engine
 from pypop_gguf.bench.measure import in_turn
-from pypop_gguf.terminal import aligned, integer_list, progress
+from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
 from tools.bench_common import append_row, check_table
 
 COLUMNS = [
@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to append every value to")
     arguments = parser.parse_args()
     try:
+        check_ranges(arguments, boundary=1, context=1, parallel=1, prompt=1, threads=1, runs=0, loads=0)
         if arguments.csv:
             check_table(arguments.csv, COLUMNS)
         rows = []

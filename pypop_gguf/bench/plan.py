@@ -18,7 +18,7 @@ from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import parse_metadata
 from pypop_gguf.rpc import reachable_servers
-from pypop_gguf.terminal import available_cores
+from pypop_gguf.terminal import available_cores, check_ranges
 
 _LEAST_ROUNDS = 3  # of --advise: fewer tell nothing about how far rounds are apart
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
@@ -94,15 +94,14 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         boundaries = arguments.boundary or [default_boundary(support, metadata)]
     context = reader.get_field(f"{support.architecture}.context_length")
 
-    _check_range("--boundary", boundaries, 1, n_layer)
     longest = int(context.contents()) if context else None
-    _check_range("--decode", [arguments.decode], 1, None)
-    _check_range("--prompt", arguments.prompt, 2, longest and longest - arguments.decode)
-    _check_range("--runs", [arguments.runs], _LEAST_ROUNDS if arguments.advise else 1, None)
-    _check_range("--ubatch", [arguments.ubatch], 1, None)
-    _check_range("--parallel", arguments.parallel, 1, min(_MAX_SEQUENCES, arguments.ubatch))
-    threads = available_cores() if arguments.threads is None else arguments.threads
-    _check_range("--threads", [threads], 1, None)
+    check_ranges(arguments, boundary=(1, n_layer), decode=1, ubatch=1, threads=1)
+    check_ranges(
+        arguments,
+        prompt=(2, longest and longest - arguments.decode),
+        runs=_LEAST_ROUNDS if arguments.advise else 1,
+        parallel=(1, min(_MAX_SEQUENCES, arguments.ubatch)),
+    )
     if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
         raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it; give a directory that has one")
     return Plan(
@@ -113,7 +112,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         parallels=arguments.parallel,
         n_decode=arguments.decode,
         runs=arguments.runs,
-        threads=threads,
+        threads=arguments.threads or available_cores(),
         ubatch=arguments.ubatch,
         flash_attn=arguments.flash_attn,
         stock=arguments.stock,
@@ -131,13 +130,6 @@ def _list_servers(lists: list[str]) -> list[list[str]]:
     if len(set(servers)) < len(servers):
         raise PopError("--rpc names a server in both lists: a server serves one process, so give each once")
     return [text.split(",") for text in lists] or [[], []]
-
-
-def _check_range(option: str, values: list[int], low: int, high: int | None) -> None:
-    for value in values:
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise PopError(f"{option} {value} is out of range for this model and these settings: give {allowed}")
 
 
 def describe_setting(plan: Plan, baseline_info: dict) -> Setting:

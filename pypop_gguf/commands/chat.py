@@ -19,6 +19,7 @@ from pypop_gguf.terminal import (
     add_gpu_layers_argument,
     add_kernels_argument,
     available_cores,
+    check_ranges,
     choose_kernels,
     progress,
 )
@@ -72,10 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The model cannot be loaded, or a number is out of range.
     """
-    for name in ("context", "max_tokens", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PopError(f"--{name.replace('_', '-')} {value} is out of range: give at least 1")
+    check_ranges(arguments, context=1, max_tokens=1, threads=1)
     choose_kernels(arguments)
     if arguments.system:
         check_text("--system", arguments.system)

@@ -34,7 +34,7 @@ from pypop_gguf.gguf_files.writer import (
 )
 from pypop_gguf.importance.estimate import CalibrationOptions, estimate_importance
 from pypop_gguf.memory import peak_bytes
-from pypop_gguf.terminal import available_cores, progress
+from pypop_gguf.terminal import available_cores, check_ranges, progress
 
 DESCRIPTION = """\
 Writes a GGUF with pop.* metadata: the boundary, which is the first layer that prefill skips, and the importance of the
@@ -253,13 +253,7 @@ def _fit(model: Path, texts: Path | None, boundary: int, adapter: Path) -> None:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    for name, least in (("calibration_samples", 1), ("calibration_tokens", 8)):
-        if getattr(arguments, name) < least:
-            raise PopError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)} is out of range: give at least {least}"
-            )
-    if not 0 <= arguments.seed < 2**32:
-        raise PopError(f"--seed {arguments.seed} is out of range: give 0 to {2**32 - 1}")
+    check_ranges(arguments, calibration_samples=1, calibration_tokens=8, seed=(0, 2**32 - 1))
     if arguments.importance is False and (
         (arguments.calibration and not arguments.fit_kv) or arguments.max_importance_loss is not None
     ):

@@ -26,7 +26,7 @@ from pypop_gguf.quality.results import Results, name_variant
 from pypop_gguf.quality.score import Quality, Score, Tokenizer, summarize
 from pypop_gguf.quality.tasks import Item, Task, read_task, report_skipped
 from pypop_gguf.statistics import Difference, Mean, bootstrap_mean, paired_difference
-from pypop_gguf.terminal import aligned, integer_list, progress
+from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
 
 DESCRIPTION = """\
 Measures what pruning costs. A pruned pass reads each prompt, and the whole model then scores the text after it on the
@@ -132,9 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise PopError("nothing to measure on: give a FILE of texts, --recall N, --tracking N or --lm-eval TASK")
     if arguments.lm_eval:
         from pypop_gguf.quality import lm_eval  # It reports a missing harness before anything is measured.
-    for name in ("recall", "tracking"):
-        if getattr(arguments, name) < 0:
-            raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 0")
+    check_ranges(arguments, recall=0, tracking=0)
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise PopError(f"{arguments.out.parent}: no such directory; make it first, or give another --out")
     llm, boundaries = open_model(arguments, arguments.boundary, arguments.mmproj)

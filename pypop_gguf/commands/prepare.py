@@ -29,6 +29,7 @@ from pypop_gguf.terminal import (
     add_gpu_layers_argument,
     add_kernels_argument,
     available_cores,
+    check_ranges,
     choose_kernels,
     progress,
 )
@@ -118,9 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: As :func:`prepare`, or a number is out of range.
     """
     check_budget(arguments.max_kl, None)
-    for name in ("samples", "threads"):
-        if getattr(arguments, name) < 1:
-            raise PopError(f"--{name} {getattr(arguments, name)} is out of range: give at least 1")
+    check_ranges(arguments, samples=1, threads=1)
     if arguments.train is not None:
         if not 0 < arguments.train <= _LONGEST_TRAINING:
             raise PopError(f"--train {arguments.train:g} is out of range: give minutes, up to {_LONGEST_TRAINING}")

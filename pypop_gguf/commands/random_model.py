@@ -16,10 +16,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, LlamaFileType
 
-from pypop_gguf.errors import PopError, one_line
+from pypop_gguf.errors import one_line
 from pypop_gguf.gguf_files.geometries import GEOMETRIES, Geometry, add_keys, list_tensors
 from pypop_gguf.gguf_files.metadata import MAX_LAYERS
 from pypop_gguf.gguf_files.writer import check_free_space, replacing
+from pypop_gguf.terminal import check_ranges
 
 DESCRIPTION = """\
 Writes a GGUF with the geometry of a known model and random weights, which serves to measure speed and
@@ -60,12 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: A number is out of range, or the file cannot be written.
     """
     geometry = GEOMETRIES[arguments.geometry]
+    check_ranges(arguments, layers=(1, MAX_LAYERS), seed=0)
     if arguments.layers is not None:
-        if not 1 <= arguments.layers <= MAX_LAYERS:
-            raise PopError(f"--layers {arguments.layers} is out of range: give 1 to {MAX_LAYERS}")
         geometry = geometry.with_layers(arguments.layers)
-    if arguments.seed < 0:
-        raise PopError(f"--seed {arguments.seed} is out of range: give at least 0")
     write_model(geometry, f"{arguments.geometry} random", arguments.outfile, arguments.outtype, arguments.seed)
     size = arguments.outfile.stat().st_size
     model = f"{arguments.geometry}, {geometry.n_layer} layers, {arguments.outtype}"

@@ -9,7 +9,7 @@ import sys
 from pypop_gguf import programs
 from pypop_gguf.errors import PopError
 from pypop_gguf.rpc import DEFAULT_PORT
-from pypop_gguf.terminal import add_kernels_argument, available_cores, choose_kernels
+from pypop_gguf.terminal import add_kernels_argument, available_cores, check_ranges, choose_kernels
 
 DESCRIPTION = """\
 Lends this machine's memory and processors, or its graphics device, to a model that runs on another machine: `serve`,
@@ -39,11 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The address is not free or no IPv4 address, or a number is out of range.
     """
-    for name, low, high in (("port", 1, 65535), ("threads", 1, None)):
-        value = getattr(arguments, name)
-        if value is not None and (value < low or (high is not None and value > high)):
-            allowed = f"{low} to {high}" if high else f"at least {low}"
-            raise PopError(f"--{name} {value} is out of range: give {allowed}")
+    check_ranges(arguments, port=(1, 65535), threads=1)
     try:
         socket.inet_pton(socket.AF_INET, arguments.host)
     except OSError as error:

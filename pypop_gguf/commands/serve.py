@@ -16,7 +16,13 @@ from pypop_gguf.commands.prepare import add_prepare_argument, prepared
 from pypop_gguf.errors import PopError, check_name
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.rpc import add_rpc_argument, reachable_servers
-from pypop_gguf.terminal import add_complete_argument, add_kernels_argument, available_cores, choose_kernels
+from pypop_gguf.terminal import (
+    add_complete_argument,
+    add_kernels_argument,
+    available_cores,
+    check_ranges,
+    choose_kernels,
+)
 
 DESCRIPTION = """\
 Serves a model over HTTP, with OpenAI-compatible endpoints and several requests at once: /v1/chat/completions,
@@ -82,18 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PopError: The model or another file cannot be read, or a number is out of range.
     """
-    for name, low, high in (
-        ("port", 0, 65535),
-        ("parallel", 1, 256),
-        ("context", 1, None),
-        ("threads", 1, None),
-        ("boundary", 1, None),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and (value < low or (high is not None and value > high)):
-            raise PopError(
-                f"--{name} {value} is out of range: give {f'{low} to {high}' if high else f'at least {low}'}"
-            )
+    check_ranges(arguments, port=(0, 65535), parallel=(1, 256), context=1, threads=1, boundary=1)
     read_metadata(arguments.model)  # A bad file is reported in one line here.
     for file in (arguments.model, arguments.mmproj, arguments.api_key_file):
         if file is not None and check_name(file) and not os.access(file, os.R_OK):

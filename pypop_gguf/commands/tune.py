@@ -28,7 +28,7 @@ from pypop_gguf.quality.plot import plot_curve
 from pypop_gguf.quality.score import Quality, Score, Tokenizer, score_samples, summarize
 from pypop_gguf.quality.tasks import read_task, report_skipped
 from pypop_gguf.speedup_limit import N_TOKENS, speedup_limits
-from pypop_gguf.terminal import aligned, integer_list, progress
+from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
 
 DESCRIPTION = """\
 Measures quality at each boundary, as `pop-gguf eval` does, and computes the limit of the speed-up there. Then it
@@ -94,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: The arguments do not fit the model, the file has nothing to measure on, or a file cannot be written.
     """
     check_budget(arguments.max_kl, arguments.max_loss_increase)
-    if arguments.measure < 0:
-        raise PopError(f"--measure {arguments.measure} is out of range: give at least 0")
+    check_ranges(arguments, measure=0)
     if arguments.plot:
         check_plot(arguments.plot)
     if arguments.outfile and not arguments.outfile.absolute().parent.is_dir():

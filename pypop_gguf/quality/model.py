@@ -10,7 +10,13 @@ from pypop_gguf.boundary_rules import check_support, default_boundary
 from pypop_gguf.errors import PopError
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import read_metadata
-from pypop_gguf.terminal import add_gpu_layers_argument, add_kernels_argument, available_cores, choose_kernels
+from pypop_gguf.terminal import (
+    add_gpu_layers_argument,
+    add_kernels_argument,
+    available_cores,
+    check_ranges,
+    choose_kernels,
+)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +77,7 @@ def open_model(
     Raises:
         PopError: The model cannot be read or pruned there, an adapter is not for it, or a number is out of range.
     """
-    for name, least in (("samples", 1), ("context", 16), ("threads", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise PopError(f"--{name} {value} is out of range: give at least {least}")
+    check_ranges(arguments, samples=1, context=16, threads=1)
     choose_kernels(arguments)
     stored = read_metadata(arguments.model)
     support = library.describe_model(arguments.model)

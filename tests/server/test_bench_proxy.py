@@ -52,3 +52,8 @@ def test_missing_nginx_is_told_in_one_line(served_gguf, monkeypatch, capsys):
     assert bench_proxy.main() == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "apt-get install nginx-light" in error
+
+
+def test_no_round_is_refused_in_one_line(served_gguf):
+    done = run(served_gguf, "--rounds", 0)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--rounds 0" in done.stderr
