@@ -1,4 +1,4 @@
-# make demo: set up, convert the bundled model, answer a prompt.   make test: set up, run the tests.
+# make demo: set up, prepare a small real model, ask it both ways.   make test: set up, run the tests.
 # GPU builds: CMAKE_ARGS="-DGGML_CUDA=on" make demo
 PYTHON ?= python3
 VENV   := .venv
@@ -99,7 +99,7 @@ $(STOCK)/.installed: tests/stock/CMakeLists.txt third_party/llama-cpp-python.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/stock --component stock --prefix $(STOCK) > /dev/null
 	touch $@
 
-# the runs behind the README's table; on another machine give MACHINE=its-name. Wants the machine for itself
+# the runs behind the table of pruning alone in docs/speed.md; on another machine give MACHINE=its-name. Wants the machine for itself
 bench: $(VENV)/.installed $(STOCK)/.installed
 	mkdir -p build/bench
 	for type in q4_k_m q8_0; do \

@@ -21,7 +21,7 @@ def check_plot(path: Path) -> None:
         PopError: matplotlib is missing, or the directory is missing or cannot be written to.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise PopError("--plot needs matplotlib: pip install 'pypop-gguf[bench]'")
+        raise PopError("--plot needs matplotlib: pip install '.[bench]' in the source tree")
     if not path.absolute().parent.is_dir():
         raise PopError(f"--plot {path}: no such directory; make it first, or give another --plot")
     if not os.access(path.absolute().parent, os.W_OK):

@@ -115,8 +115,8 @@ def section(results: Results) -> str:
         found = (rank_correlation(values[:end], costs[:, :end]) for end in (None, -1))
         ranks.append(f"| {label} | {' | '.join(f'{one:.2f}' for one in found)} |")
     intro = (
-        "Does a score tell which layers are dear to skip? This is its rank correlation (Spearman) with the KL "
-        f"divergence where that layer alone is skipped, over {n} prompts:"
+        "Does a score tell which layers cost much when they are skipped? This is its rank correlation (Spearman) with "
+        f"the KL divergence where that layer alone is skipped, over {n} prompts:"
     )
     return "\n".join([title, "| --- | --- | --- |", *rows, "", intro, "", *ranks])
 

@@ -23,7 +23,7 @@ from tests.support.paths import ROOT
 
 KINDS = {
     "plain": "the skipped layers' own projections, as in the paper",
-    "head": "the same, and the first token runs all layers",
+    "head": "the skipped layers' own projections, but the first token runs all layers",
     "fitted": "fitted projections, and the first token runs all layers",
     "trained": "fitted projections that were trained for 10 minutes, and the first token runs all layers",
     "completed": "fitted, and 64 tokens of the cache are completed before each further token of a written answer",

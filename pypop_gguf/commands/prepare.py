@@ -258,7 +258,7 @@ def _training() -> ModuleType:
     try:
         from pypop_gguf.fitting import training
     except ImportError as error:
-        raise PopError(f"--train needs torch ({error}); pip install 'pypop-gguf[convert]'") from error
+        raise PopError(f"--train needs torch ({error}); pip install '.[convert]' in the source tree") from error
     return training
 
 

@@ -53,7 +53,9 @@ def _download(hub_id: str, files: list[str]) -> Path:
 
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except ImportError as error:
-        raise PopError(f"a hub id needs huggingface_hub ({error}): pip install 'pypop-gguf[convert]'") from error
+        raise PopError(
+            f"a hub id needs huggingface_hub ({error}): pip install '.[convert]' in the source tree"
+        ) from error
     except Exception as error:  # The hub raises whatever its HTTP library raises.
         reason = f"no such directory here, and the hub gave none ({type(error).__name__})"
         raise PopError(f"{hub_id}: {reason}; check name and connection") from error

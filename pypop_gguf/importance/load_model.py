@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda", "mps")
-_INSTALL = "pip install 'pypop-gguf[convert]'"
+_INSTALL = "pip install '.[convert]' in the source tree"
 
 
 def load_for_importance(

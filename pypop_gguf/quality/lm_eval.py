@@ -25,7 +25,9 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise PopError(f"--lm-eval needs lm-evaluation-harness ({error}): pip install 'pypop-gguf[eval]'") from error
+    raise PopError(
+        f"--lm-eval needs lm-evaluation-harness ({error}): pip install '.[eval]' in the source tree"
+    ) from error
 
 
 class PopLM(TemplateLM):

@@ -72,7 +72,9 @@ def model():
 
 
 def test_shares_of_right_choices_are_those_of_lm_evaluation_harness(model, tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]' in the source tree"
+    )
     for name, lines in items().items():
         data = tmp_path / f"{name}.jsonl"
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))

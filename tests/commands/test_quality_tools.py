@@ -426,7 +426,9 @@ doc_to_target: {target}
 
 @pytest.mark.slow
 def test_lm_evaluation_harness_runs_local_tasks(bundled_gguf, tmp_path, capsys):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]' in the source tree"
+    )
     data = tmp_path / "data.jsonl"
     prompt = (
         "The code of the hat is 41. The code of the dog is 17.\\nWhat is the code of the dog? The code of the dog is"

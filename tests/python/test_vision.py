@@ -344,7 +344,9 @@ def test_harness_tasks_with_images_reach_the_projector(converted, tmp_path, caps
 
     The right answers are the model's own, so the whole model scores 1.
     """
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'pypop-gguf[eval]'")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]' in the source tree"
+    )
     from pypop_gguf.quality import lm_eval as lm_eval_model
 
     projector = converted.with_name("mmproj-text.gguf")
