@@ -354,7 +354,10 @@ def test_speed_page_has_every_case_of_the_raw_runs(measured):
 
 def test_readme_costs_are_those_of_the_page_about_the_fit():
     def rows(text: str) -> list[list[str]]:
-        return [cells(row)[:5] for row in re.findall(r"^\| *(\S.*? of \d+ \| [\d.]+ \| [\d.]+ \| [\d.]+% .+) \|$", text, re.MULTILINE)]
+        return [
+            cells(row)[:5]
+            for row in re.findall(r"^\| *(\S.*? of \d+ \| [\d.]+ \| [\d.]+ \| [\d.]+% .+) \|$", text, re.MULTILINE)
+        ]
 
     shown = rows(section("README.md", "What it costs"))
     assert len(shown) >= 9
