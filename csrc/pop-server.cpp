@@ -25,8 +25,12 @@ bool pop_server::init(llama_context * ctx, const std::string & path_model, int32
     return true;
 }
 
-void pop_server::begin_prompt(
-    llama_seq_id seq_id, pop_cache_record & record, int32_t n_past, int32_t n_tokens, const pop_reading & reading) {
+void pop_server::begin_prompt(llama_seq_id        seq_id,
+                              pop_cache_record &  record,
+                              int32_t             n_past,
+                              int32_t             n_tokens,
+                              const pop_reading & reading,
+                              bool                has_images) {
     auto & slot          = slots.at(seq_id);
     slot.prunes          = reading.prunes && pop_boundary < pop_n_layer && n_tokens - n_past >= min_tokens;
     slot.n_pruned_before = llama_pop_n_pruned_in(ctx, seq_id);
@@ -36,7 +40,7 @@ void pop_server::begin_prompt(
     // a pruned prompt without marks was restored, and the states to complete it are not there
     if (chunk > 0 && record.pruned_from < n_past && llama_pop_n_incomplete(ctx, seq_id) == 0 &&
         llama_pop_n_lost(ctx, seq_id) == 0) {
-        llama_pop_set_lost(ctx, seq_id, record.pruned_from);
+        llama_pop_set_lost(ctx, seq_id, has_images ? 0 : record.pruned_from);
     }
     record.begin(n_past, slot.prunes && !exact, reading);
 }
@@ -78,9 +82,10 @@ uint64_t pop_server::complete(llama_seq_id seq_id, pop_cache_record & record, bo
 }
 
 void pop_server::update_record(llama_seq_id seq_id, pop_cache_record & record, bool has_images) const {
-    if (!has_images) { // else positions are no indices
-        const bool all = llama_pop_n_incomplete(ctx, seq_id) == 0 && llama_pop_n_lost(ctx, seq_id) == 0;
-        record.complete(all ? pop_cache_record::NONE : llama_pop_first_incomplete(ctx, seq_id));
+    if (llama_pop_n_incomplete(ctx, seq_id) == 0 && llama_pop_n_lost(ctx, seq_id) == 0) {
+        record.complete(pop_cache_record::NONE);
+    } else if (!has_images) {
+        record.complete(llama_pop_first_incomplete(ctx, seq_id));
     }
 }
 

@@ -18,8 +18,13 @@ public:
     bool init(llama_context * ctx, const std::string & path_model, int32_t asked, std::string & why);
 
     // Called when a slot begins to read a prompt of n_tokens of which n_past are cached. Sequence ids are slot ids.
-    void begin_prompt(
-        llama_seq_id seq_id, pop_cache_record & record, int32_t n_past, int32_t n_tokens, const pop_reading & reading);
+    // has_images says, here and below, that some position in the slot is not the index of its token, as behind images.
+    void begin_prompt(llama_seq_id        seq_id,
+                      pop_cache_record &  record,
+                      int32_t             n_past,
+                      int32_t             n_tokens,
+                      const pop_reading & reading,
+                      bool                has_images);
 
     int32_t boundary() const { return pop_boundary; }
     int32_t n_layer() const { return pop_n_layer; }
@@ -44,8 +49,8 @@ public:
 
     bool is_incomplete(llama_seq_id seq_id) const;
 
-    // Completes a chunk of a slot, whose LoRA adapters are set, and returns how many tokens it had. Where all tokens
-    // are text, the record says that they are whole now.
+    // Completes a chunk of a slot, whose LoRA adapters are set, and returns how many tokens it had. The record says then
+    // up to where all tokens are whole. With images it says so only once all tokens of the slot are.
     uint64_t complete(llama_seq_id seq_id, pop_cache_record & record, bool has_images);
 
     // Lets the next token join a chunk of a slot, whose LoRA adapters are set. Only this slot may be in the next batch.
