@@ -11,9 +11,12 @@ void pop_batch::begin_split(const llama_batch & batch) {
 
     std::map<llama_seq_id, int32_t> n_left; // tokens left of the tail before the next token that asks for logits
     for (int32_t i = batch.n_tokens - 1; i >= 0; --i) {
-        int32_t & n   = n_left[batch.seq_id[i][0]];
-        runs_whole[i] = runs_whole[i] || n > 0 || batch.pos[i] < n_head || in_whole_sequence(batch, i);
-        n             = batch.logits[i] ? n_tail - 1 : n - 1;
+        runs_whole[i] = runs_whole[i] || batch.pos[i] < n_head || in_whole_sequence(batch, i);
+        for (int32_t s = 0; s < batch.n_seq_id[i]; ++s) {
+            int32_t & n   = n_left[batch.seq_id[i][s]];
+            runs_whole[i] = runs_whole[i] || n > 0;
+            n             = batch.logits[i] ? n_tail - 1 : n - 1;
+        }
     }
 }
 

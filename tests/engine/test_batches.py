@@ -98,13 +98,7 @@ def test_coupled_sequences_share_their_prompt(reference_models):
     model = reference_models["llama"]
     tokens = model.tokens(24)
     with Engine(model.gguf, BOUNDARY, n_seq_max=2, kv_unified=True) as engine:
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 2)
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i], batch.n_seq_id[i] = token, i, i == len(tokens) - 1, 2
-            batch.seq_id[i][0], batch.seq_id[i][1] = 0, 1
-        assert llama_cpp.llama_decode(engine.context, batch) == 0
-        llama_cpp.llama_batch_free(batch)
+        engine.prefill(tokens, sequence=(0, 1))
         assert engine.n_pruned == len(tokens) - 1
         shared = engine.step(9, len(tokens), sequence=1)
     with Engine(model.gguf, BOUNDARY) as alone:

@@ -56,6 +56,21 @@ def test_tails_of_parallel_sequences_are_their_own(reference_models):
             assert squared_error(logits[s], alone.prefill(tokens)) <= 1e-9
 
 
+def test_a_shared_token_counts_in_the_tail_of_each_of_its_sequences(reference_models):
+    model = reference_models["llama"]
+    shared, first, second = model.tokens(10), model.tokens(8, seed=1), model.tokens(1, seed=2)
+    with Engine(model.gguf, BOUNDARY, n_seq_max=2, kv_unified=True) as engine:
+        native.set_ends(engine.context, n_head=0, n_tail=3)
+        entries = [(token, i, (0, 1), False) for i, token in enumerate(shared)]
+        entries += [(token, 10 + i, 0, i == 7) for i, token in enumerate(first)]
+        entries += [(token, 10, 1, True) for token in second]
+        logits = engine.decode(entries)
+        assert engine.n_pruned == 8 + 5  # the last two shared tokens are in the tail of the second sequence
+    with Engine(model.gguf, BOUNDARY) as alone:
+        native.set_ends(alone.context, n_head=0, n_tail=3)
+        assert squared_error(logits[len(entries) - 1], alone.prefill([*shared, *second])) <= 1e-9
+
+
 def test_prompts_with_few_new_tokens_are_not_pruned(reference_models):
     model = reference_models["llama"]
     tokens = model.tokens(60)

@@ -70,14 +70,19 @@ class Engine:
     def decode(self, entries) -> dict[int, np.ndarray]:
         """Decodes a batch of entries (token, position, sequence, whether it asks for logits).
 
+        A tuple of sequences shares the token.
+
         Returns:
             The logits F32 [n_vocab] of each entry that asks, by its index in the batch.
         """
-        batch = llama_cpp.llama_batch_init(len(entries), 0, 1)
+        shared = [sequence if isinstance(sequence, tuple) else (sequence,) for _, _, sequence, _ in entries]
+        batch = llama_cpp.llama_batch_init(len(entries), 0, max(map(len, shared)))
         batch.n_tokens = len(entries)
-        for i, (token, position, sequence, asks) in enumerate(entries):
+        for i, (token, position, _, asks) in enumerate(entries):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, asks
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.n_seq_id[i] = len(shared[i])
+            for k, sequence in enumerate(shared[i]):
+                batch.seq_id[i][k] = sequence
         status = llama_cpp.llama_decode(self.context, batch)
         llama_cpp.llama_batch_free(batch)
         assert status == 0, f"llama_decode returned {status}"
