@@ -54,11 +54,31 @@ uint16_t pop_completion::index_of(const llama_adapter_loras & loras) {
     if (it != all_loras.end()) {
         return it - all_loras.begin();
     }
+    if (all_loras.size() >= n_loras_kept) {
+        forget_loras();
+    }
     if (all_loras.size() == LOST) {
-        throw std::runtime_error("completion knows no more than 65535 different sets of LoRA adapters");
+        throw std::runtime_error("completion knows no more than 65535 different sets of LoRA adapters at once");
     }
     all_loras.push_back(loras);
     return all_loras.size() - 1;
+}
+
+// Drops the sets of LoRA adapters that no incomplete token was read with.
+void pop_completion::forget_loras() {
+    std::map<uint16_t, uint16_t>     renumbered;
+    std::vector<llama_adapter_loras> used;
+    for (auto & m : marks) {
+        if (m.boundary) {
+            const auto [it, is_new] = renumbered.emplace(m.loras, used.size());
+            if (is_new) {
+                used.push_back(all_loras[m.loras]);
+            }
+            m.loras = it->second;
+        }
+    }
+    all_loras    = std::move(used);
+    n_loras_kept = std::max<size_t>(MIN_LORAS_KEPT, 2 * all_loras.size());
 }
 
 void pop_completion::begin_ubatch(const llama_ubatch &        ubatch,

@@ -107,7 +107,8 @@ struct pop_completion {
     std::atomic<bool> stop = false; // the chunk that is running, or else the next one, shall be given up
 
 private:
-    static constexpr uint16_t LOST = UINT16_MAX; // what the token lacks cannot be computed
+    static constexpr uint16_t LOST           = UINT16_MAX; // what the token lacks cannot be computed
+    static constexpr size_t   MIN_LORAS_KEPT = 64;         // sets of adapters among which none is dropped
 
     struct mark {
         uint16_t boundary = 0; // whose state is kept, 0 if the token is whole, or LOST
@@ -123,6 +124,7 @@ private:
     mark         mark_of(llama_seq_id seq_id, const cell & at) const { return marks[row_of(seq_id, at.idx)]; }
     mark         mark_before(llama_seq_id seq_id, llama_pos pos) const;
     uint16_t     index_of(const llama_adapter_loras & loras);
+    void         forget_loras();
     llama_ubatch make_ubatch(llama_seq_id              seq_id,
                              const std::vector<cell> & chunk,
                              uint32_t                  b,
@@ -144,6 +146,7 @@ private:
 
     std::vector<mark>                marks;     // [cells of all streams]
     std::vector<llama_adapter_loras> all_loras; // the sets of adapters that tokens were read with
+    size_t n_loras_kept = MIN_LORAS_KEPT;       // how many there may be before unused ones are dropped
 
     uint16_t cur_loras = 0;
 };

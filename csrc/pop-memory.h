@@ -2,7 +2,7 @@
 // those tokens, micro-batches of their own that use the cache cells which the pruned pass has already taken.
 //
 // llama_context::decode() (patch pop/0003) calls add_continuations() before it computes the micro-batches of a batch.
-// pop_completion has the last two functions made for it: they reach into the memory contexts of llama.cpp.
+// pop_completion uses some of the functions, too: they reach into the memory contexts of llama.cpp.
 
 #pragma once
 

@@ -345,6 +345,35 @@ def test_tokens_are_completed_with_the_lora_that_read_them(reference_models, tmp
         assert squared_error(next_logits(pruned, 40), next_logits(whole, 40)) <= TOLERANCE
 
 
+def test_many_sets_of_adapters_leave_those_that_are_still_needed(reference_models, tmp_path):
+    """A set is forgotten once everything that was read with it is complete."""
+    model = reference_models["llama"]
+    write_lora(tmp_path / "lora.gguf", model)
+    with whole_engine(model, n_seq_max=2) as whole, engine(model, n_seq_max=2) as pruned:
+        engines = (whole, pruned)
+        adapters = [
+            llama_cpp.llama_adapter_lora_init(one.model, str(tmp_path / "lora.gguf").encode()) for one in engines
+        ]
+
+        def scale(value: float) -> None:
+            for one, adapter in zip(engines, adapters, strict=True):
+                pointers = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+                llama_cpp.llama_set_adapters_lora(one.context, pointers, 1, (ctypes.c_float * 1)(value))
+
+        scale(0.5)
+        for one in engines:
+            one.prefill(model.tokens(40))
+        for i in range(200):
+            scale(1 + i / 100)
+            llama_cpp.llama_memory_seq_rm(pruned.memory, 1, -1, -1)
+            pruned.prefill(model.tokens(5, seed=i), sequence=1)
+        scale(0.5)
+        assert complete(pruned) == 40
+        assert squared_error(next_logits(pruned, 40), next_logits(whole, 40)) <= TOLERANCE
+        scale(1 + 199 / 100)
+        assert complete(pruned, sequence=1) == 5
+
+
 def test_a_restored_state_counts_as_whole_until_it_is_called_lost(reference_models):
     model = reference_models["llama"]
     with engine(model) as pruned:
