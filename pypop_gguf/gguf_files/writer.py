@@ -60,7 +60,7 @@ def writing(target: Path) -> Iterator[Path]:
                 f"cannot write {target}: a file beside it would have too long a name; give a shorter one"
             ) from error
         raise PopError(f"cannot write to {target.absolute().parent}: {error.strerror or error}") from error
-    with file:
+    with contextlib.closing(file):
         try:
             if target.exists():
                 _copy_permissions(target, part, stat.S_IWUSR)  # before the first byte: what is private stays private

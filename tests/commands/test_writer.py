@@ -183,6 +183,13 @@ def test_run_leaves_files_of_other_targets_alone(tmp_path):
     assert {path: path.read_text() for path in tmp_path.iterdir()} == {**others, tmp_path / "x.gguf": "whole"}
 
 
+def test_system_without_locks_writes_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("pypop_gguf.gguf_files.writer.fcntl", None)
+    with replacing(tmp_path / "x.gguf") as part:
+        part.write_text("whole")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a permission on Windows")
 def test_link_that_leads_nowhere_is_removed_like_what_a_killed_run_has_left(tmp_path):
     """It runs in a process of its own, which can be stopped if it does not end."""
