@@ -7,13 +7,14 @@ columns are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 _RESAMPLES = 10000
+_DRAWN_AT_ONCE = 10**7  # samples, so that a large set needs no gigabytes
 _SIGNIFICANCE = 0.05  # A difference with a larger p-value is within noise.
 
 
@@ -66,16 +67,12 @@ class Ratio(_Estimate):
 
 def bootstrap_mean(values: np.ndarray) -> Mean:
     """Returns the mean of ``values``, [n], one value for each sample."""
-    means = values[_draws(len(values))].mean(axis=1)
-    return Mean(float(values.mean()), *_interval(means))
+    return Mean(float(values.mean()), *_interval(_resample(_means, values)))
 
 
 def bootstrap_mean_of_groups(groups: Sequence[np.ndarray]) -> Mean:
     """Returns the mean of the groups' means. Each group, [n] with an n of its own, is resampled by itself."""
-    means = [
-        values[np.random.default_rng(i).integers(len(values), size=(_RESAMPLES, len(values)))].mean(axis=1)
-        for i, values in enumerate(groups)
-    ]
+    means = [_resample(_means, values, seed=i) for i, values in enumerate(groups)]
     return Mean(float(np.mean([values.mean() for values in groups])), *_interval(np.mean(means, axis=0)))
 
 
@@ -86,8 +83,8 @@ def paired_difference(values: np.ndarray, baseline: np.ndarray) -> Difference:
     Elsewhere it comes from 10,000 random exchanges within the pairs.
     """
     differences = values - baseline
-    means = differences[_draws(len(differences))].mean(axis=1)
-    return Difference(float(differences.mean()), *_interval(means), _p_value(differences[differences != 0]))
+    means = _interval(_resample(_means, differences))
+    return Difference(float(differences.mean()), *means, _p_value(differences[differences != 0]))
 
 
 def _p_value(differences: np.ndarray) -> float:
@@ -106,21 +103,35 @@ def _p_value(differences: np.ndarray) -> float:
 
 def bootstrap_increase(values: np.ndarray, baseline: np.ndarray) -> Mean:
     """Returns by what share the mean of ``values`` exceeds that of ``baseline``; both are [n] over the same samples."""
-    draws = _draws(len(values))
-    increases = values[draws].mean(axis=1) / baseline[draws].mean(axis=1) - 1
+    increases = _resample(lambda drawn, others: _means(drawn) / _means(others) - 1, values, baseline)
     return Mean(float(values.mean() / baseline.mean() - 1), *_interval(increases))
 
 
 def bootstrap_ratio(values: np.ndarray, others: np.ndarray) -> Ratio:
     """Returns the median of ``values`` over the median of ``others``; both are [n] over the same rounds."""
-    draws = _draws(len(values))
-    ratios = np.median(values[draws], axis=1) / np.median(others[draws], axis=1)
+    ratios = _resample(lambda drawn, their: np.median(drawn, axis=1) / np.median(their, axis=1), values, others)
     return Ratio(float(np.median(values) / np.median(others)), *_interval(ratios))
 
 
-def _draws(n: int) -> np.ndarray:
-    """Returns which samples each resample has, [resamples, n]."""
-    return np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
+def _means(drawn: np.ndarray) -> np.ndarray:
+    return drawn.mean(axis=1)
+
+
+def _resample(statistic: Callable[..., np.ndarray], *columns: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Computes a statistic of each resample, [resamples].
+
+    Args:
+        statistic: Takes some resamples of each column, [some, n], and returns [some].
+        columns: Each is [n], over the same samples.
+        seed: Of the draws.
+    """
+    n, chance = len(columns[0]), np.random.default_rng(seed)
+    step = max(1, _DRAWN_AT_ONCE // n)
+    found = []
+    for start in range(0, _RESAMPLES, step):
+        draws = chance.integers(n, size=(min(step, _RESAMPLES - start), n))
+        found.append(statistic(*(column[draws] for column in columns)))
+    return np.concatenate(found)
 
 
 def _interval(resampled: np.ndarray) -> tuple[float, float]:

@@ -132,6 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise PopError("nothing to measure on: give a FILE of texts, --recall N, --tracking N or --lm-eval TASK")
     if arguments.lm_eval:
         from pypop_gguf.quality import lm_eval  # It reports a missing harness before anything is measured.
+
+        names = arguments.lm_eval.split(",")
+        lm_eval.check_tasks(names, arguments.task_dir)
     check_ranges(arguments, recall=0, tracking=0)
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise PopError(f"{arguments.out.parent}: no such directory; make it first, or give another --out")
@@ -141,17 +144,20 @@ def run(arguments: argparse.Namespace) -> int:
     report_skipped(tasks)
 
     measured, interrupted = _measure(llm, tasks, boundaries, results)
-    harness = {}
-    if arguments.lm_eval and not interrupted:
-        names = arguments.lm_eval.split(",")
-        for boundary in [llm.pop.n_layer, *boundaries]:
-            harness[boundary] = lm_eval.evaluate(llm, boundary, names, arguments.task_dir, arguments.samples)
-    if arguments.json:
-        print(json.dumps({"tasks": [_as_json(result) for result in measured], "lm_eval": harness}, indent=2))
-    else:
-        title = f"model  {arguments.model.name}, {llm.pop.n_layer} layers; head {llm.pop.head}, tail {llm.pop.tail}"
-        print(f"{title}; at most {arguments.context} tokens a sample")
-        print("\n".join([*_format_tables(llm, measured), *_format_harness_table(harness)]))
+    harness: dict[int, dict] = {}
+    try:
+        if arguments.lm_eval and not interrupted:
+            for boundary in [llm.pop.n_layer, *boundaries]:
+                harness[boundary] = lm_eval.evaluate(llm, boundary, names, arguments.task_dir, arguments.samples)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:  # A failure of the harness loses nothing of what was measured before.
+        if arguments.json:
+            print(json.dumps({"tasks": [_as_json(result) for result in measured], "lm_eval": harness}, indent=2))
+        else:
+            title = f"model  {arguments.model.name}, {llm.pop.n_layer} layers; head {llm.pop.head}, tail {llm.pop.tail}"
+            print(f"{title}; at most {arguments.context} tokens a sample")
+            print("\n".join([*_format_tables(llm, measured), *_format_harness_table(harness)]))
     return 130 if interrupted else 0
 
 

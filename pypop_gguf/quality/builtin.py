@@ -9,6 +9,7 @@ import random
 import string
 from collections.abc import Callable
 
+from pypop_gguf.errors import PopError
 from pypop_gguf.importance.calibration import Sample
 from pypop_gguf.quality.grading import Grader, expect_begin, expect_names
 from pypop_gguf.quality.score import Tokenizer
@@ -43,7 +44,7 @@ def make_recall_task(tokenizer: Tokenizer, n_samples: int, max_tokens: int, seed
     items = []
     for number in range(n_samples):
         prompt, answer = _make_recall_prompt(tokenizer, chance, max_tokens - 4, number / max(1, n_samples - 1))
-        items.append(_make_item(tokenizer, number, prompt, answer, expect_begin(answer), 8))
+        items.append(_make_item(tokenizer, number, prompt, answer, expect_begin(answer), 8, max_tokens))
     return Task(f"recall-{max_tokens}", items)
 
 
@@ -56,13 +57,18 @@ def make_tracking_task(tokenizer: Tokenizer, n_samples: int, max_tokens: int, se
     items = []
     for number in range(n_samples):
         prompt, names, known = _make_tracking_prompt(tokenizer, chance, max_tokens - 32)
-        items.append(_make_item(tokenizer, number, prompt, ", ".join(names), expect_names(names, known), 32))
+        answer = ", ".join(names)
+        items.append(_make_item(tokenizer, number, prompt, answer, expect_names(names, known), 32, max_tokens))
     return Task(f"tracking-{max_tokens}", items)
 
 
-def _make_item(tokenizer: Tokenizer, number: int, prompt: str, answer: str, grade: Grader, answer_tokens: int) -> Item:
+def _make_item(
+    tokenizer: Tokenizer, number: int, prompt: str, answer: str, grade: Grader, answer_tokens: int, max_tokens: int
+) -> Item:
     # Prompt and answer are encoded as one text, as the model would see them.
     tokens, n_prompt = tokenizer(f"{prompt} {answer}")["input_ids"], len(tokenizer(prompt)["input_ids"])
+    if len(tokens) > max_tokens:
+        raise PopError(f"--context {max_tokens} is too short for these built-in texts: give at least {len(tokens)}")
     sample = Sample(tuple(tokens), min(n_prompt, len(tokens) - 1))
     return Item(make_id(number, prompt), sample, Question(prompt, grade, answer_tokens, ("\n",)))
 

@@ -134,6 +134,18 @@ def _make_image_part(image: Any) -> dict:
     }
 
 
+def check_tasks(names: list[str], task_dir: Path | None) -> TaskManager:
+    """Returns what knows the tasks of the harness and those of a directory.
+
+    Raises:
+        PopError: One of the names is no task.
+    """
+    manager = TaskManager(include_path=str(task_dir) if task_dir else None)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise PopError(f"--lm-eval: no task {unknown[0]}; `lm-eval ls tasks` lists them, --task-dir adds your own")
+    return manager
+
+
 def evaluate(llm: PopLlama, boundary: int, names: list[str], task_dir: Path | None, limit: int) -> dict[str, dict]:
     """Runs tasks of the harness at one boundary.
 
@@ -150,9 +162,7 @@ def evaluate(llm: PopLlama, boundary: int, names: list[str], task_dir: Path | No
     Raises:
         PopError: There is no such task, or the harness cannot run it.
     """
-    manager = TaskManager(include_path=str(task_dir) if task_dir else None)
-    if unknown := sorted(set(names) - set(manager.all_tasks)):
-        raise PopError(f"--lm-eval: no task {unknown[0]}; `lm-eval ls tasks` lists them, --task-dir adds your own")
+    manager = check_tasks(names, task_dir)
     try:
         done = simple_evaluate(
             model=PopLM(llm, boundary), tasks=names, task_manager=manager, limit=limit, verbosity="ERROR"

@@ -18,6 +18,7 @@ from pypop_gguf.errors import PopError
 
 WHOLE = "whole"
 Figures = dict[str, float]
+_BEGINNING = b'{"model":'  # of the first line
 
 
 def name_variant(boundary: int, n_layer: int, *, fitted: bool = False, head: int = 0, tail: int = 1) -> str:
@@ -62,12 +63,14 @@ class Results:
                 self._read_line(number, line)
             if model is None:
                 return
+            header = _describe(model)
+            if len(lines) == 1 and not lines[0].startswith(_BEGINNING[: len(lines[0])]):
+                raise PopError(f"{path} is no file of results; give another --out")
             if lines[-1]:
                 with path.open("r+b") as file:
                     file.truncate(path.stat().st_size - len(lines[-1]))
         except OSError as error:
             raise PopError(f"{path}: {error.strerror}; give another --out") from error
-        header = _describe(model)
         if not lines[:-1]:
             self._write(header)
         elif self._header != header:

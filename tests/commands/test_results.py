@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from pypop_gguf import PopError
+from pypop_gguf import PopError, statistics
 from pypop_gguf.cli import main
 from pypop_gguf.commands import eval as command
 from pypop_gguf.quality.results import Results, name_variant
-from pypop_gguf.statistics import paired_difference
+from pypop_gguf.statistics import bootstrap_increase, paired_difference
 
 
 def run(capsys, model, out, *options: object) -> dict:
@@ -103,6 +103,7 @@ def refused(capsys, *arguments: object) -> str:
     [
         ('{"model": "other.gguf", "layers": 3}\n', "has results of other.gguf"),
         ("what\n", "line 1 is not a result"),
+        ('{"precious": 1}', "is no file of results"),
         ('{"model": "a", "layers": 1}\n{"task": "t", "item": "1", "variant": "b"}\n', "line 2 is not a result"),
         (
             '{"model": "a", "layers": 1}\n{"task": "t", "item": "1", "variant": "b", "figures": {"kl": NaN}}\n',
@@ -121,6 +122,8 @@ def test_unusable_options_are_refused_in_one_line(bundled_gguf, tmp_path, capsys
     assert "no such directory" in refused(capsys, "eval", bundled_gguf, "--recall", 1, "--out", "nowhere/x.jsonl")
     assert "Is a directory" in refused(capsys, "eval", bundled_gguf, "--recall", 1, "--out", tmp_path)
     assert "--tracking -1 is out of range" in refused(capsys, "eval", bundled_gguf, "--tracking", -1)
+    for task in ("--recall", "--tracking"):
+        assert "--context 32 is too short for" in refused(capsys, "eval", bundled_gguf, task, 1, "--context", 32)
 
 
 def test_columns_pair_the_items_that_both_variants_have(tmp_path):
@@ -164,3 +167,10 @@ def test_p_value_of_graded_answers_is_that_of_all_exchanges_within_pairs():
     exact = np.mean([total >= abs(differences.sum()) - 1e-12 for total in sums])
     found = paired_difference(differences, np.zeros(7))
     assert found.p_value == pytest.approx(exact, abs=0.01) and math.isclose(found.value, differences.mean())
+
+
+def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(monkeypatch):
+    values = np.random.default_rng(1).random((2, 50))
+    expected = bootstrap_increase(*values)
+    monkeypatch.setattr(statistics, "_DRAWN_AT_ONCE", 700)
+    assert bootstrap_increase(*values) == expected
