@@ -211,7 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
                 max_tokens=arguments.calibration_tokens,
                 seed=arguments.seed,
             )
-            metadata = estimate_importance(options, support.n_layer)
+            metadata = estimate_importance(options, support.n_layer, metadata)
         choice = choose(importance=metadata.importance_prefill)
         metadata = dataclasses.replace(metadata, boundary=choice.boundary)
 

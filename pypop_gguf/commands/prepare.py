@@ -17,7 +17,7 @@ from pypop_gguf import library, native
 from pypop_gguf.boundary_rules import check_budget, check_support, choose_by_curve
 from pypop_gguf.errors import PopError, one_line, shell_path
 from pypop_gguf.fitting import steps
-from pypop_gguf.fitting.texts import WRITTEN_TOKENS, read_prompts
+from pypop_gguf.fitting.texts import FIT_TOKENS, WRITTEN_TOKENS, first_prompts, read_prompts
 from pypop_gguf.gguf_files.adapters import find_adapters
 from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
 from pypop_gguf.gguf_files.tensors import list_shards
@@ -213,19 +213,17 @@ def prepare(
             f"--outfile {shell_path(source)}"
         )
     if importance:
-        estimated = estimate_importance(CalibrationOptions(source, texts=text), support.n_layer)
-        stored = dataclasses.replace(estimated, head=stored.head, tail=stored.tail, min_tokens=stored.min_tokens)
+        stored = estimate_importance(CalibrationOptions(source, texts=text), support.n_layer, stored)
     with writing(target):
         check_free_space(target.absolute().parent, 2 * source.stat().st_size)
         llm = steps.open_whole(source, n_threads, n_gpu_layers=n_gpu_layers)
-        to_fit, to_measure = read_prompts(llm, text, steps.CONTEXT)
+        prompts, to_measure = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
-        errors = steps.fit(llm, source, to_fit, adapters)
+        errors = steps.fit(llm, source, first_prompts(prompts, FIT_TOKENS), adapters)
         if train_minutes is not None:
             assert boundary is not None
             training = _training()
-            to_train, _ = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
-            print(training.train(llm, source, adapters[boundary], to_train, train_minutes, n_threads), file=report)
+            print(training.train(llm, source, adapters[boundary], prompts, train_minutes, n_threads), file=report)
         costs = steps.measure(llm, to_measure[:n_samples], adapters)
         chosen = boundary or _choose(support.n_layer, costs, max_kl)
         print(steps.format_costs(llm, costs, chosen), file=report, flush=True)

@@ -6,6 +6,7 @@ one that only this engine takes, so no other engine applies the file to every pa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,8 +57,7 @@ def write_replacements(
         stored = default if kind is None else kind
         writer.add_tensor(name, quantize(matrix, stored), raw_dtype=stored)
 
-    with replacing(target) as beside:
-        writer = GGUFWriter(beside, architecture)
+    with replacing(target) as beside, contextlib.closing(GGUFWriter(beside, architecture)) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "pop")
         writer.add_uint32("pop.adapter.version", _VERSION_FURTHER if further or bottlenecks else _VERSION)
@@ -73,4 +73,3 @@ def write_replacements(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()

@@ -45,7 +45,7 @@ def read_prompts(
     """
     if path is None:
         fitted, measured = (_read_bundled(_DATA / name) for name in ("fit.jsonl", "measure.jsonl"))
-        return _cut(encode_chats(llm, fitted, max_tokens), fit_tokens), encode_chats(llm, measured, max_tokens)
+        return first_prompts(encode_chats(llm, fitted, max_tokens), fit_tokens), encode_chats(llm, measured, max_tokens)
     chats = [_as_chat(record.content) for record in read_records(path, max_tokens)[0]]
     prompts = encode_chats(llm, chats, max_tokens)
     if len(prompts) < FEWEST:
@@ -55,10 +55,10 @@ def read_prompts(
         )
     _warn_of_unknown_language(llm, path, chats)
     to_fit = [prompt for i, prompt in enumerate(prompts) if i % _MEASURED != _MEASURED - 1]
-    return _cut(to_fit, fit_tokens), prompts[_MEASURED - 1 :: _MEASURED]
+    return first_prompts(to_fit, fit_tokens), prompts[_MEASURED - 1 :: _MEASURED]
 
 
-def _cut(prompts: list[list[int]], most: int) -> list[list[int]]:
+def first_prompts(prompts: list[list[int]], most: int) -> list[list[int]]:
     """Returns the first prompts, as many as have at most so many tokens in all."""
     ends = itertools.accumulate(map(len, prompts))
     return [prompt for prompt, end in zip(prompts, ends, strict=True) if end <= most]
@@ -98,7 +98,26 @@ def chat_frame(llm: PopLlama) -> tuple[list[int], list[int]]:
     return shared(one, other), shared(one[::-1], other[::-1])[::-1]
 
 
+def encode_chat(llm: PopLlama, chat: list[dict[str, str]], max_tokens: int) -> list[int]:
+    """Returns the token ids of one chat up to the place of the answer.
+
+    Raises:
+        PopError: It has more than ``max_tokens`` of them, or hardly any.
+    """
+    prompts = encode_chats(llm, [chat], max_tokens)
+    if not prompts:
+        raise PopError(f"a prompt has no more than 4 tokens, or more than {max_tokens}: give another one")
+    return prompts[0]
+
+
 def encode_chats(llm: PopLlama, chats: Iterable[list[dict[str, str]]], max_tokens: int) -> list[list[int]]:
+    """Returns the token ids of each chat up to the place of the answer, without those that are too long or too short.
+
+    Args:
+        llm: The model, whose tokenizer and chat template are used.
+        chats: The messages of each.
+        max_tokens: Longer prompts are left out, and so are those of up to 4 tokens.
+    """
     tokenizer = Tokenizer(llm)
     prompts = [_encode_chat(tokenizer, chat) for chat in chats]
     return [prompt for prompt in prompts if 4 < len(prompt) <= max_tokens]

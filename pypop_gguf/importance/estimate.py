@@ -1,7 +1,8 @@
-"""Computes layer importance from calibration texts, with torch, for ``pop-gguf convert``."""
+"""Computes layer importance from calibration texts, with torch, for ``pop-gguf convert`` and ``prepare``."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,16 @@ class CalibrationOptions:
     seed: int = 0
 
 
-def estimate_importance(options: CalibrationOptions, n_layer: int) -> PopMetadata:
-    """Returns the importance of each layer, and what it was estimated from. This imports torch.
+def estimate_importance(options: CalibrationOptions, n_layer: int, stored: PopMetadata) -> PopMetadata:
+    """Estimates the importance of each layer. This imports torch.
+
+    Args:
+        options: How the model and the texts are read.
+        n_layer: Number of layers that llama.cpp sees.
+        stored: The keys that the file has already.
+
+    Returns:
+        The stored keys with this importance, and with what it was estimated from.
 
     Raises:
         PopError: The model or the texts cannot be used, or the model has not ``n_layer`` layers.
@@ -58,8 +67,9 @@ def estimate_importance(options: CalibrationOptions, n_layer: int) -> PopMetadat
     with progress(total=len(samples), description="importance", unit="samples") as bar:
         scores = compute_importance(model, samples, seed=options.seed, progress=bar.update_to)
     if len(scores.prefill) != n_layer:
-        raise PopError(f"torch sees {len(scores.prefill)} layers, llama.cpp {n_layer}: use --no-importance")
-    return PopMetadata(
+        raise PopError(f"torch sees {len(scores.prefill)} layers, llama.cpp {n_layer}: leave out the importance")
+    return dataclasses.replace(
+        stored,
         importance_prefill=scores.prefill,
         importance_decode=scores.decode,
         calibration_source=info.source,

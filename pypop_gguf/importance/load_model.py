@@ -1,6 +1,6 @@
 """Load a model and its tokenizer from what users have: a Hugging Face directory, a hub id or a GGUF file.
 
-The converter calls this before it estimates layer importance or fits projections. Whatever goes wrong ends in a
+The commands call this before they estimate layer importance. Whatever goes wrong ends in a
 ``PopError``.
 """
 
@@ -133,7 +133,7 @@ def _errors_as_pop_error(name: str, is_gguf: bool) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         reason = f"cannot load {name}: {lines[0].rstrip('.') if lines else type(error).__name__}"
         if is_gguf:
-            advice = "importance is optional for GGUF input, leave it out with --no-importance"
+            advice = "importance is optional for a GGUF file, so leave it out"
         elif "safetensors" in reason:
             advice = "only safetensors weights are read, convert the checkpoint to them"
         else:

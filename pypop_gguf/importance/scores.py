@@ -33,16 +33,12 @@ class Importance:
         prefill: Mean squared gradient of the gates over prompt positions 0..N-2, float32 [n_layer]. The last entry
             is exactly 0, because nothing reads what a prompt token computes in the last layer.
         decode: Mean squared gradient of the gates over positions N-1 and after, float32 [n_layer].
-        n_samples: The number of samples that the means are taken over.
-        n_tokens: The number of tokens of these samples, prompts and outputs together.
         gating: ``"branches"`` if both residual branches of each layer were gated, as in the paper. ``"layers"`` if the
             branches could not be told apart in this architecture, so that each layer's whole update was gated.
     """
 
     prefill: np.ndarray
     decode: np.ndarray
-    n_samples: int
-    n_tokens: int
     gating: str
 
 
@@ -100,8 +96,6 @@ def compute_importance(
     return Importance(
         prefill=scores[0],
         decode=scores[1],
-        n_samples=len(samples),
-        n_tokens=sum(len(sample.tokens) for sample in samples),
         gating="branches" if gating.branch_ends else "layers",
     )
 

@@ -13,7 +13,8 @@ import pytest
 from pypop_gguf import PopLlama, cli
 from pypop_gguf.boundary_rules import skipped_share
 from pypop_gguf.gguf_files import quantize
-from pypop_gguf.gguf_files.metadata import read_metadata
+from pypop_gguf.gguf_files.metadata import PopMetadata, read_metadata
+from pypop_gguf.gguf_files.writer import copy_with_metadata
 from tests.support.gguf_files import ARRAY, INT32, STRING, UINT32, raw_tensors, write_model
 from tests.support.paths import ROOT
 
@@ -147,6 +148,15 @@ def test_own_calibration_file_is_named_and_max_importance_loss_kept(bundled_gguf
     share = skipped_share(metadata.importance_prefill, metadata.boundary)
     assert share <= 0.2 < skipped_share(metadata.importance_prefill, metadata.boundary - 1)
     assert f"importance lost  {share:.1%} of prefill importance lies in the skipped layers" in capsys.readouterr().out
+
+
+def test_importance_that_is_estimated_anew_keeps_the_other_keys(bundled_gguf, tmp_path):
+    stored = PopMetadata(boundary=8, head=1, tail=3, min_tokens=24)
+    copy_with_metadata(bundled_gguf, tmp_path / "a.gguf", stored)
+    convert(tmp_path / "a.gguf", "--importance", *FEW_SAMPLES, "--outfile", tmp_path / "b.gguf")
+    metadata = read_metadata(tmp_path / "b.gguf")
+    assert metadata.importance_prefill is not None
+    assert (metadata.head, metadata.tail, metadata.min_tokens) == (1, 3, 24)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pypop_gguf.fitting.decoder import Decoder  # noqa: E402
 from pypop_gguf.fitting.maps import Maps, divergence  # noqa: E402
 from pypop_gguf.fitting.measure import Meter  # noqa: E402
 from pypop_gguf.fitting.states import reading_states  # noqa: E402
-from pypop_gguf.fitting.texts import chat_frame, encode_chats, read_prompts  # noqa: E402
+from pypop_gguf.fitting.texts import chat_frame, encode_chat, read_prompts  # noqa: E402
 from pypop_gguf.gguf_files.adapters import find_adapters  # noqa: E402
 from pypop_gguf.quality.score import log_softmax  # noqa: E402
 from tests.support.engine import F32, Engine  # noqa: E402
@@ -88,7 +88,7 @@ def test_the_frame_is_what_prompts_of_one_message_share(fitted, monkeypatch):
     monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", TEMPLATE)
     opening, ending = chat_frame(llm)
     assert llm.detokenize(opening).strip() == b"<user>" and llm.detokenize(ending).endswith(b"assistant>")
-    [prompt] = encode_chats(llm, [[{"role": "user", "content": "Once there was a dog."}]], 100)
+    prompt = encode_chat(llm, [{"role": "user", "content": "Once there was a dog."}], 100)
     assert prompt[: len(opening)] == opening and prompt[-len(ending) :] == ending
 
 
