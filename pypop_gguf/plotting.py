@@ -22,6 +22,8 @@ def check_plot(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise PopError("--plot needs matplotlib: pip install '.[bench]' in the source tree")
+    if not path.suffix or path.is_dir():
+        raise PopError(f"--plot {path}: give the name of a picture, such as plot.png")
     if not path.absolute().parent.is_dir():
         raise PopError(f"--plot {path}: no such directory; make it first, or give another --plot")
     if not os.access(path.absolute().parent, os.W_OK):

@@ -68,3 +68,5 @@ def check_address(hosts: str, port: int) -> None:
             if error.errno == errno.EACCES:
                 raise PopError(f"port {port} needs more rights: give a --port above 1023") from error
             raise PopError(f"--host {host} is no address of this machine: give one ({error.strerror})") from error
+        except UnicodeError as error:  # the name has an empty or a too long part
+            raise PopError(f"--host {host} is no address of this machine: give one") from error

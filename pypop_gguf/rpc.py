@@ -59,7 +59,7 @@ def _check_answer(server: str, host: str, port: int) -> None:
             connection.settimeout(_ANSWER_S)
             if not connection.recv(1):
                 raise PopError(f"--rpc {server} is no RPC server: start `pop-gguf rpc-server` there")
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: the name has an empty or a too long part
         raise PopError(f"--rpc {server}: no machine has this name: give its address") from error
     except TimeoutError as error:
         raise PopError(

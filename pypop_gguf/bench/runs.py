@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def read_csv(path: Path) -> list[Run]:
         with path.open(newline="", encoding="utf-8") as file:
             _check_columns(file, path)
             rows = list(csv.DictReader(file, COLUMNS))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PopError(f"{path}: cannot read it: {getattr(error, 'strerror', None) or error}") from error
     runs = []
     for number, row in enumerate(rows, 2):
@@ -151,7 +152,12 @@ _FLOATS = {"ttft_ms", "decode_ms_per_token", "flops_ratio", "plan_ms"}
 def _parse(name: str, text: str) -> Any:
     if not text and name in ("flops_ratio", "plan_ms", "peak_bytes"):
         return None
-    return int(text) if name in _INTEGERS else float(text) if name in _FLOATS else text
+    if name not in _FLOATS:
+        return int(text) if name in _INTEGERS else text
+    value = float(text)
+    if not 0 <= value < math.inf or (value == 0 and name != "plan_ms"):
+        raise ValueError(f"{name} is {text}")
+    return value
 
 
 def _check_columns(file: IO[str], path: Path) -> None:

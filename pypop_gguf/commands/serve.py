@@ -7,6 +7,7 @@ pruning, and becomes that process.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -101,8 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
     command = [str(programs.find("llama-server", "-DLLAMA_BUILD_SERVER=OFF")), *server_options(arguments)]
     if not {"--host", "--port"} & set(arguments.server_options):
         programs.check_address(arguments.host, arguments.port)
-    if not _asks_for_keys(arguments) and not _is_loopback(arguments.host):
-        print(f"pop-gguf: {arguments.host} is open to all who reach it: give --api-key-file", file=sys.stderr)
+    host = _host(arguments)
+    if not _asks_for_keys(arguments) and not _is_loopback(host):
+        print(f"pop-gguf: {host} is open to all who reach it: give --api-key-file", file=sys.stderr)
     # glibc keeps a pool of memory for each thread, and the server has a thread for each connection. In time glibc also
     # raises the size from which a piece is returned to the system, and the server grows for hours. This fixes both.
     for name, value in {
@@ -118,6 +120,12 @@ def _asks_for_keys(arguments: argparse.Namespace) -> bool:
     return arguments.api_key_file is not None or any(
         option.startswith("--api-key") for option in arguments.server_options
     )
+
+
+def _host(arguments: argparse.Namespace) -> str:
+    """Returns the address that the server listens on: the one behind ``--server-options`` comes last and counts."""
+    options = ["--host", arguments.host, *arguments.server_options]
+    return [value for option, value in itertools.pairwise(options) if option == "--host"][-1]
 
 
 def _is_loopback(host: str) -> bool:

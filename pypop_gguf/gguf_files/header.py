@@ -116,7 +116,7 @@ def read_header(path: str | os.PathLike) -> GGUFHeader:
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != b"GGUF":
-                raise PopError(f"{path}: not a GGUF file; `pop-gguf convert` makes one")
+                raise PopError(f"{path}: not a GGUF file; `pop-gguf convert` makes one of a Hugging Face model")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header, data_end = _parse(path, data)
     except OSError as error:

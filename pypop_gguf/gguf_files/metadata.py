@@ -1,7 +1,7 @@
 """Reads, checks and lists the ``pop.*`` keys of a GGUF file. docs/metadata.md is their normative table.
 
-All Python code that asks what such a key says, or whether it is valid, asks here. ``convert`` and ``tune`` write the
-keys.
+All Python code that asks what such a key says, or whether it is valid, asks here. ``prepare``, ``convert``
+and ``tune`` write the keys.
 """
 
 from __future__ import annotations

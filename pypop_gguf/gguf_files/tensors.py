@@ -82,7 +82,10 @@ def read_matrices(path: str | os.PathLike, names: Collection[str]) -> dict[str, 
 
 
 def _read_matrix(path: Path, header: GGUFHeader, info: TensorInfo) -> np.ndarray:
-    kind = GGMLQuantizationType(info.type_number)
+    try:
+        kind = GGMLQuantizationType(info.type_number)
+    except ValueError:
+        raise PopError(f"{path}: {info.name} has type {info.type_number}, which cannot be fitted") from None
     n_in, n_rows = info.shape[0], int(np.prod(info.shape[1:], dtype=np.int64))
     block, block_bytes = GGML_QUANT_SIZES[kind]
     row_bytes = n_in // block * block_bytes

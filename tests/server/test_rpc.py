@@ -114,6 +114,7 @@ def test_bench_measures_on_two_machines(model, servers):
         ("127.0.0.1:99999", "is no address"),
         ("127.0.0.1:{busy}", "gives no answer"),
         ("no-such-machine.invalid:50052", "no machine has this name"),
+        ("no..machine:50052", "no machine has this name"),
     ],
 )
 @pytest.mark.parametrize("command", ["serve", "chat", "bench"])
