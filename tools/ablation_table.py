@@ -20,7 +20,7 @@ import numpy as np
 
 from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.measure import Meter
-from pypop_gguf.fitting.texts import encode_chats
+from pypop_gguf.fitting.texts import encode_chat
 from pypop_gguf.quality.results import Results
 from pypop_gguf.quality.score import compare
 from pypop_gguf.statistics import Mean, bootstrap_mean
@@ -28,6 +28,7 @@ from pypop_gguf.terminal import available_cores, progress
 from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts
+from tools.reporting import one_line_errors
 
 RESULTS = ROOT / "bench" / "real" / "ablations"
 SCORES = "scores"  # the task of the layers' scores; all other tasks are kinds of prompts
@@ -35,6 +36,7 @@ CALIBRATION = 32  # texts for the scores and for Wanda
 _TOKENS = 256  # of each of these texts
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -81,7 +83,7 @@ def main() -> int:
         for kind, number, text in prompts:
             missing = [variant for variant in variants if results.get(kind, str(number), variant.name) is None]
             if missing:
-                [tokens] = encode_chats(llm, [[{"role": "user", "content": text}]], steps.CONTEXT)
+                tokens = encode_chat(llm, [{"role": "user", "content": text}], steps.CONTEXT)
                 answer = meter.answer(tokens, steps.ANSWER)
                 sample = Sample((*tokens, *answer), len(tokens))
                 whole = ablations.continuation_log_probs(model, layers, sample, ablations.Variant("whole"))

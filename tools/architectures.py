@@ -16,6 +16,7 @@ the fit is made in the same way: the fitted weights take the place of the model'
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -369,8 +370,11 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="page to write")
+    arguments = parser.parse_args()
     rows = check_all()
-    Path(sys.argv[1]).write_text(table(rows))
+    arguments.file.write_text(table(rows))
     for row in rows:
         for failure in row.failures:
             print(f"{row.name}: {failure}")

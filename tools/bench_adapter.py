@@ -19,14 +19,16 @@ import numpy as np
 
 from pypop_gguf import library, native
 from pypop_gguf.llama import PopLlama
-from pypop_gguf.terminal import ALL_LAYERS, available_cores, integer_list
+from pypop_gguf.terminal import ALL_LAYERS, available_cores, check_ranges, integer_list
 from tests.support.scaled_adapter import write_scaled
+from tools.reporting import one_line_errors
 
 llama_cpp = library.load()
 
 _DECODED = 16  # tokens after the prompt
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model of any kind with weights attn_k and attn_v")
@@ -37,6 +39,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="number of pairs of runs (default: 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     arguments = parser.parse_args()
+    check_ranges(arguments, boundary=1, prompt=2, runs=1, threads=1)
     with tempfile.TemporaryDirectory() as directory:
         adapter = write_scaled(Path(directory) / "own.gguf", arguments.model, arguments.boundary)
         size = f"{adapter.stat().st_size / 1e6:.1f} MB"

@@ -22,17 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pypop_gguf import PopError
 from pypop_gguf.terminal import aligned, available_cores, check_ranges, progress
-from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_completion import Engine
+from tools.reporting import one_line_errors
 
 WORDS = ("river", "dog", "tree", "the", "was", "a", "house", "green", "little", "sun", "day", "went")
 NAMES = {"off": "POP", "whole": "whole", "stock": "stock"}  # by the mode of the engine
 PARTS = {"before_us": "before the decode", "after_us": "after the decode", "plan_us": "graphs"}
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -42,15 +42,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=available_cores(), metavar="N", help="threads of an engine")
     parser.add_argument("--stock", type=Path, help="directory with an unpatched llama_cpp package")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, boundary=1, words=1, calls=1, threads=1)
-        calls = measure_calls(arguments)
-        first_us = 1e3 * min(calls["off"]["first_ms"])
-        print("\n".join(call_table(calls, first_us)), flush=True)
-        print("\n".join(request_table(measure_requests(arguments), first_us)))
-    except (PopError, NotReady, OSError) as error:
-        print(f"bench_call: error: {error}", file=sys.stderr)
-        return 1
+    check_ranges(arguments, boundary=1, words=1, calls=1, threads=1)
+    calls = measure_calls(arguments)
+    first_us = 1e3 * min(calls["off"]["first_ms"])
+    print("\n".join(call_table(calls, first_us)), flush=True)
+    print("\n".join(request_table(measure_requests(arguments), first_us)))
     return 0
 
 

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from pypop_gguf import Cancelled, PopError, PopLlama
 from pypop_gguf.memory import resident_bytes
 from pypop_gguf.terminal import available_cores, check_ranges
-from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, number_prompt
+from tools.reporting import one_line_errors
 
 N_ANSWER = 8  # answers are compared as tokens, because a random model's tokens are no text
 SEEDS = 2**31  # seeds below this one are for prompts of aborted calls, those from here on for the others
@@ -41,6 +41,7 @@ COLUMNS = [
 ]
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model of pop-gguf random-model")
@@ -58,11 +59,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
-    try:
-        return 0 if all(_measure(arguments, engine, n_ubatch) for n_ubatch, engine in _cases(arguments)) else 1
-    except (PopError, NotReady, OSError) as error:
-        print(f"bench_cancel: error: {error}", file=sys.stderr)
-        return 1
+    return 0 if all(_measure(arguments, engine, n_ubatch) for n_ubatch, engine in _cases(arguments)) else 1
 
 
 def _cases(arguments: argparse.Namespace) -> list[tuple[int, str]]:

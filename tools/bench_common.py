@@ -43,7 +43,12 @@ def check_table(path: Path, columns: list[str]) -> None:
     """Refuses a file that :func:`append_row` could not write to."""
     if not path.parent.is_dir():
         raise PopError(f"cannot write {path}: its directory does not exist")
-    if path.exists() and path.open().readline().strip() != ",".join(columns):
+    heading = ",".join(columns).encode()
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        found = file.readline(len(heading) + 2).strip()
+    if found != heading:
         raise PopError(f"{path} is not a table of this version: give another file")
 
 

@@ -30,6 +30,7 @@ from pypop_gguf.memory import resident_bytes
 from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.terminal import ALL_LAYERS, aligned, available_cores, check_ranges, integer_list, progress
 from tools.bench_common import append_row, check_table
+from tools.reporting import one_line_errors, spread
 
 MODES = ("stock", "whole", "off", "idle", "answer")
 COLUMNS = [
@@ -92,6 +93,7 @@ class Engine:
         self._errors.close()
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -110,17 +112,13 @@ def main() -> int:
     parser.add_argument("--stock", type=Path, help="directory with an unpatched llama_cpp package")
     parser.add_argument("--csv", type=Path, help="file to append every value to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, boundary=1, prompt=1, answer=1, chunk=1, rounds=1, threads=1)
-        if arguments.csv:
-            check_table(arguments.csv, COLUMNS)
-        prompts = measure_prompts(arguments)
-        print("\n".join(prompt_table(prompts, arguments.chunk)), flush=True)
-        print("\n".join(token_table(measure_tokens(arguments), arguments.chunk)), flush=True)
-        print("\n".join(answer_table(measure_answers(arguments))))
-    except (PopError, OSError) as error:
-        print(f"bench_completion: error: {error}", file=sys.stderr)
-        return 1
+    check_ranges(arguments, boundary=1, prompt=1, answer=1, chunk=1, rounds=1, threads=1)
+    if arguments.csv:
+        check_table(arguments.csv, COLUMNS)
+    prompts = measure_prompts(arguments)
+    print("\n".join(prompt_table(prompts, arguments.chunk)), flush=True)
+    print("\n".join(token_table(measure_tokens(arguments), arguments.chunk)), flush=True)
+    print("\n".join(answer_table(measure_answers(arguments))))
     return 0
 
 
@@ -221,12 +219,12 @@ def prompt_table(found: dict, chunks: Sequence[int]) -> list[str]:
     """Returns the lines of the table of prompts."""
     whole = np.array(found["whole", "prompt_ms"])
     pruned = np.median([found[f"chunks of {chunk}", "prompt_ms"] for chunk in chunks], axis=0)
-    rows = [("prompts", "ms", "of whole"), ("whole", _spread(whole), ""), _row("pruned", pruned, whole)]
+    rows = [("prompts", "ms", "of whole"), ("whole", spread(whole), ""), _row("pruned", pruned, whole)]
     for chunk in chunks:
         way = f"chunks of {chunk}"
         prompt, complete = (np.array(found[way, quantity]) for quantity in ("prompt_ms", "complete_ms"))
         rows += [_row(f"completed in {way}", complete, whole), _row("pruned and completed", prompt + complete, whole)]
-        rows += [("longest chunk", _spread(found[way, "longest_chunk_ms"]), "")]
+        rows += [("longest chunk", spread(found[way, "longest_chunk_ms"]), "")]
     return aligned(rows)
 
 
@@ -237,7 +235,7 @@ def token_table(found: dict, chunks: Sequence[int]) -> list[str]:
         before = np.array(found[_token_way(chunk, False), "whole_ms"])
         for joins in (False, True):
             way = _token_way(chunk, joins)
-            count, longest = (_spread(found[way, quantity]) for quantity in ("whole_after", "longest_token_ms"))
+            count, longest = (spread(found[way, quantity]) for quantity in ("whole_after", "longest_token_ms"))
             rows.append((*_row(way, np.array(found[way, "whole_ms"]), before), count, longest))
     return aligned(rows)
 
@@ -247,17 +245,12 @@ def answer_table(found: dict) -> list[str]:
     rows = [("answers", *ANSWER_QUANTITIES)]
     for mode in MODES:
         if (mode, "first_ms") in found:
-            rows.append((mode, *(_spread(found[mode, quantity]) for quantity in ANSWER_QUANTITIES)))
+            rows.append((mode, *(spread(found[mode, quantity]) for quantity in ANSWER_QUANTITIES)))
     return aligned(rows)
 
 
 def _row(name: str, values: np.ndarray, whole: np.ndarray) -> tuple[str, str, str]:
-    return name, _spread(values), f"{bootstrap_ratio(values, whole):.3f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    digits = 0 if np.median(values) >= 100 else 1
-    return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return name, spread(values), f"{bootstrap_ratio(values, whole):.3f}"
 
 
 if __name__ == "__main__":

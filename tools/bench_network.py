@@ -31,9 +31,9 @@ from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import trunk_layers
 from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
-from tests.support.process import NotReady
 from tests.support.server import rpc_servers
 from tools.bench_common import append_row, check_table
+from tools.reporting import one_line_errors, spread
 
 COLUMNS = [
     *("date", "model", "boundary", "threads", "rate_mbit", "delay_ms", "prompt_tokens", "round"),
@@ -42,6 +42,7 @@ COLUMNS = [
 N_DECODE = 8
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -55,19 +56,15 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each server (default: 1)")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, boundary=1, prompt=1, rate=1, runs=1, threads=1, delay=0)
+    check_ranges(arguments, boundary=1, prompt=1, rate=1, runs=1, threads=1, delay=0)
+    if arguments.csv:
+        check_table(arguments.csv, COLUMNS)
+    rows = []
+    for row in measure(arguments):
+        rows.append(row)
         if arguments.csv:
-            check_table(arguments.csv, COLUMNS)
-        rows = []
-        for row in measure(arguments):
-            rows.append(row)
-            if arguments.csv:
-                append_row(arguments.csv, row)
-        print("\n".join(table(rows)))
-    except (PopError, NotReady, OSError) as error:
-        print(f"bench_network: error: {error}", file=sys.stderr)
-        return 1
+            append_row(arguments.csv, row)
+    print("\n".join(table(rows)))
     return 0
 
 
@@ -184,12 +181,8 @@ def table(rows: list[dict]) -> list[str]:
     for case, engines in cases.items():
         whole, pop = (np.array([row["ttft_ms"] for row in engines[name]]) for name in ("whole", "pop"))
         decode = [f"{np.median([row['decode_ms_per_token'] for row in engines[name]]):.1f}" for name in engines]
-        lines.append((*map(str, case), _spread(whole), _spread(pop), bootstrap_ratio(whole, pop), *decode))
+        lines.append((*map(str, case), spread(whole), spread(pop), bootstrap_ratio(whole, pop), *decode))
     return aligned(lines)
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{np.median(values):.0f} ({values.min():.0f} to {values.max():.0f})"
 
 
 if __name__ == "__main__":

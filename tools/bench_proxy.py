@@ -35,9 +35,9 @@ from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.terminal import aligned, check_ranges, physical_cores, progress
 from tests.support.nginx import NGINX, proxy
-from tests.support.process import NotReady
 from tests.support.server import Server, serve, stream_events
 from tools.bench_common import append_row, check_table, cut_tokens, prompt_text
+from tools.reporting import one_line_errors, spread
 
 COLUMNS = [
     *("date", "model", "threads", "servers", "pop", "round", "conversations", "clients", "prompt_tokens"),
@@ -47,6 +47,7 @@ CASES = list(itertools.product((1, 2), (True, False)))  # the number of servers,
 LONGEST_WAIT_S = 1200
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model with a boundary")
@@ -57,20 +58,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: 5)")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, prompt=1, answer=1, conversations=1, clients=1, rounds=1)
+    check_ranges(arguments, prompt=1, answer=1, conversations=1, clients=1, rounds=1)
+    if arguments.csv:
+        check_table(arguments.csv, COLUMNS)
+    read_metadata(arguments.model)  # A bad file is reported in one line here.
+    rows = []
+    for row in measure(arguments):
+        rows.append(row)
         if arguments.csv:
-            check_table(arguments.csv, COLUMNS)
-        read_metadata(arguments.model)  # A bad file is reported in one line here.
-        rows = []
-        for row in measure(arguments):
-            rows.append(row)
-            if arguments.csv:
-                append_row(arguments.csv, row)
-        print("\n".join(table(rows)))
-    except (PopError, NotReady, OSError, httpx.HTTPError) as error:
-        print(f"bench_proxy: error: {error}", file=sys.stderr)
-        return 1
+            append_row(arguments.csv, row)
+    print("\n".join(table(rows)))
     return 0
 
 
@@ -176,13 +173,9 @@ def table(rows: list[dict]) -> list[str]:
         chosen = [row for row in rows if (row["servers"], row["pop"]) == (n, pop)]
         rates[n, pop] = np.array([row["requests_per_s"] for row in chosen])
         firsts, most = (np.array([row[name] for row in chosen]) for name in ("first_median_ms", "most_conversations"))
-        lines.append((n, names[pop], _spread(rates[n, pop], 2), _spread(firsts), _spread(most)))
+        lines.append((n, names[pop], spread(rates[n, pop], 2), spread(firsts), spread(most)))
     ratios = {name: bootstrap_ratio(rates[2, pop], rates[1, pop]) for pop, name in names.items()}
     return [*aligned(lines), *(f"{name}, two servers over one: {ratio}" for name, ratio in ratios.items())]
-
-
-def _spread(values: np.ndarray, digits: int = 0) -> str:
-    return f"{np.median(values):.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -21,16 +21,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 
 from pypop_gguf import PopError
 from pypop_gguf.gguf_files.metadata import read_metadata
 from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.terminal import aligned, available_cores, check_ranges, progress
-from tests.support.process import NotReady
 from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, cut_tokens, prompt_text
+from tools.reporting import one_line_errors, spread
 
 COLUMNS = [
     *("date", "model", "threads", "request", "part", "prompt_tokens", "answer_tokens", "round", "pop"),
@@ -73,6 +72,7 @@ REQUESTS = (
 )
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model with a boundary")
@@ -81,20 +81,16 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1, help="factor for all lengths (default: 1)")
     parser.add_argument("--csv", type=Path, help="file to append every answer to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, runs=1, threads=1)
+    check_ranges(arguments, runs=1, threads=1)
+    if arguments.csv:
+        check_table(arguments.csv, COLUMNS)
+    read_metadata(arguments.model)  # A bad file is reported in one line here.
+    rows: list[dict] = []
+    for row in measure(arguments):
+        rows.append({name: row[name] for name in COLUMNS})
         if arguments.csv:
-            check_table(arguments.csv, COLUMNS)
-        read_metadata(arguments.model)  # A bad file is reported in one line here.
-        rows: list[dict] = []
-        for row in measure(arguments):
-            rows.append({name: row[name] for name in COLUMNS})
-            if arguments.csv:
-                append_row(arguments.csv, rows[-1])
-        print("\n".join(table(rows)))
-    except (PopError, NotReady, OSError, httpx.HTTPError) as error:
-        print(f"bench_requests: error: {error}", file=sys.stderr)
-        return 1
+            append_row(arguments.csv, rows[-1])
+    print("\n".join(table(rows)))
     return 0
 
 
@@ -177,12 +173,8 @@ def table(rows: list[dict]) -> list[str]:
         for name, of_case in cases.items():
             pop, whole = (np.array([row[time_name] for row in of_case if row["pop"] is side]) for side in (True, False))
             sizes = of_case[0]["prompt_tokens"], of_case[0]["answer_tokens"]
-            lines.append((name, *sizes, when, *map(_spread, (pop, whole)), bootstrap_ratio(whole, pop)))
+            lines.append((name, *sizes, when, *map(spread, (pop, whole)), bootstrap_ratio(whole, pop)))
     return aligned(lines)
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{np.median(values):.0f} ({values.min():.0f} to {values.max():.0f})"
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from pypop_gguf import PopError
 from pypop_gguf.gguf_files.header import read_header
 from pypop_gguf.gguf_files.metadata import trunk_layers
 from pypop_gguf.terminal import available_cores, check_ranges
-from tests.support.process import NotReady
 from tests.support.server import Server, running, serve
 from tools.bench_common import append_row, check_table, number_prompt
+from tools.reporting import one_line_errors, spread
 
 COLUMNS = [
     *("date", "engine", "pop", "round", "clients", "prompt_tokens", "answer_tokens", "threads"),
@@ -36,6 +36,7 @@ COLUMNS = [
 LONGEST_WAIT_S = 1200
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model of pop-gguf random-model")
@@ -48,12 +49,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, boundary=1, prompt=1, answer=1, clients=1, rounds=1, threads=1)
-        _run(arguments)
-    except (PopError, NotReady, OSError) as error:
-        print(f"bench_server: error: {error}", file=sys.stderr)
-        return 1
+    check_ranges(arguments, boundary=1, prompt=1, answer=1, clients=1, rounds=1, threads=1)
+    _run(arguments)
     return 0
 
 
@@ -131,13 +128,9 @@ def _started(
 
 
 def _summarize(rows: list[dict]) -> None:
-    def spread(chosen: list[dict], name: str) -> str:
-        values = [row[name] for row in chosen]
-        return f"{np.median(values):.1f} [{min(values)}, {max(values)}]"
-
     for engine, pop in dict.fromkeys((row["engine"], row["pop"]) for row in rows):
         chosen = [row for row in rows if (row["engine"], row["pop"]) == (engine, pop)]
-        throughput, first_token = spread(chosen, "tokens_per_s"), spread(chosen, "ttft_median_ms")
+        throughput, first_token = (spread([row[name] for row in chosen]) for name in ("tokens_per_s", "ttft_median_ms"))
         print(f"{engine:7} {'POP' if pop else 'whole':6} {throughput} tokens/s, first token {first_token} ms")
 
 

@@ -21,16 +21,18 @@ import numpy as np
 
 from pypop_gguf import PopLlama, native
 from pypop_gguf.fitting import steps
-from pypop_gguf.fitting.texts import encode_chats, read_prompts
+from pypop_gguf.fitting.texts import encode_chat, read_prompts
 from pypop_gguf.quality.score import log_softmax
-from pypop_gguf.terminal import aligned, available_cores, integer_list, progress
+from pypop_gguf.terminal import aligned, available_cores, check_ranges, integer_list, progress
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts
+from tools.reporting import one_line_errors
 
 _PIECE = 64  # tokens
 SHOWN = (1, 2, 4, 8, 16, 32)  # tokens of the answer, counted from 1
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
 
+    check_ranges(arguments, boundary=1, chunk=1, prompts=1, threads=1)
     source = fetch(arguments.model)
     adapters = {
         boundary: arguments.out.with_name(f"{arguments.out.stem}.b{boundary}.gguf") for boundary in arguments.boundary
@@ -67,7 +70,7 @@ def main() -> int:
     ):
         for kind, number, text in prompts:
             if (kind, number) not in done:
-                [tokens] = encode_chats(llm, [[{"role": "user", "content": text}]], steps.CONTEXT)
+                tokens = encode_chat(llm, [{"role": "user", "content": text}], steps.CONTEXT)
                 kl = measure(llm, tokens, loaded, arguments.chunk)
                 rows.append({"kind": kind, "number": number, "prompt_tokens": len(tokens), "kl": kl})
                 print(json.dumps(rows[-1]), file=out, flush=True)

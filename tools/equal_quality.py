@@ -19,13 +19,16 @@ import numpy as np
 
 from pypop_gguf.bench.report import Case, summarize
 from pypop_gguf.bench.runs import Setting, read_csv
+from pypop_gguf.boundary_rules import choose_by_curve
 from pypop_gguf.plotting import save_figure, style_axes
+from tools.reporting import one_line_errors
 
 BUDGETS = (0.005, 0.02, 0.05)  # nats a token
 PLOTTED = 512  # tokens of the prompts in the plot
 _STYLES = {"plain": ("o:", "none"), "fitted": ("o-", None)}  # line and fill of the markers
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, metavar="RUNS.csv")
@@ -67,22 +70,14 @@ def format_table(measured: Measured) -> str:
     for setting, (cases, costs) in measured.items():
         for budget in BUDGETS:
             for kind in _STYLES:
-                boundary = choose(costs[kind], budget)
+                curve = {b: (kl, 0.0) for b, kl in costs[kind].items()}
+                chosen = choose_by_curve(setting.n_layer, curve, max_kl=budget).boundary
+                boundary = None if chosen == setting.n_layer else chosen
                 skipped = "none" if boundary is None else f"{setting.n_layer - boundary} of {setting.n_layer}"
                 speedups = [_speedup(cases, boundary, n) for n in prompts]
                 rows.append([setting.model, f"{budget:g}", kind, skipped, *speedups])
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def choose(costs: dict[int, float], budget: float) -> int | None:
-    """Returns the lowest measured boundary within a budget that no higher one exceeds; None if there is none."""
-    chosen = None
-    for boundary in sorted(costs, reverse=True):
-        if costs[boundary] > budget:
-            break
-        chosen = boundary
-    return chosen
 
 
 def _speedup(cases: Sequence[Case], boundary: int | None, n_prompt: int) -> str:

@@ -31,6 +31,7 @@ from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts, read_essays
 from tools.real_variants import KEPT, quantize_once
+from tools.reporting import one_line_errors
 
 RESULTS = ROOT / "bench" / "real" / "sensitivity"
 FIT_TEXTS = Path(texts.__file__).with_name("data") / "fit.jsonl"
@@ -38,6 +39,7 @@ TYPES = ("F16", "Q8_0", "Q4_0")
 TITLES = {"kinds": "Prompts of", "lengths": "Tokens of the prompt", "types": "Used on"}
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -145,7 +147,7 @@ def _measure(
 ) -> None:
     """Measures one prompt, plain and with a fit of this name."""
     if results.get(task, str(item), name) is None:
-        [tokens] = texts.encode_chats(llm, [[{"role": "user", "content": text}]], llm.n_ctx())
+        tokens = texts.encode_chat(llm, [{"role": "user", "content": text}], llm.n_ctx())
         print(f"{task}, fitted on {name}, prompt {item}", file=sys.stderr)
         cost = meter.measure(tokens, steps.ANSWER)[boundary]
         results.add(task, str(item), "plain", dataclasses.asdict(cost.plain))

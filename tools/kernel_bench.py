@@ -11,6 +11,7 @@ engine to them (tools/prompt_bench.py).
 from __future__ import annotations
 
 import argparse
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from pypop_gguf import PopError
 from tests.support.paths import STOCK
 from tests.support.products import Ggml, Product, in_process
 from tools import prompt_bench
+from tools.reporting import one_line_errors
 
 TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"),
@@ -36,9 +37,9 @@ SHAPES = ("896x768", "2048x2048", "2048x8192", "4096x4096")
 
 
 def peak() -> float | None:
-    """Returns GMAC/s of a core, or None where no compiler is found."""
+    """Returns GMAC/s of a core of an x86 processor, or None for others and where no compiler is found."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
+    if not compiler or platform.machine() not in ("x86_64", "AMD64"):
         return None
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "peak"
@@ -47,6 +48,7 @@ def peak() -> float | None:
         return float(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
@@ -74,18 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (STOCK / "llama_cpp").is_dir():
         print("the unpatched llama-cpp-python is not built: run `make test`", file=sys.stderr)
         return 1
-    try:
-        table = prompt_bench.compare(
-            arguments.model,
-            arguments.rows,
-            peer=arguments.peer,
-            n_threads=arguments.threads,
-            rounds=arguments.rounds,
-            peak=best,
-        )
-    except PopError as error:
-        print(error, file=sys.stderr)
-        return 1
+    table = prompt_bench.compare(
+        arguments.model,
+        arguments.rows,
+        peer=arguments.peer,
+        n_threads=arguments.threads,
+        rounds=arguments.rounds,
+        peak=best,
+    )
     print(*table, sep="\n")
     return 0
 

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import PopError, PopLlama, library
+from pypop_gguf.quality.score import log_softmax
 from pypop_gguf.terminal import aligned, available_cores, check_ranges
+from tools.reporting import one_line_errors
 
 ON, OFF = dict(pop_kernels=True), dict(pop_kernels=False)
 REFERENCE = dict(pop_kernels=False, flash_attn=False)
@@ -69,12 +71,6 @@ def tokenize(model: Path, text: str, n_tokens: int, n_context: int) -> list[list
     if n_chunks < 1 or len(tokens) < n_chunks * n_context:
         raise PopError(f"the text has {len(tokens)} tokens: give at least {n_context}, and --tokens up to that")
     return [tokens[i * n_context : (i + 1) * n_context] for i in range(n_chunks)]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log probabilities in F64, for few rows at once: a vocabulary is large."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def compare_texts(model: Path, chunks: list[list[int]]) -> list[str]:
@@ -150,6 +146,7 @@ def compare_errors(model: Path, chunks: list[list[int]], types: list[str]) -> li
     return aligned(table)
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
@@ -159,18 +156,14 @@ def main() -> int:
     parser.add_argument("--types", nargs="*", default=[], metavar="TYPE", help="types for the second table, e.g. q8_0")
     parser.add_argument("--error-tokens", type=int, default=1024, help="tokens for the second table (default: 1024)")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, context=1, error_tokens=1, tokens=0)
-        text = read_text(arguments.text)
-        if arguments.tokens:
-            chunks = tokenize(arguments.model, text, arguments.tokens, arguments.context)
-            print(*compare_texts(arguments.model, chunks), sep="\n", flush=True)
-        if arguments.types:
-            chunks = tokenize(arguments.model, text, arguments.error_tokens, arguments.context)
-            print(*compare_errors(arguments.model, chunks, arguments.types), sep="\n")
-    except PopError as error:
-        print(error, file=sys.stderr)
-        return 1
+    check_ranges(arguments, context=1, error_tokens=1, tokens=0)
+    text = read_text(arguments.text)
+    if arguments.tokens:
+        chunks = tokenize(arguments.model, text, arguments.tokens, arguments.context)
+        print(*compare_texts(arguments.model, chunks), sep="\n", flush=True)
+    if arguments.types:
+        chunks = tokenize(arguments.model, text, arguments.error_tokens, arguments.context)
+        print(*compare_errors(arguments.model, chunks, arguments.types), sep="\n")
     return 0
 
 

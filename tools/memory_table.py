@@ -30,6 +30,7 @@ from pypop_gguf.bench.engine import Engine
 from pypop_gguf.bench.measure import in_turn
 from pypop_gguf.terminal import aligned, check_ranges, integer_list, progress
 from tools.bench_common import append_row, check_table
+from tools.reporting import one_line_errors, spread
 
 COLUMNS = [
     *("date", "model", "boundary", "threads", "context", "sequences", "prompt_tokens", "round"),
@@ -52,6 +53,7 @@ print(json.dumps({"import_ms": 1e3 * (imported - began), "load_ms": 1e3 * (loade
 """
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -79,19 +81,15 @@ def main() -> int:
     parser.add_argument("--stock", type=Path, metavar="DIR", help="directory with an unpatched llama_cpp package")
     parser.add_argument("--csv", type=Path, help="file to append every value to")
     arguments = parser.parse_args()
-    try:
-        check_ranges(arguments, boundary=1, context=1, parallel=1, prompt=1, threads=1, runs=0, loads=0)
+    check_ranges(arguments, boundary=1, context=1, parallel=1, prompt=1, threads=1, runs=0, loads=0)
+    if arguments.csv:
+        check_table(arguments.csv, COLUMNS)
+    rows = []
+    for row in itertools.chain(measure_memory(arguments), measure_loads(arguments)):
+        rows.append(row)
         if arguments.csv:
-            check_table(arguments.csv, COLUMNS)
-        rows = []
-        for row in itertools.chain(measure_memory(arguments), measure_loads(arguments)):
-            rows.append(row)
-            if arguments.csv:
-                append_row(arguments.csv, row)
-        print("\n".join([*memory_table(rows), "", *load_table(rows)]))
-    except (PopError, OSError) as error:
-        print(f"memory_table: error: {error}", file=sys.stderr)
-        return 1
+            append_row(arguments.csv, row)
+    print("\n".join([*memory_table(rows), "", *load_table(rows)]))
     return 0
 
 
@@ -182,7 +180,7 @@ def load_table(rows: list[dict]) -> list[str]:
     lines = [("engine", "import ms", "load ms")]
     times_ms = _collect([row for row in rows if row["quantity"] != "peak_bytes"], "quantity")
     for name in sorted(times_ms.get(("load_ms",), {}), key=["stock", "whole", "pop"].index):
-        lines.append((name, *(_spread(times_ms[quantity,][name]) for quantity in ("import_ms", "load_ms"))))
+        lines.append((name, *(spread(times_ms[quantity,][name]) for quantity in ("import_ms", "load_ms"))))
     return aligned(lines)
 
 
@@ -193,10 +191,6 @@ def _collect(rows: list[dict], *columns: str) -> dict[tuple, dict[str, list[floa
         case = found.setdefault(tuple(row[column] for column in columns), {})
         case.setdefault(row["engine"], []).append(float(row["value"]))
     return found
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
 if __name__ == "__main__":

