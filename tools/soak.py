@@ -26,10 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from pypop_gguf import PopLlama
-from pypop_gguf.terminal import add_complete_argument
+from pypop_gguf.terminal import add_complete_argument, check_ranges
 from tests.support import tiny_models
 from tests.support.process import stop
 from tests.support.server import OPTIONS, Server, serve
+from tools.reporting import one_line_errors
 from tools.soak_traffic import N_WRITTEN, OPENINGS, WORDS, Traffic
 
 SERVER_OPTIONS = (*OPTIONS, "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--cache-ram", 16)
@@ -180,10 +181,11 @@ def print_report(report: Report, n_clients: int, log: str) -> None:
     if report.faults:
         print(f"the server's last lines: {log[-4000:]}\nfailed")
     else:
-        n_answers = report.requests["answer"] + 2 * report.requests.get("answer_again", 0)
+        n_answers = report.requests.get("answer", 0) + 2 * report.requests.get("answer_again", 0)
         print(f"passed: {n_answers} greedy answers equal to the expected ones, none stuck")
 
 
+@one_line_errors
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -203,6 +205,7 @@ def main() -> int:
     )
     add_complete_argument(parser)
     arguments = parser.parse_args()
+    check_ranges(arguments, requests=1, clients=1)
     with tempfile.TemporaryDirectory() as directory:
         model = arguments.model or Path(directory, "model.gguf")
         if not arguments.model:

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.server import new_client, serve
@@ -91,6 +92,19 @@ def test_request_without_an_answer_is_a_fault(answers):
         for client in clients:
             client.join(30)
     assert any(re.match(r"stuck: \w+ had no answer in 0.2 s", fault) for fault in traffic.faults)
+
+
+def test_answer_that_makes_no_sense_is_a_fault(answers):
+    cut = httpx.MockTransport(lambda request: httpx.Response(200, content=b'{"content": "cut'))
+    with httpx.Client(transport=cut, base_url="http://127.0.0.1:1") as http:
+        for seed in range(20):  # each client ends with its first fault, and most ask for an answer first
+            traffic = Traffic(http, answers, 20)
+            traffic.client(seed)
+            assert traffic.faults
+            if "JSONDecodeError" in traffic.faults[0]:
+                break
+        else:
+            pytest.fail("no client has asked for an answer in one piece first")
 
 
 def test_expected_answers_differ_between_pruned_and_whole_prompts(answers):
