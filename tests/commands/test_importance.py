@@ -417,9 +417,8 @@ def test_incomplete_or_unsafe_weights_are_refused(tmp_path):
     pickled = save_with_tokenizer(make_model("Llama"), tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
     torch.save(make_model("Llama").state_dict(), pickled / "pytorch_model.bin")
-    with pytest.raises(PopError, match="safetensors") as caught:
+    with pytest.raises(PopError, match="safetensors"):
         load_for_importance(pickled)
-    assert "\n" not in str(caught.value)
 
 
 def test_bad_paths_and_options_are_named(tmp_path):

@@ -10,12 +10,12 @@ import os
 import pickle
 import random
 import re
+import select
 import shutil
 import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,8 @@ def test_server_listens_on_this_machine_alone(server):
         ([], False),
         (["--host", "0.0.0.0"], True),
         (["--host", "127.0.0.1,::"], True),
+        (["--server-options", "--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--server-options", "--host", "127.0.0.1"], False),
         (["--host", "0.0.0.0", "--api-key-file", "{keys}"], False),
     ],
 )
@@ -223,15 +225,15 @@ def test_slow_clients_are_timed_out_and_others_served_meanwhile(server):
     ]
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server)) for _ in range(100)]
-        began = time.monotonic()
         for client, i in zip(clients, range(100)):
             client.sendall(pieces[i % 4].encode())
         assert server.complete("The cow", n_predict=2)["tokens_predicted"] == 2
-        assert time.monotonic() - began < 10  # the server does not wait for one client after another
+        ended, _, _ = select.select(clients, [], [], 0)
+        assert len(ended) < len(clients)  # the server did not wait for one client after another
         for client in clients:
+            client.settimeout(60)
             while client.recv(1000):  # an error message may come before the connection ends
                 pass
-        assert time.monotonic() - began < 30
 
 
 def answer_to(server, raw: bytes) -> bytes:
