@@ -44,6 +44,9 @@ public:
     // false, and the reason in why, if the model's cache cannot be completed.
     bool init_completion(const std::string & mode, int32_t chunk, bool swa_full, std::string & why);
 
+    // Returns whether pruned prompts are completed at all.
+    bool completes() const { return chunk > 0; }
+
     // Returns whether chunks run between the tokens of answers, too.
     bool completes_answers() const { return answers; }
 

@@ -36,7 +36,7 @@ TESTS = [
     "test_progress",
     "test_properties",
 ]
-SERVER_TESTS = ["test_server", "test_security", "test_request_limits"]
+SERVER_TESTS = ["test_server", "test_security", "test_request_limits", "server/test_completion"]
 SERVER_NEEDS_TORCH = "pickled or code or shared_cache"
 NEEDS_TORCH = "cannot_be_completed"
 SEVERAL_CLIENTS = "clients or share_batches or share_its or hangs_up or metrics or more_requests or busy"

@@ -65,6 +65,18 @@ def test_a_whole_request_reuses_what_was_completed(server, whole):
     assert again["content"] == whole(question)
 
 
+def test_slots_can_be_listed_while_clients_are_answered(server):
+    """The list counts tokens of the cache, and must not read it while a batch is written into it."""
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        texts = [f"{i} {text} {TEXT}" for i in range(3) for text in TEXTS]
+        answers = [pool.submit(server.complete, text, n_predict=8) for text in texts]
+        while not all(answer.done() for answer in answers):
+            slots = server.get("/slots")
+            assert len(slots) == 4 and all(slot["n_incomplete"] >= 0 for slot in slots)
+        assert all(answer.result()["tokens_predicted"] for answer in answers)
+    wait_until_complete(server)
+
+
 def test_only_answer_completes_between_tokens(server):
     timings = server.complete("A new text. " + TEXT, id_slot=1, n_predict=24)["timings"]
     assert (timings["completed_n"] > 100) == (server.mode == "answer")
