@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="number of pairs of runs (default: 5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     arguments = parser.parse_args()
-    check_ranges(arguments, boundary=1, prompt=2, runs=1, threads=1)
+    check_ranges(arguments, boundary=1, prompt=(_DECODED, None), runs=1, threads=1)
     with tempfile.TemporaryDirectory() as directory:
         adapter = write_scaled(Path(directory) / "own.gguf", arguments.model, arguments.boundary)
         size = f"{adapter.stat().st_size / 1e6:.1f} MB"

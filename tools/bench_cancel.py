@@ -33,6 +33,7 @@ from tests.support.server import Server, serve
 from tools.bench_common import append_row, check_table, number_prompt
 from tools.reporting import one_line_errors
 
+ENGINES = ["python", "server"]
 N_ANSWER = 8  # answers are compared as tokens, because a random model's tokens are no text
 SEEDS = 2**31  # seeds below this one are for prompts of aborted calls, those from here on for the others
 COLUMNS = [
@@ -55,7 +56,9 @@ def main() -> int:
         help="lengths of a micro-batch, and of llama-server's batch, separated by commas (default: 512,64)",
     )
     parser.add_argument("--aborts", type=int, default=50, help="number of aborted calls in each case (default: 50)")
-    parser.add_argument("--engines", default="python,server", help="engines to measure (default: python,server)")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=ENGINES, help="engines to measure (default: both)"
+    )
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
@@ -63,17 +66,15 @@ def main() -> int:
 
 
 def _cases(arguments: argparse.Namespace) -> list[tuple[int, str]]:
-    sizes, engines = arguments.ubatch.split(","), arguments.engines.split(",")
+    sizes = arguments.ubatch.split(",")
     if not all(size.isascii() and size.isdigit() and 1 <= int(size) < arguments.prompt for size in sizes):
         raise PopError(
             f"--ubatch {arguments.ubatch}: give numbers from 1 to less than --prompt, or nothing can be aborted"
         )
-    if not set(engines) <= {"python", "server"}:
-        raise PopError(f"--engines {arguments.engines}: give python, server or both")
     check_ranges(arguments, aborts=1, threads=1)
     if arguments.csv:
         check_table(arguments.csv, COLUMNS)
-    return [(int(size), engine) for size in sizes for engine in engines]
+    return [(int(size), engine) for size in sizes for engine in arguments.engines]
 
 
 def _measure(arguments: argparse.Namespace, engine: str, n_ubatch: int) -> bool:

@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--stock", type=Path, help="directory with an unpatched llama_cpp package")
     parser.add_argument("--csv", type=Path, help="file to append every value to")
     arguments = parser.parse_args()
-    check_ranges(arguments, boundary=1, prompt=1, answer=1, chunk=1, rounds=1, threads=1)
+    check_ranges(arguments, boundary=1, prompt=2, answer=2, chunk=1, rounds=1, threads=1)
     if arguments.csv:
         check_table(arguments.csv, COLUMNS)
     prompts = measure_prompts(arguments)

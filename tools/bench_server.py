@@ -33,6 +33,7 @@ COLUMNS = [
     *("date", "engine", "pop", "round", "clients", "prompt_tokens", "answer_tokens", "threads"),
     *("wall_s", "tokens_per_s", "ttft_median_ms", "ttft_worst_ms"),
 ]
+ENGINES = ["native", "python"]
 LONGEST_WAIT_S = 1200
 
 
@@ -45,7 +46,9 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=32, metavar="TOKENS", help="length of an answer (default: 32)")
     parser.add_argument("--clients", type=int, default=8, help="number of clients at once (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
-    parser.add_argument("--engines", default="native,python", help="servers to measure (default: native,python)")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=ENGINES, help="servers to measure (default: both)"
+    )
     parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads")
     parser.add_argument("--csv", type=Path, help="file to append every run to")
     arguments = parser.parse_args()
@@ -58,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.csv:
         check_table(arguments.csv, COLUMNS)
     layers = trunk_layers(read_header(arguments.model))
-    cases = list(itertools.product(arguments.engines.split(","), (True, False)))
+    cases = list(itertools.product(arguments.engines, (True, False)))
     rows = []
     for number in range(arguments.rounds):
         for engine, pop in cases if number % 2 == 0 else reversed(cases):

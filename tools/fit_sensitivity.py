@@ -26,7 +26,7 @@ from pypop_gguf.fitting import steps, texts
 from pypop_gguf.fitting.measure import Meter
 from pypop_gguf.quality.results import Results
 from pypop_gguf.statistics import bootstrap_mean
-from pypop_gguf.terminal import aligned, available_cores, integer_list
+from pypop_gguf.terminal import aligned, available_cores, check_ranges, integer_list
 from tests.support.paths import ROOT
 from tools.real_models import MODELS, fetch
 from tools.real_quality import make_prompts, read_essays
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=integer_list, default=[100, 500, 2000, 8000], help="tokens of the prompts")
     parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
+    check_ranges(arguments, prompts=1, lengths=(64, None), threads=1)
     source = fetch(arguments.model)
     n_layer = library.describe_model(source).n_layer
     arguments.boundary = n_layer - round(n_layer / 3)

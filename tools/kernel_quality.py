@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--types", nargs="*", default=[], metavar="TYPE", help="types for the second table, e.g. q8_0")
     parser.add_argument("--error-tokens", type=int, default=1024, help="tokens for the second table (default: 1024)")
     arguments = parser.parse_args()
-    check_ranges(arguments, context=1, error_tokens=1, tokens=0)
+    check_ranges(arguments, context=2, error_tokens=1, tokens=0)
     text = read_text(arguments.text)
     if arguments.tokens:
         chunks = tokenize(arguments.model, text, arguments.tokens, arguments.context)

@@ -328,7 +328,6 @@ def test_cancel_bench_records_every_abort(tiny, tmp_path):
     ("options", "message"),
     [
         (["--ubatch", 0], "--ubatch 0: give numbers from 1"),
-        (["--engines", "other"], "--engines other: give python, server or both"),
         (["--aborts", 0], "--aborts 0 is out of range"),
         (["--prompt", 4096, "--csv", "nowhere/cancel.csv"], "nowhere/cancel.csv"),
     ],
