@@ -99,9 +99,8 @@ class Decoder:
         return functional.linear(x.to(self._kind), matrix.to(self._kind)).float()
 
     def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Applies RoPE to keys or queries [batch, tokens, ..., head_width] at positions [batch, tokens]."""
-        angles = positions.float()[..., None] * self._frequencies
-        angles = angles.view(*angles.shape[:2], *[1] * (x.dim() - 3), angles.shape[-1])
+        """Applies RoPE to keys or queries [tokens, heads, head_width] at positions [tokens]."""
+        angles = positions.float()[:, None, None] * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         first, second = (x[..., 0::2], x[..., 1::2]) if self._interleaved else x.chunk(2, -1)
         pair = first * cos - second * sin, first * sin + second * cos
@@ -112,10 +111,10 @@ class Decoder:
 
         Args:
             layer: The layer.
-            products: Of the weights of keys and values, each [batch, tokens, heads * head_width].
-            positions: Of the tokens, [batch, tokens].
+            products: Of the weights of keys and values, each [tokens, heads * head_width].
+            positions: Of the tokens, [tokens].
         """
-        keys, values = (x.view(*x.shape[:2], self.heads, self.head_width) for x in products)
+        keys, values = (x.view(-1, self.heads, self.head_width) for x in products)
         return self.rotated(self._head_norm(layer, "attn_k_norm", keys), positions), values
 
     def key_value_products(self, layer: int, x: torch.Tensor) -> Pair:
@@ -134,26 +133,32 @@ class Decoder:
         """Returns what the attention of a layer reads of states."""
         return self.normalized(state) * self.weights[f"blk.{layer}.attn_norm.weight"]
 
-    def attended(self, layer: int, state, keys, values, mask, positions) -> torch.Tensor:
-        """Returns the states [batch, tokens, width] after the attention of a layer.
+    def attended(self, layer: int, state: torch.Tensor, before: Sequence[Pair], masks, positions) -> torch.Tensor:
+        """Returns the states [tokens, width] of all texts after the attention of a layer.
 
         Args:
             layer: The layer.
-            state: The states before it.
-            keys: [batch, cells, heads, head_width].
-            values: The same shape.
-            mask: Whether a token sees a cell, [batch, tokens, cells].
-            positions: Of the tokens, [batch, tokens].
+            state: The states before it, those of one text behind those of another.
+            before: Keys and values of what stands before the tokens of each text, [cells, heads, head_width].
+            masks: Whether a token sees a cell, its text's own tokens included, [tokens, cells] for each text.
+            positions: Of all tokens, [tokens].
         """
-        batch, tokens = state.shape[:2]
-        queries = self.project(layer, "attn_q", self.own_input(layer, state)).view(batch, tokens, -1, self.head_width)
+        x, sizes = self.own_input(layer, state), [len(mask) for mask in masks]
+        queries = self.project(layer, "attn_q", x).view(len(x), -1, self.head_width)
         queries = self.rotated(self._head_norm(layer, "attn_q_norm", queries), positions)
-        queries = queries.view(batch, tokens, self.heads, self._group, self.head_width).permute(0, 2, 3, 1, 4)
-        scores = queries.flatten(2, 3) @ keys.permute(0, 2, 3, 1) / math.sqrt(self.head_width)
-        scores = scores.view(batch, self.heads, self._group, tokens, -1).masked_fill(~mask[:, None, None], -1e30)
-        mixed = scores.softmax(-1).flatten(2, 3) @ values.transpose(1, 2)
-        mixed = mixed.view(batch, self.heads, self._group, tokens, self.head_width).permute(0, 3, 1, 2, 4)
-        return state + self.project(layer, "attn_output", mixed.flatten(2))
+        own = self.cached(layer, self.key_value_products(layer, x), positions)
+        parts = zip(queries.split(sizes), behind(before, own, sizes), masks, strict=True)
+        mixed = [self._mixed(queries, *cache, mask) for queries, cache, mask in parts]
+        return state + self.project(layer, "attn_output", torch.cat(mixed))
+
+    def _mixed(self, queries, keys, values, mask) -> torch.Tensor:
+        """Returns the values that the tokens of a text attend to, [tokens, heads of queries * head_width]."""
+        tokens = len(queries)
+        queries = queries.view(tokens, self.heads, self._group, self.head_width).permute(1, 2, 0, 3)
+        scores = queries.flatten(1, 2) @ keys.permute(1, 2, 0) / math.sqrt(self.head_width)
+        scores = scores.view(self.heads, self._group, tokens, -1).masked_fill(~mask, -1e30)
+        mixed = scores.softmax(-1).flatten(1, 2) @ values.transpose(0, 1)
+        return mixed.view(self.heads, self._group, tokens, self.head_width).permute(2, 0, 1, 3).flatten(1)
 
     def fed_forward(self, layer: int, state: torch.Tensor) -> torch.Tensor:
         """Returns the states after the feed-forward network of a layer."""
@@ -177,27 +182,45 @@ class Decoder:
         likeliest = [self.log_probabilities(state).topk(n_likeliest).indices.unique() for state in states]
         self._output = self._output[torch.cat(likeliest).unique()]
 
-    def run(self, state: torch.Tensor, caches: Iterable[Pair]) -> torch.Tensor:
-        """Runs the layers over tokens that follow others.
+    def run(
+        self, states: Sequence[torch.Tensor], n_before: Sequence[int], caches: Iterable[Sequence[Pair]]
+    ) -> torch.Tensor:
+        """Runs the layers over the ends of some texts.
 
         Args:
-            state: Their states before the lowest of the layers, [tokens, width].
-            caches: Keys and values of all tokens before them in each of the layers, [1, cells, heads, head_width] each.
+            states: The states of their tokens before the lowest of the layers, [tokens, width] for each text.
+            n_before: Number of tokens that stand before them in each text.
+            caches: Keys and values of these in each of the layers, each [n_before, heads, head_width], text by text.
 
         Returns:
-            Their states after the last layer.
+            The states after the last layer, [tokens, width], those of one text behind those of another.
         """
-        state = state[None]
+        ends = [(cells, cells + len(state)) for state, cells in zip(states, n_before, strict=True)]
+        positions = torch.cat([torch.arange(*end, device=self._device) for end in ends])
+        masks = [
+            torch.ones(last - cells, last, dtype=torch.bool, device=self._device).tril(cells) for cells, last in ends
+        ]
+        state = torch.cat(list(states))
         for layer, before in zip(range(self._first_layer, self.n_layer), caches, strict=True):
-            tokens, cells = state.shape[1], before[0].shape[1]
-            positions = torch.arange(cells, cells + tokens, device=self._device)[None]
-            mask = torch.ones(1, tokens, cells + tokens, dtype=torch.bool, device=self._device).tril(cells)
-            own = self.cached(layer, self.key_value_products(layer, self.own_input(layer, state)), positions)
-            keys, values = (torch.cat(parts, 1) for parts in zip(before, own, strict=True))
-            state = self.fed_forward(layer, self.attended(layer, state, keys, values, mask, positions))
-        return state[0]
+            state = self.fed_forward(layer, self.attended(layer, state, before, masks, positions))
+        return state
 
     def _head_norm(self, layer: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """Normalizes heads where the architecture does."""
         weight = self.weights.get(f"blk.{layer}.{name}.weight")
         return x if weight is None else self.normalized(x) * weight
+
+
+def behind(first: Sequence[Pair], rest: Pair, sizes: Sequence[int]) -> list[Pair]:
+    """Returns keys and values of some texts, with those of further tokens behind them.
+
+    Args:
+        first: Of each text, [cells, heads, head_width].
+        rest: Of the further tokens of all texts, [tokens, heads, head_width].
+        sizes: Number of these tokens in each text.
+    """
+    keys, values = (part.split(list(sizes)) for part in rest)
+    return [
+        (torch.cat((first_keys, own_keys)), torch.cat((first_values, own_values)))
+        for (first_keys, first_values), own_keys, own_values in zip(first, keys, values, strict=True)
+    ]

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 
 from pypop_gguf.errors import PopError
 from pypop_gguf.fitting.adapter_file import write_replacements
-from pypop_gguf.fitting.decoder import Decoder, Pair
+from pypop_gguf.fitting.decoder import Decoder, Pair, behind
 from pypop_gguf.fitting.states import Text
 
 _SCALED = 30  # texts by whose states the steps are scaled
@@ -88,26 +88,26 @@ class Maps(torch.nn.Module):
         ]
         return weight, shift, further, bottlenecks
 
-    def caches(self, text: Text, learned: Learned) -> Iterator[Pair]:
-        """Yields the keys and values that a pruned prompt leaves in each layer from the boundary on.
+    def caches(self, texts: Sequence[Text], learned: Learned) -> Iterator[list[Pair]]:
+        """Yields the keys and values that the pruned prompt of each text leaves in each layer from the boundary on.
 
         Those of the first token come first.
         """
-        decoder, n_pruned = self._decoder, text.start
-        own = text.own[:n_pruned]
-        positions = torch.arange(1, n_pruned + 1, device=own.device)[None]
-        x = own.float()[None] * decoder.weights[f"blk.{self.boundary}.attn_norm.weight"]
+        decoder, sizes = self._decoder, [text.start for text in texts]
+        own = torch.cat([text.own[: text.start] for text in texts])
+        positions = torch.cat([torch.arange(1, n + 1, device=own.device) for n in sizes])
+        x = own.float() * decoder.weights[f"blk.{self.boundary}.attn_norm.weight"]
         pairs = [decoder.key_value_products(self.boundary, x)]
         weight, shift, further, bottlenecks = learned
         output = decoder.product(own, weight) + shift
         if further is not None:
-            narrowed = _narrow(decoder, [x[:n_pruned] for x in text.further], bottlenecks)
-            output = output + decoder.product(narrowed, further)
-        parts = output[None].split(self._n_rows, -1)
+            inputs = zip(*([x[: text.start] for x in text.further] for text in texts), strict=True)
+            output = output + decoder.product(_narrow(decoder, [torch.cat(x) for x in inputs], bottlenecks), further)
+        parts = output.split(self._n_rows, -1)
         pairs += zip(parts[0::2], parts[1::2], strict=True)
-        for layer, pair, head in zip(range(self.boundary, decoder.n_layer), pairs, text.head, strict=True):
-            keys, values = (torch.cat(x, 1) for x in zip(head, decoder.cached(layer, pair, positions), strict=True))
-            yield keys, values
+        heads = zip(*(text.head for text in texts), strict=True)
+        for layer, pair, first in zip(range(self.boundary, decoder.n_layer), pairs, heads, strict=True):
+            yield behind(first, decoder.cached(layer, pair, positions), sizes)
 
     def write(self, path: Path, architecture: str, fingerprint: str) -> None:
         """Writes the adapter as it is now."""
@@ -144,15 +144,16 @@ def _deviation(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(deviation, 0.02 * deviation.square().mean().sqrt())
 
 
-def divergence(decoder: Decoder, maps: Maps, text: Text, learned: Learned) -> torch.Tensor:
-    """Returns the mean KL divergence to the whole model over the tokens of an answer behind a pruned prompt."""
-    found = decoder.log_probabilities(predict(decoder, maps, text, learned))
+def divergence(decoder: Decoder, maps: Maps, texts: Sequence[Text], learned: Learned) -> torch.Tensor:
+    """Returns the KL divergence to the whole model behind pruned prompts: the mean of the texts' means."""
+    found = decoder.log_probabilities(predict(decoder, maps, texts, learned))
     with torch.no_grad():
-        expected = decoder.log_probabilities(text.expected[text.start :].float())
-    return (expected.exp() * (expected - found)).sum(-1).mean()
+        expected = decoder.log_probabilities(torch.cat([text.expected[text.start :].float() for text in texts]))
+    of_tokens = (expected.exp() * (expected - found)).sum(-1)
+    return torch.stack([part.mean() for part in of_tokens.split([len(text.own) - text.start for text in texts])]).mean()
 
 
-def predict(decoder: Decoder, maps: Maps, text: Text, learned: Learned) -> torch.Tensor:
-    """Returns the states after the last layer, [answer, width], of the tokens behind a pruned prompt."""
-    state = text.own[text.start :].float() * text.size[text.start :]
-    return decoder.run(state, maps.caches(text, learned))
+def predict(decoder: Decoder, maps: Maps, texts: Sequence[Text], learned: Learned) -> torch.Tensor:
+    """Returns the states after the last layer, [tokens, width], of the tokens behind each text's pruned prompt."""
+    states = [text.own[text.start :].float() * text.size[text.start :] for text in texts]
+    return decoder.run(states, [text.start + 1 for text in texts], maps.caches(texts, learned))

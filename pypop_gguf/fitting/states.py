@@ -98,8 +98,8 @@ class StateReader:
         decoder = self._decoder
         names = (f"blk.{layer}.attn_{part}" for part in "kv")
         products = (decoder.moved(self._products.get_first(f"{name}.weight")) + decoder.bias(name) for name in names)
-        keys, values = (product[None, None] for product in products)
-        return decoder.cached(layer, (keys, values), torch.zeros(1, 1, device=keys.device))
+        keys, values = (product[None] for product in products)
+        return decoder.cached(layer, (keys, values), torch.zeros(1, device=keys.device))
 
 
 @contextlib.contextmanager

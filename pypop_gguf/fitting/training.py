@@ -150,7 +150,7 @@ def _check_alike(
     engine = decoder.moved(log_softmax(llm.score(prompt, answer, pop=False)))
     with torch.no_grad():
         whole = dataclasses.replace(text, start=0)
-        found = decoder.log_probabilities(predict(decoder, maps, whole, maps.learned())[text.start :])
+        found = decoder.log_probabilities(predict(decoder, maps, [whole], maps.learned())[text.start :])
     difference = float((engine.exp() * (engine - found)).sum(-1).mean())
     if not difference <= _LIKE_THE_ENGINE:
         raise PopError(
@@ -162,7 +162,7 @@ def _check_alike(
 @torch.no_grad()
 def _mean_divergence(decoder: Decoder, maps: Maps, texts: Sequence[Text]) -> float:
     learned = maps.learned()
-    return float(np.mean([float(divergence(decoder, maps, text, learned)) for text in texts]))
+    return float(np.mean([float(divergence(decoder, maps, [text], learned)) for text in texts]))
 
 
 def _descend(decoder: Decoder, maps: Maps, lessons: list[Lesson], deadline: float) -> int:
@@ -181,7 +181,7 @@ def _descend(decoder: Decoder, maps: Maps, lessons: list[Lesson], deadline: floa
                 queue = chance.sample(lessons, len(lessons)) + queue
             texts = [queue.pop().drawn(chance) for _ in range(min(BATCH, len(queue)))]
             learned = maps.learned()
-            loss = torch.stack([divergence(decoder, maps, text, learned) for text in texts]).mean()
+            loss = divergence(decoder, maps, texts, learned)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(maps.parameters(), 1.0)

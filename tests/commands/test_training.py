@@ -44,9 +44,9 @@ def test_pytorch_computes_what_the_engine_computes(reference_models, name):
     model = reference_models[name]
     tokens = model.tokens(30)
     decoder = Decoder(model.gguf, "cpu")
-    nothing = torch.zeros(1, 0, decoder.heads, decoder.head_width)
+    nothing = torch.zeros(0, decoder.heads, decoder.head_width)
     with torch.no_grad():
-        last = decoder.run(decoder.embedded(tokens), [(nothing, nothing)] * decoder.n_layer)
+        last = decoder.run([decoder.embedded(tokens)], [0], [[(nothing, nothing)]] * decoder.n_layer)
         found = decoder.log_probabilities(last)[-1].numpy()
     with Engine(model.gguf, n_gpu_layers=0, type_k=F32, type_v=F32) as engine:
         expected = log_softmax(engine.prefill(tokens)[None])[0]
@@ -74,7 +74,7 @@ def test_divergence_in_pytorch_is_that_of_the_engine_before_and_after_training(
                 text = reader.read(prompt, answer)
             maps.begin([text])
             with torch.no_grad():
-                pytorch.append(float(divergence(decoder, maps, text, maps.learned())))
+                pytorch.append(float(divergence(decoder, maps, [text], maps.learned())))
         assert np.mean(pytorch) == pytest.approx(np.mean(engine), rel=0.1)
         costs[file] = np.mean(engine)
     assert costs[trained] < costs[adapter]
@@ -112,7 +112,7 @@ def test_written_texts_are_greedy_answers_to_given_prompts_and_to_prompts_in_the
     assert any(prompt[:8] in [one[:8] for one in given] for prompt in own)  # from a piece of a given one
 
 
-def test_a_part_of_a_text_is_read_as_if_it_were_all(served_gguf, fitted):
+def test_parts_and_several_texts_at_once_are_read_as_if_each_were_all(served_gguf, fitted):
     llm, adapter, prompts = fitted
     decoder = Decoder(served_gguf, "cpu", BOUNDARY)
     maps = Maps(decoder, adapter)
@@ -120,8 +120,12 @@ def test_a_part_of_a_text_is_read_as_if_it_were_all(served_gguf, fitted):
         long, short = reader.read(prompts[0][:20], prompts[0][20:40]), reader.read(prompts[0][:15], prompts[0][15:31])
     maps.begin([long])
     with torch.no_grad():
-        costs = [float(divergence(decoder, maps, x, maps.learned())) for x in (long.part(13, 29), short)]
+        costs = [float(divergence(decoder, maps, [x], maps.learned())) for x in (long.part(13, 29), short)]
+        texts = [long.part(13, 29), long.part(7, 30), short]
+        together = float(divergence(decoder, maps, texts, maps.learned()))
+        apart = [float(divergence(decoder, maps, [x], maps.learned())) for x in texts]
     assert costs[0] == pytest.approx(costs[1], rel=1e-3)
+    assert together == pytest.approx(np.mean(apart), rel=1e-5)
 
 
 def _step(prompts) -> int:
