@@ -219,12 +219,12 @@ def prompt_table(found: dict, chunks: Sequence[int]) -> list[str]:
     """Returns the lines of the table of prompts."""
     whole = np.array(found["whole", "prompt_ms"])
     pruned = np.median([found[f"chunks of {chunk}", "prompt_ms"] for chunk in chunks], axis=0)
-    rows = [("prompts", "ms", "of whole"), ("whole", spread(whole), ""), _row("pruned", pruned, whole)]
+    rows = [("prompts", "ms", "of whole"), ("whole", spread(whole, None), ""), _row("pruned", pruned, whole)]
     for chunk in chunks:
         way = f"chunks of {chunk}"
         prompt, complete = (np.array(found[way, quantity]) for quantity in ("prompt_ms", "complete_ms"))
         rows += [_row(f"completed in {way}", complete, whole), _row("pruned and completed", prompt + complete, whole)]
-        rows += [("longest chunk", spread(found[way, "longest_chunk_ms"]), "")]
+        rows += [("longest chunk", spread(found[way, "longest_chunk_ms"], None), "")]
     return aligned(rows)
 
 
@@ -235,7 +235,7 @@ def token_table(found: dict, chunks: Sequence[int]) -> list[str]:
         before = np.array(found[_token_way(chunk, False), "whole_ms"])
         for joins in (False, True):
             way = _token_way(chunk, joins)
-            count, longest = (spread(found[way, quantity]) for quantity in ("whole_after", "longest_token_ms"))
+            count, longest = (spread(found[way, quantity], None) for quantity in ("whole_after", "longest_token_ms"))
             rows.append((*_row(way, np.array(found[way, "whole_ms"]), before), count, longest))
     return aligned(rows)
 
@@ -245,12 +245,12 @@ def answer_table(found: dict) -> list[str]:
     rows = [("answers", *ANSWER_QUANTITIES)]
     for mode in MODES:
         if (mode, "first_ms") in found:
-            rows.append((mode, *(spread(found[mode, quantity]) for quantity in ANSWER_QUANTITIES)))
+            rows.append((mode, *(spread(found[mode, quantity], None) for quantity in ANSWER_QUANTITIES)))
     return aligned(rows)
 
 
 def _row(name: str, values: np.ndarray, whole: np.ndarray) -> tuple[str, str, str]:
-    return name, spread(values), f"{bootstrap_ratio(values, whole):.3f}"
+    return name, spread(values, None), f"{bootstrap_ratio(values, whole):.3f}"
 
 
 if __name__ == "__main__":

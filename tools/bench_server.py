@@ -133,7 +133,8 @@ def _started(
 def _summarize(rows: list[dict]) -> None:
     for engine, pop in dict.fromkeys((row["engine"], row["pop"]) for row in rows):
         chosen = [row for row in rows if (row["engine"], row["pop"]) == (engine, pop)]
-        throughput, first_token = (spread([row[name] for row in chosen]) for name in ("tokens_per_s", "ttft_median_ms"))
+        values = ([row[name] for row in chosen] for name in ("tokens_per_s", "ttft_median_ms"))
+        throughput, first_token = (spread(of_name, None) for of_name in values)
         print(f"{engine:7} {'POP' if pop else 'whole':6} {throughput} tokens/s, first token {first_token} ms")
 
 

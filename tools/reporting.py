@@ -29,10 +29,10 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     return reporting
 
 
-def spread(values: Sequence[float], digits: int | None = None) -> str:
+def spread(values: Sequence[float], digits: int | None = 0) -> str:
     """Returns the median of some values, and the least and the largest of them.
 
-    Without a number of digits, values below 100 have one behind the point, and others have none.
+    With None digits behind the point, values below 100 have one, and others have none.
     """
     if digits is None:
         digits = 0 if np.median(values) >= 100 else 1

@@ -36,7 +36,7 @@ def test_pop_adds_no_more_memory_than_documented(served_gguf, tmp_path):
     loads = Counter((row["engine"], row["quantity"]) for row in rows if row["quantity"] != "peak_bytes")
     assert loads == {(engine, quantity): 1 for engine in engines for quantity in ("import_ms", "load_ms")}
 
-    said = re.search(r"POP adds less than (\d+) MiB", (ROOT / "docs" / "speed.md").read_text())
+    said = re.search(r"Pruning adds less than (\d+) MiB", (ROOT / "docs" / "speed.md").read_text())
     assert said
     for context in CONTEXTS:
         for n_sequences in (1, 2):
