@@ -48,9 +48,9 @@ class Call:
     image_total: int | None = None
     image_reused: int | None = None
     in_use: bool = False
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    outermost: bool = True
-    turn: object = dataclasses.field(default_factory=object)
+    tokens: list[int] = dataclasses.field(default_factory=list, compare=False)
+    outermost: bool = dataclasses.field(default=True, compare=False)
+    turn: object = dataclasses.field(default_factory=object, compare=False)
 
     def inner(
         self,

@@ -61,7 +61,7 @@ def test_any_damaged_byte_gives_a_header_or_one_line(tmp_path):
         try:
             read_header(damaged)
         except PopError as error:
-            assert str(path) in str(error)
+            assert str(damaged) in str(error)
 
 
 def header(n_tensors: int, n_keys: int, rest: bytes = b"", version: int = 3) -> bytes:

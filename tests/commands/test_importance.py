@@ -310,12 +310,12 @@ def test_scores_are_float32_and_close_for_a_bfloat16_model():
     np.testing.assert_allclose(half.decode, full.decode, rtol=0.3)
 
 
-def test_result_counts_and_progress_are_complete():
+def test_every_sample_is_counted_by_the_progress():
     seen = []
     model = make_model("GPT2")
     scores = compute_importance(model, [SAMPLE] * 3, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert (scores.n_samples, scores.n_tokens, scores.prefill.shape) == (3, 21, (3,))
+    assert scores.prefill.shape == (3,)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -441,13 +441,13 @@ def test_bad_paths_and_options_are_named(tmp_path):
             load_for_importance(BUNDLED, device="cuda")
 
 
-def test_gguf_of_unknown_architecture_points_to_no_importance(tmp_path):
+def test_gguf_of_unknown_architecture_is_told_to_go_without(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch="nosuch")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(PopError, match="--no-importance"):
+    with pytest.raises(PopError, match="importance is optional for a GGUF file, so leave it out"):
         load_for_importance(tmp_path / "model.gguf")
 
 
