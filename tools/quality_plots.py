@@ -36,7 +36,7 @@ def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
                     x, y, yerr=spread, color=colour, ls=style, marker=_MARKERS[kind], ms=4, capsize=3, label=label
                 )
     axes.set(xlabel="layers skipped, %", ylabel="KL divergence, nats per token", yscale="log")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     style_axes(axes)
     figure.savefig(path, dpi=150)
 
