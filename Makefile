@@ -99,7 +99,8 @@ $(STOCK)/.installed: tests/stock/CMakeLists.txt third_party/llama-cpp-python.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/stock --component stock --prefix $(STOCK) > /dev/null
 	touch $@
 
-# the runs behind the table of pruning alone in docs/speed.md; on another machine give MACHINE=its-name. Wants the machine for itself
+# the runs behind the table of pruning alone in docs/speed.md; on another machine give MACHINE=its-name. Wants the
+# machine for itself
 bench: $(VENV)/.installed $(STOCK)/.installed
 	mkdir -p build/bench
 	for type in q4_k_m q8_0; do \

@@ -52,8 +52,8 @@ public:
 
     bool is_incomplete(llama_seq_id seq_id) const;
 
-    // Completes a chunk of a slot, whose LoRA adapters are set, and returns how many tokens it had. The record says then
-    // up to where all tokens are whole. With images it says so only once all tokens of the slot are.
+    // Completes a chunk of a slot, whose LoRA adapters are set, and returns how many tokens it had. The record then
+    // says up to where all tokens are whole. With images it says so only once all tokens of the slot are.
     uint64_t complete(llama_seq_id seq_id, pop_cache_record & record, bool has_images);
 
     // Lets the next token join a chunk of a slot, whose LoRA adapters are set. Only this slot may be in the next batch.
