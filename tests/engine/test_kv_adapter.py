@@ -16,6 +16,7 @@ from tests.support import pop_reference, tiny_models
 from tests.support.engine import Engine
 from tests.support.pair_adapter import Difference, write_adapter
 from tests.support.projections import find_projections
+from tests.support.report import report
 from tests.support.server import serve
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "deepseek2", "phi3"]
@@ -71,6 +72,7 @@ def test_pruned_passes_equal_pytorch_and_whole_ones_are_untouched(models, name, 
         assert llm.pop.adapters == (boundary,)
         error = pop_reference.squared_error(score(llm, tokens), expected)
         assert error <= 1e-6
+        report(model=name, boundary=boundary, error=error)
         assert pop_reference.squared_error(plain, expected) > 100 * error
         other = score(llm, tokens, boundary=2)  # The adapter is for another boundary and is not used here.
         whole = score(llm, tokens, pop=False)

@@ -6,6 +6,7 @@ import pytest
 
 from pypop_gguf import PopLlama
 from tests.support import pop_reference
+from tests.support.report import report
 
 pytestmark = pytest.mark.usefixtures("continuation")
 
@@ -53,16 +54,20 @@ def boundaries(model):
 def test_every_boundary_equals_pytorch(reference_models, name, n_batch):
     model = reference_models[name]
     tokens = model.tokens(N_TOKENS)
-    full = pop_reference.logits(model.torch_model, model.layers, tokens, len(model.layers), N_PROMPT)
+    n_layer, errors = len(model.layers), {}
+    full = pop_reference.logits(model.torch_model, model.layers, tokens, n_layer, N_PROMPT)
     for boundary in boundaries(model):
         expected = pop_reference.logits(model.torch_model, model.layers, tokens, boundary, N_PROMPT)
         actual = engine_logits(
             model.gguf, tokens, N_PROMPT, boundary, n_batch=n_batch, type_k=F32, type_v=F32, flash_attn=False
         )
-        error = pop_reference.squared_error(actual, expected)
+        errors[boundary] = error = pop_reference.squared_error(actual, expected)
         assert error <= 1e-6, f"boundary {boundary}"
-        if boundary < len(model.layers) - 1:  # the test can distinguish POP from the whole model
+        if boundary < n_layer - 1:  # the test can distinguish POP from the whole model
             assert pop_reference.squared_error(full, expected) > 100 * error, f"boundary {boundary}"
+    whole = errors.pop(n_layer)
+    for boundary, error in errors.items():
+        report(model=name, boundary=boundary, error=error, whole=whole)
 
 
 # llama.cpp's flash attention sums the values for a single token in 16 bits.
