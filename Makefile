@@ -11,8 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures wheel vulkan arm windows amx bench quality docs soak \
-        licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures wheel vulkan avx2 arm windows amx bench quality docs \
+        soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -28,7 +28,8 @@ page-test: page
 	$(BIN)/python -m pytest -m browser tests/browser
 
 test: $(VENV)/.installed $(STOCK)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser"
+	rm -f build/report.jsonl
+	POP_REPORT=build/report.jsonl $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not browser"
 
 # formatting, likely mistakes, and types; `ruff check --fix`, `ruff format` and `clang-format -i csrc/*` mend most of it
 lint: $(VENV)/.installed
@@ -63,6 +64,12 @@ vulkan: build/vulkan/.installed
 	rm -f build/vulkan/report.jsonl
 	GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} PYTHONPATH=build/vulkan/package \
 	    POP_REPORT=build/vulkan/report.jsonl $(BIN)/python -m pytest tests/engine/test_gpu.py
+
+# a build without AVX-512 against PyTorch. Stock llama.cpp is built for this machine, so it is left out
+avx2: build/avx2/.installed
+	rm -f build/avx2/report.jsonl
+	PYTHONPATH=build/avx2/package POP_REPORT=build/avx2/report.jsonl \
+	    $(BIN)/python -m pytest -n auto --dist loadfile tests/engine -k "not stock"
 
 # a build for Linux on aarch64 against PyTorch, and its kernels against exact products, in qemu
 arm: build/arm/.installed
@@ -149,12 +156,14 @@ $(STOCK)/.generator: $(STOCK)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/stock --target test-llama-archs llama-quantize llama-gguf-split
 	touch $@
 
-# a build of ours with Vulkan and without the server, installed beside the one in the environment
-build/vulkan/.installed: $(VENV)/.installed
-	@echo "building llama.cpp with POP and Vulkan: about 15 minutes on 2 cores, once"
+# a build of ours with other options, installed beside the one in the environment
+build/vulkan/.installed: OPTIONS := -C cmake.define.GGML_VULKAN=ON -C cmake.define.LLAMA_BUILD_COMMON=OFF \
+    -C cmake.define.LLAMA_BUILD_TOOLS=OFF
+build/avx2/.installed: OPTIONS := -C cmake.define.GGML_NATIVE=OFF
+build/vulkan/.installed build/avx2/.installed: build/%/.installed: $(VENV)/.installed
+	@echo "building llama.cpp with POP for $*: about 15 minutes on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade \
-	    --target build/vulkan/package -C build-dir=build/vulkan/native -C cmake.define.GGML_VULKAN=ON \
-	    -C cmake.define.LLAMA_BUILD_COMMON=OFF -C cmake.define.LLAMA_BUILD_TOOLS=OFF .
+	    --target build/$*/package -C build-dir=build/$*/native $(OPTIONS) .
 	touch $@
 
 # the library for another platform, and the programs that tests run with it
