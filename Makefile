@@ -11,8 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures wheel vulkan avx2 arm windows amx bench quality docs \
-        soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures wheel wheel-arm vulkan avx2 arm windows amx bench quality \
+        docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -47,17 +47,24 @@ architectures: $(VENV)/.installed $(STOCK)/.generator
 	$(BIN)/python -m tools.architectures docs/architectures.md
 
 # a wheel for glibc 2.17 or newer, in build/wheel/repaired, and its tests. It carries the web page if that was built
-wheel: $(VENV)/.installed
+wheel: ARCH := $(shell uname -m)
+wheel: PLATFORM := manylinux_2_17_$(ARCH)
+# the same for aarch64 on another machine, in build/wheel-arm/repaired; its tests run in qemu. auditwheel takes the names
+# of this machine's platforms alone, and finds the one of other wheels itself
+wheel-arm: ARCH := aarch64
+wheel-arm: PLATFORM := auto
+wheel wheel-arm: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
-	rm -rf build/wheel/built build/wheel/repaired
+	rm -rf build/$@/built build/$@/repaired
 	@echo "building the wheel: 20 minutes or more on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
-	    --wheel-dir build/wheel/built -C build-dir=build/wheel/native \
+	PATH="$(CURDIR)/$(BIN):$$PATH" _PYTHON_HOST_PLATFORM=linux-$(ARCH) $(BIN)/python -m pip wheel --quiet --no-deps \
+	    --no-build-isolation --wheel-dir build/$@/built -C build-dir=build/$@/native \
 	    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/wheel/toolchain.cmake" \
+	    -C cmake.define.POP_WHEEL_ARCH=$(ARCH) \
 	    -C cmake.define.CMAKE_PROJECT_pypop_gguf_INCLUDE="$(CURDIR)/tools/wheel/wheel.cmake" .
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat manylinux_2_17_$$(uname -m) -w build/wheel/repaired \
-	    build/wheel/built/*.whl
-	POP_WHEEL=$$(echo build/wheel/repaired/*.whl) $(BIN)/python -m pytest tests/packaging/test_wheel.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat $(PLATFORM) -w build/$@/repaired \
+	    build/$@/built/*.whl
+	POP_WHEEL=$$(echo build/$@/repaired/*.whl) $(BIN)/python -m pytest tests/packaging/test_$(subst -,_,$@).py
 
 # a build with Vulkan against the CPU; ggml uses a device that is a CPU, such as Mesa's, only where its number is given
 vulkan: build/vulkan/.installed

@@ -31,3 +31,16 @@ foreach(notice IN ITEMS lib/libcxx/LICENSE.TXT:libcxx lib/libcxxabi/LICENSE.TXT:
     install(FILES "${zig}/${file}" DESTINATION pypop_gguf/_vendor/llama.cpp/licenses RENAME LICENSE-${name}
         COMPONENT pypop_gguf)
 endforeach()
+
+# zig takes the names of Arm's architectures for those of processors. It knows them, and what they may add, as features.
+function(pop_name_features)
+    foreach(backend IN LISTS GGML_AVAILABLE_BACKENDS)
+        get_target_property(options ${backend} COMPILE_OPTIONS)
+        string(REGEX REPLACE "-march=armv([0-9])-a" "-mcpu=generic+v\\1a" options "${options}")
+        string(REGEX REPLACE "-march=armv([0-9])[.]([0-9])-a" "-mcpu=generic+v\\1_\\2a" options "${options}")
+        string(REPLACE "+fp16" "+fullfp16" options "${options}")
+        set_target_properties(${backend} PROPERTIES COMPILE_OPTIONS "${options}")
+    endforeach()
+endfunction()
+
+cmake_language(DEFER CALL pop_name_features)
