@@ -218,9 +218,10 @@ class Ggml:
 
 def in_process(products: list[Product | Attention], kernels: str | None) -> list[tuple[np.ndarray, float]]:
     """Computes products in a process of its own. POP_KERNELS is ``kernels`` in its environment, or is missing."""
-    environment = {**emulation.environment_with(kernels), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "from tests.support.products import main; main()"]
-    done = subprocess.run(command, input=pickle.dumps(products), capture_output=True, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, input=pickle.dumps(products), capture_output=True, cwd=ROOT, env=emulation.environment_with(kernels)
+    )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return pickle.loads(done.stdout)
 
