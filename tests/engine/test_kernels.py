@@ -65,7 +65,7 @@ class Machine:
 
     def min_rows(self, name: str) -> int:
         """Returns the least number of rows that our kernels multiply with these weights."""
-        if self.emulator or b"AVX512_VNNI = 1" not in library.load().llama_print_system_info():
+        if self.is_arm or self.emulator == AMX or b"AVX512_VNNI = 1" not in library.load().llama_print_system_info():
             return MIN_ROWS
         return MIN_ROWS_AVX512.get(name, 2)
 
