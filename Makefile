@@ -62,8 +62,7 @@ wheel wheel-arm: $(VENV)/.installed
 	    -C cmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/wheel/toolchain.cmake" \
 	    -C cmake.define.POP_WHEEL_ARCH=$(ARCH) \
 	    -C cmake.define.CMAKE_PROJECT_pypop_gguf_INCLUDE="$(CURDIR)/tools/wheel/wheel.cmake" .
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat $(PLATFORM) -w build/$@/repaired \
-	    build/$@/built/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --plat $(PLATFORM) -w build/$@/repaired build/$@/built/*.whl
 	POP_WHEEL=$$(echo build/$@/repaired/*.whl) $(BIN)/python -m pytest tests/packaging/test_$(subst -,_,$@).py
 
 # a build with Vulkan against the CPU; ggml uses a device that is a CPU, such as Mesa's, only where its number is given
@@ -76,7 +75,7 @@ vulkan: build/vulkan/.installed
 avx2: build/avx2/.installed
 	rm -f build/avx2/report.jsonl
 	PYTHONPATH=build/avx2/package POP_REPORT=build/avx2/report.jsonl \
-	    $(BIN)/python -m pytest -n auto --dist loadfile tests/engine -k "not stock"
+	    $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" tests/engine -k "not stock"
 
 # a build for Linux on aarch64 against PyTorch, and its kernels against exact products, in qemu
 arm: build/arm/.installed
