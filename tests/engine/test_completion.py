@@ -59,6 +59,17 @@ def completed_error(model, boundary=B, states="f32", **parameters) -> float:
         return squared_error(next_logits(pruned, len(tokens)), next_logits(whole, len(tokens)))
 
 
+def noise(model, **parameters) -> float:
+    """How much the whole model itself differs between tokens that it reads at once and one by one."""
+    tokens = model.tokens(N_PROMPT + N_GENERATED)
+    rows = []
+    for read in (generate, Engine.prefill):
+        with whole_engine(model, **parameters) as whole:
+            read(whole, tokens)
+            rows.append(next_logits(whole, len(tokens)))
+    return squared_error(*rows)
+
+
 # Completed caches equal those of the whole model
 
 
@@ -68,6 +79,9 @@ def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_model
     model = {**reference_models, **shared_cache_models}[name]
     tokens = model.tokens(N_PROMPT + N_GENERATED)
     n_ubatch = max(16, chunk)
+    # ggml reads Gemma's activation function from a table of F16, which turns the last bit of an F32 into more.
+    tolerance = max(4 * noise(model), TOLERANCE)
+    assert tolerance < (1e-6 if name == "gemma4" else 1e-8)
     with whole_engine(model, n_ubatch=n_ubatch) as whole:
         generate(whole, tokens)
         state, expected = whole.state(), next_logits(whole, len(tokens))
@@ -88,7 +102,7 @@ def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_model
                 assert n_incomplete(pruned) == n
             assert np.array_equal(pruned.logits(-1), last)  # what was decoded before can still be read
             assert native.n_lost(pruned.context) == 0 and complete(pruned) == 0
-            assert squared_error(next_logits(pruned, len(tokens)), expected) <= TOLERANCE, boundary
+            assert squared_error(next_logits(pruned, len(tokens)), expected) <= tolerance, boundary
 
 
 def test_the_state_of_a_completed_cache_is_the_whole_models_byte_for_byte(reference_models):
@@ -128,16 +142,9 @@ def test_states_of_half_the_size_cost_little(reference_models, states, tolerance
     ids=["flash attention", "F16 caches", "Q8_0 caches"],
 )
 def test_rounded_caches_are_completed_as_closely_as_they_are_read(reference_models, parameters):
-    """The whole model itself differs by about as much between tokens that are read at once and one by one."""
     model = reference_models["bundled"]
-    tokens = model.tokens(N_PROMPT + N_GENERATED)
-    rows = []
-    for read in (generate, Engine.prefill):
-        with whole_engine(model, **parameters) as whole:
-            read(whole, tokens)
-            rows.append(next_logits(whole, len(tokens)))
-    noise = squared_error(*rows)
-    assert completed_error(model, 4, **parameters) <= max(4 * noise, TOLERANCE) < 1e-3
+    tolerance = max(4 * noise(model, **parameters), TOLERANCE)
+    assert completed_error(model, 4, **parameters) <= tolerance < 1e-3
 
 
 def test_a_prompt_that_was_pruned_with_an_adapter_is_completed(tmp_path):
