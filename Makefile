@@ -83,11 +83,15 @@ arm: build/arm/.installed
 	POP_ARM=build/arm/bin POP_REPORT=build/arm/report.jsonl \
 	    $(BIN)/python -m pytest tests/engine/test_emulated.py tests/engine/test_kernels.py
 
-# the same with a build for Windows on x86-64, in wine
-windows: build/windows/.installed
-	rm -f build/windows/report.jsonl
-	POP_WINDOWS=build/windows/bin POP_REPORT=build/windows/report.jsonl \
-	    $(BIN)/python -m pytest tests/engine/test_emulated.py tests/engine/test_kernels.py
+# the same with a build for Windows on x86-64, in wine, and the wheel from it, in build/windows/wheel
+windows: $(VENV)/.installed
+	rm -rf build/windows/report.jsonl build/windows/wheel
+	@echo "building the wheel for Windows: 25 minutes or more on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" _PYTHON_HOST_PLATFORM=win-amd64 $(BIN)/python -m pip wheel --quiet --no-deps \
+	    --no-build-isolation --wheel-dir build/windows/wheel -C build-dir=build/windows -C cmake.args=--preset=windows .
+	POP_WHEEL=$$(echo build/windows/wheel/*.whl) POP_WINDOWS=build/windows/bin POP_REPORT=build/windows/report.jsonl \
+	    $(BIN)/python -m pytest tests/packaging/test_wheel_windows.py tests/engine/test_emulated.py \
+	    tests/engine/test_kernels.py
 
 # a build for x86-64 with AMX, and its kernels against exact products, on a processor with AVX-512 VNNI
 amx: build/amx/.installed
@@ -172,12 +176,11 @@ build/vulkan/.installed build/avx2/.installed: build/%/.installed: $(VENV)/.inst
 	    --target build/$*/package -C build-dir=build/$*/native $(OPTIONS) .
 	touch $@
 
-# the library for another platform, and the programs that tests run with it
-build/arm/.installed build/windows/.installed: build/%/.installed: $(VENV)/.installed \
-    $(wildcard tests/arm/* tests/programs/* tests/windows/*)
-	@echo "building llama.cpp with POP by the preset $*: 20 minutes or more on 2 cores, once"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset $* -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$*
+# the library for aarch64, and the programs that tests run with it
+build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/* tests/programs/*)
+	@echo "building llama.cpp with POP for aarch64: 20 minutes or more on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset arm -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/arm
 	touch $@
 
 build/amx/.installed: $(VENV)/.installed $(wildcard tests/amx/* tests/programs/*)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import unicodedata
@@ -21,6 +22,8 @@ def shell_path(path: str | os.PathLike) -> str:
     text = os.fspath(path)
     if text.startswith("-"):
         text = f"./{text}"  # else it would be an option
+    if os.name == "nt":  # The name of a file contains no quotation mark there.
+        return text if re.fullmatch(r"[\w.:\\/~-]+", text) else f'"{text}"'
     if one_line(text) == text:
         return shlex.quote(text)
     # $'...' is understood by most shells

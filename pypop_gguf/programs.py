@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import struct
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +33,38 @@ def find(name: str, option: str) -> Path:
     return program
 
 
+if sys.platform == "win32":
+    import ctypes
+    from ctypes import wintypes
+
+    def _let_children_end_too() -> None:
+        """Lets Windows end the programs that this process starts when this process ends, in whatever way."""
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
+        kernel.SetInformationJobObject.argtypes = wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD
+        kernel.AssignProcessToJobObject.argtypes = wintypes.HANDLE, wintypes.HANDLE
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes. At the 16th are its flags, here KILL_ON_JOB_CLOSE.
+        limits = struct.pack("16xI124x", 0x2000)
+        job = kernel.CreateJobObjectW(None, None)
+        if not (
+            kernel.SetInformationJobObject(job, 9, limits, len(limits))
+            and kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
+        ):
+            raise ctypes.WinError(ctypes.get_last_error())
+
+
 def become(command: Sequence[str]) -> NoReturn:
-    """Replaces this process by a program.
+    """Replaces this process by a program. On Windows it waits for the program, and ends with its exit status.
 
     Raises:
         PopError: It cannot be started.
     """
     sys.stdout.flush()
     try:
+        if sys.platform == "win32":  # No program replaces a process there, so this one waits for it.
+            _let_children_end_too()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the program decides.
+            sys.exit(subprocess.call(command))
         os.execv(command[0], list(command))
     except OSError as error:
         raise PopError(f"{command[0]} cannot be started ({error.strerror}): install the package again") from error

@@ -6,12 +6,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.wheels import install_for
 
 WHEEL = Path(os.environ.get("POP_WHEEL", "none"))
 pytestmark = pytest.mark.skipif("aarch64" not in WHEEL.name, reason="no wheel for aarch64 is named: make wheel-arm")
@@ -55,9 +55,7 @@ def system(tmp_path_factory) -> Path:
 def site(tmp_path_factory) -> Path:
     """A directory with the wheel and its dependencies."""
     target = tmp_path_factory.mktemp("site")
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    options = ["--quiet", "--only-binary=:all:", "--python-version", "3.11", *platforms, "--target", target]
-    run(sys.executable, "-m", "pip", "install", *options, "-c", ROOT / "constraints.txt", WHEEL.resolve())
+    install_for(PLATFORMS, target, ROOT / "constraints.txt", WHEEL)
     return target
 
 

@@ -15,3 +15,9 @@ function(pop_empty_kinds_with_amx)
 endfunction()
 
 cmake_language(DEFER CALL pop_empty_kinds_with_amx)
+
+# The wheel carries parts of the compiler's libraries. These are the notices of Debian's packages.
+foreach(package IN ITEMS gcc-mingw-w64-base mingw-w64-common)
+    install(FILES "/usr/share/doc/${package}/copyright" DESTINATION pypop_gguf/_vendor/llama.cpp/licenses
+        RENAME LICENSE-${package} COMPONENT pypop_gguf)
+endforeach()
