@@ -273,6 +273,16 @@ def test_memory_and_loading_match_the_raw_runs():
     assert shown == {names[name]: [f"{time} ms" for time in times] for name, *times in loads}
 
 
+def test_memory_on_lavapipe_matches_the_raw_runs():
+    values = {}
+    for row in read_rows("memory-lavapipe-2-cores.csv"):
+        megabytes = f"{int(row['value']) / 1e6:.1f} MB"
+        values.setdefault((f"{int(row['context']):,}", row["sequences"]), {})[row["engine"]] = megabytes
+    expected = [[*case, engines["whole"], engines["pop"]] for case, engines in values.items()]
+    shown = [cells(row) for row in numbered_rows(section("docs/gpu.md", "Memory"))]
+    assert sorted(shown) == sorted(expected) and len(shown) == 6
+
+
 def test_split_models_match_the_raw_runs():
     rows = read_rows("network-epyc-2-cores.csv")
     for row in rows:
