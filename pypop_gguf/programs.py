@@ -43,7 +43,7 @@ if sys.platform == "win32":
         kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
         kernel.SetInformationJobObject.argtypes = wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD
         kernel.AssignProcessToJobObject.argtypes = wintypes.HANDLE, wintypes.HANDLE
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes. At the 16th are its flags, here KILL_ON_JOB_CLOSE.
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes, with its flags behind 16, here KILL_ON_JOB_CLOSE.
         limits = struct.pack("16xI124x", 0x2000)
         job = kernel.CreateJobObjectW(None, None)
         if not (

@@ -69,7 +69,7 @@ def test_a_command_ends_with_the_status_of_its_program(python_says):
     assert "none.gguf" in said, said
 
 
-def test_a_model_is_prepared_and_answers(python_says, directory):
+def test_a_model_is_prepared(python_says, directory):
     python_says("-m", "pypop_gguf", "random-model", "tiny", MODEL)
     assert f'pop-gguf convert "{MODEL}"' in python_says("-m", "pypop_gguf", "inspect", MODEL)
     said = python_says("-m", "pypop_gguf", "prepare", MODEL, "--threads", 2)
