@@ -23,7 +23,7 @@ def shell_path(path: str | os.PathLike) -> str:
     if text.startswith("-"):
         text = f"./{text}"  # else it would be an option
     if os.name == "nt":  # The name of a file contains no quotation mark there.
-        return text if re.fullmatch(r"[\w.:\\/~-]+", text) else f'"{text}"'
+        return text if re.fullmatch(r"[\w.:\\/~-]+", text) else f'"{one_line(text)}"'
     if one_line(text) == text:
         return shlex.quote(text)
     # $'...' is understood by most shells

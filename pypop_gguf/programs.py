@@ -39,18 +39,16 @@ if sys.platform == "win32":
 
     def _let_children_end_too() -> None:
         """Lets Windows end the programs that this process starts when this process ends, in whatever way."""
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel = ctypes.WinDLL("kernel32")
         kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
         kernel.SetInformationJobObject.argtypes = wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD
         kernel.AssignProcessToJobObject.argtypes = wintypes.HANDLE, wintypes.HANDLE
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes, with its flags behind 16, here KILL_ON_JOB_CLOSE.
         limits = struct.pack("16xI124x", 0x2000)
         job = kernel.CreateJobObjectW(None, None)
-        if not (
-            kernel.SetInformationJobObject(job, 9, limits, len(limits))
-            and kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
-        ):
-            raise ctypes.WinError(ctypes.get_last_error())
+        # Where Windows refuses this, the program may outlive this process, and works as well.
+        kernel.SetInformationJobObject(job, 9, limits, len(limits))
+        kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
 
 
 def become(command: Sequence[str]) -> NoReturn:
@@ -64,7 +62,7 @@ def become(command: Sequence[str]) -> NoReturn:
         if sys.platform == "win32":  # No program replaces a process there, so this one waits for it.
             _let_children_end_too()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the program decides.
-            sys.exit(subprocess.call(command))
+            sys.exit(ctypes.c_int(subprocess.call(command)).value)  # A crash has a status above what exit() takes.
         os.execv(command[0], list(command))
     except OSError as error:
         raise PopError(f"{command[0]} cannot be started ({error.strerror}): install the package again") from error

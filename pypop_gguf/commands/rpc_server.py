@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Becomes the server; returns only where it cannot.
+    """Becomes the server, or waits for it on Windows; returns only where it cannot.
 
     Raises:
         PopError: The address is not free or no IPv4 address, or a number is out of range.

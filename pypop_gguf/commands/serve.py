@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Becomes the server; returns only where it cannot.
+    """Becomes the server, or waits for it on Windows; returns only where it cannot.
 
     Raises:
         PopError: The model or another file cannot be read, or a number is out of range.

@@ -79,9 +79,9 @@ def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_model
     model = {**reference_models, **shared_cache_models}[name]
     tokens = model.tokens(N_PROMPT + N_GENERATED)
     n_ubatch = max(16, chunk)
-    # ggml reads Gemma's activation function from a table of F16, which turns the last bit of an F32 into more.
+    # ggml looks up Gemma's activation function in a table of F16, so a difference in the last bit can grow.
     tolerance = max(4 * noise(model), TOLERANCE)
-    assert tolerance < (1e-6 if name == "gemma4" else 1e-8)
+    assert tolerance < (3e-7 if name == "gemma4" else 1e-8)
     with whole_engine(model, n_ubatch=n_ubatch) as whole:
         generate(whole, tokens)
         state, expected = whole.state(), next_logits(whole, len(tokens))
