@@ -11,8 +11,8 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt \
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 MACHINE := epyc-zen4-2-cores
-.PHONY: demo page page-test test test-slow lint architectures wheel wheel-arm vulkan avx2 arm windows amx bench quality \
-        docs soak licences audit pin clean
+.PHONY: demo page page-test test test-slow lint architectures wheel wheel-arm vulkan avx2 arm windows macos amx bench \
+        quality docs soak licences audit pin clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tools.demo
@@ -92,6 +92,13 @@ windows: $(VENV)/.installed
 	POP_WHEEL=$$(echo build/windows/wheel/*.whl) POP_WINDOWS=build/windows/bin POP_REPORT=build/windows/report.jsonl \
 	    $(BIN)/python -m pytest tests/packaging/test_wheel_windows.py tests/engine/test_emulated.py \
 	    tests/engine/test_kernels.py
+
+# only compiles, for macOS on arm64 without Metal
+macos: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
+	@echo "building llama.cpp with POP for macOS: about 5 minutes on 2 cores, once"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset macos -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/macos
 
 # a build for x86-64 with AMX, and its kernels against exact products, on a processor with AVX-512 VNNI
 amx: build/amx/.installed
