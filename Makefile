@@ -83,7 +83,7 @@ arm: build/arm/.installed
 	POP_ARM=build/arm/bin POP_REPORT=build/arm/report.jsonl \
 	    $(BIN)/python -m pytest tests/engine/test_emulated.py tests/engine/test_kernels.py
 
-# the same with a build for Windows on x86-64, in wine, and the wheel from it, in build/windows/wheel
+# This builds the wheel for Windows on x86-64, in build/windows/wheel, and tests it and its library in wine.
 windows: $(VENV)/.installed
 	rm -rf build/windows/report.jsonl build/windows/wheel
 	@echo "building the wheel for Windows: 25 minutes or more on 2 cores, once"
@@ -93,7 +93,7 @@ windows: $(VENV)/.installed
 	    $(BIN)/python -m pytest tests/packaging/test_wheel_windows.py tests/engine/test_emulated.py \
 	    tests/engine/test_kernels.py
 
-# only compiles, for macOS on arm64 without Metal
+# This compiles for macOS on arm64 without Metal, and runs nothing.
 macos: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group wheel
 	@echo "building llama.cpp with POP for macOS: about 5 minutes on 2 cores, once"
@@ -183,7 +183,7 @@ build/vulkan/.installed build/avx2/.installed: build/%/.installed: $(VENV)/.inst
 	    --target build/$*/package -C build-dir=build/$*/native $(OPTIONS) .
 	touch $@
 
-# the library for aarch64, and the programs that tests run with it
+# This builds the library for aarch64, and the programs that tests run with it.
 build/arm/.installed: $(VENV)/.installed $(wildcard tests/arm/* tests/programs/*)
 	@echo "building llama.cpp with POP for aarch64: 20 minutes or more on 2 cores, once"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset arm -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > /dev/null

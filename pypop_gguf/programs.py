@@ -43,10 +43,11 @@ if sys.platform == "win32":
         kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
         kernel.SetInformationJobObject.argtypes = wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD
         kernel.AssignProcessToJobObject.argtypes = wintypes.HANDLE, wintypes.HANDLE
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION has 144 bytes, with its flags behind 16, here KILL_ON_JOB_CLOSE.
+        # This is a JOBOBJECT_EXTENDED_LIMIT_INFORMATION of 144 bytes. Its flags stand behind the first 16, and
+        # the only one that is set is KILL_ON_JOB_CLOSE.
         limits = struct.pack("16xI124x", 0x2000)
         job = kernel.CreateJobObjectW(None, None)
-        # Where Windows refuses this, the program may outlive this process, and works as well.
+        # Windows may refuse this. The program then works as well, but may outlive this process.
         kernel.SetInformationJobObject(job, 9, limits, len(limits))
         kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
 

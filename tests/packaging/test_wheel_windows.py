@@ -36,7 +36,7 @@ def directory(tmp_path_factory) -> Path:
     constraints = base / "constraints.txt"
     constraints.write_text("\n".join([*pinned, NUMPY]))
     install_for(["win_amd64"], base / "python" / "Lib" / "site-packages", constraints, WHEEL)
-    # Where Python looks for modules. The last line lets it read the .pth file of the wheel.
+    # This file says where Python looks for modules. Its last line lets Python read the .pth file of the wheel.
     paths = ["python311.zip", ".", emulation.name_of(ROOT / "tests"), "import site"]
     (base / "python" / "python311._pth").write_text("\n".join(paths))
     return base
