@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         type=float,
         metavar="MINUTES",
-        help="train the adapter of --boundary for so long, with torch, on texts that the model writes: low boundaries "
-        "cost much less then",
+        help="train an adapter for so long, with torch, on texts that the model writes: that of --boundary, or else "
+        "that of the next boundary below the lowest one within the budget, which is written if it keeps the budget then",
     )
     parser.add_argument(
         "--samples",
@@ -120,11 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     check_budget(arguments.max_kl, None)
     check_ranges(arguments, samples=1, threads=1)
-    if arguments.train is not None:
-        if not 0 < arguments.train <= _LONGEST_TRAINING:
-            raise PopError(f"--train {arguments.train:g} is out of range: give minutes, up to {_LONGEST_TRAINING}")
-        if arguments.boundary is None:
-            raise PopError("--train trains the adapter of one boundary: name it with --boundary")
+    if arguments.train is not None and not 0 < arguments.train <= _LONGEST_TRAINING:
+        raise PopError(f"--train {arguments.train:g} is out of range: give minutes, up to {_LONGEST_TRAINING}")
     choose_kernels(arguments)
     target = arguments.outfile or default_target(arguments.model)
     prepare(
@@ -191,7 +188,8 @@ def prepare(
         text: Prompts of the user's own; None for the bundled ones.
         max_kl: Largest KL divergence to the whole model, in nats a token.
         boundary: Fits this boundary, whatever it costs.
-        train_minutes: Also trains the adapter of that boundary for so long, with torch.
+        train_minutes: Also trains an adapter for so long, with torch: that of ``boundary``, else that of the next one
+            that is tried below the lowest within the budget.
         n_samples: Number of prompts to measure on.
         n_threads: Number of threads.
         n_gpu_layers: Number of layers that a GPU computes, the last ones first.
@@ -207,6 +205,7 @@ def prepare(
     support = library.describe_model(source)
     check_support(source, support)
     boundaries = _choose_boundaries(support.n_layer, support.lossless_boundary, boundary)
+    training = None if train_minutes is None else _training()
     if len(list_shards(source)) > 1 and target != source:
         raise PopError(
             f"{source} is split, and its shards are found by their names: run pop-gguf prepare {shell_path(source)} "
@@ -220,12 +219,17 @@ def prepare(
         prompts, to_measure = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
         errors = steps.fit(llm, source, first_prompts(prompts, FIT_TOKENS), adapters)
-        if train_minutes is not None:
-            assert boundary is not None
-            training = _training()
-            print(training.train(llm, source, adapters[boundary], prompts, train_minutes, n_threads), file=report)
-        costs = steps.measure(llm, to_measure[:n_samples], adapters)
+        to_measure = to_measure[:n_samples]
+        costs = steps.measure(llm, to_measure, adapters) if boundary is None or training is None else []
         chosen = boundary or _choose(support.n_layer, costs, max_kl)
+        if training is not None:
+            trained = boundary or next((b for b in boundaries if chosen is None or b < chosen), boundaries[-1])
+            line = training.train(llm, source, adapters[trained], prompts, train_minutes, n_threads)
+            print(f"boundary {trained}: {line}", file=report, flush=True)
+            costs = [cost for cost in costs if cost.boundary != trained]
+            costs += steps.measure(llm, to_measure, {trained: adapters[trained]})
+            costs.sort(key=lambda cost: -cost.boundary)
+            chosen = boundary or _choose(support.n_layer, costs, max_kl)
         print(steps.format_costs(llm, costs, chosen), file=report, flush=True)
         llm.close()
         if chosen is None:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -157,10 +158,29 @@ def test_prepare_trains_and_writes(served_gguf, short_texts, tmp_path, capsys):
     assert list(find_adapters(target)) == [6]
 
 
+def test_prepare_trains_below_the_lowest_boundary_within_the_budget(served_gguf, short_texts, tmp_path, capsys):
+    target = tmp_path / "out.gguf"
+    command = ["prepare", str(served_gguf), "--outfile", str(target), "--text", str(short_texts), "--samples", "2"]
+
+    def run(*options: str) -> tuple[str, list[tuple[int, float]]]:
+        assert main([*command, "--threads", "1", *options]) == 0
+        out = capsys.readouterr().out
+        rows = re.findall(r"(\d+) of 12 .+ (\d\.\d+)  +\S+ -> ", out)
+        return out, [(int(boundary), float(fitted)) for boundary, fitted in rows]
+
+    _, fitted = run("--max-kl", "100")
+    budget = fitted[0][1] + 0.0001  # The table has four decimals.
+    within = min(boundary for boundary, kl in fitted if kl <= budget)
+    expected = max(boundary for boundary, _ in fitted if boundary < within)
+    out, trained = run("--max-kl", str(budget), "--train", "0.05")
+    assert f"boundary {expected}: trained on " in out
+    assert [boundary for boundary, _ in trained] == [boundary for boundary, _ in fitted]
+    assert list(find_adapters(target)) == [min(boundary for boundary, kl in trained if kl <= budget)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train", "1"], "--train trains the adapter of one boundary: name it with --boundary"),
         (["--train", "0", "--boundary", "6"], "--train 0 is out of range: give minutes, up to 10000"),
         (["--train", "nan", "--boundary", "6"], "--train nan is out of range: give minutes, up to 10000"),
     ],
