@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="MINUTES",
         help="train an adapter for so long, with torch, on texts that the model writes: that of --boundary, or else "
-        "that of the next boundary below the lowest one within the budget, which is written if it keeps the budget then",
+        "that of the next boundary below the lowest one within the budget, written if it then keeps the budget",
     )
     parser.add_argument(
         "--samples",
