@@ -42,7 +42,7 @@ def _count_runs(plan: Plan, n_parallel: int) -> tuple[int, int]:
     """Returns the runs of a case with prompts alone, and with half of the sequences writing."""
     n_ways = len(plan.boundaries) * (2 if plan.repeat else 1)
     n_mixed = plan.runs * (2 + n_ways) if plan.measures_mixed(n_parallel) else 0
-    return plan.runs * (4 + n_ways) + 2 * plan.before_runs, n_mixed
+    return plan.runs * (2 + n_ways) + 2 * (plan.control_runs + plan.before_runs), n_mixed
 
 
 class _Case:
@@ -66,14 +66,18 @@ class _Case:
         with self._start(plan.baseline) as first:
             self._setting = describe_setting(plan, first.info)
             with progress(total=self._n_runs, description=self._name, unit="runs") as self._bar:
-                with self._start(f"{plan.baseline}-2") as second:
-                    for engine in (first, second):
-                        engine.warm_up(self._n_warm_up)
-                    for turn in range(plan.runs):
-                        for engine in in_turn([first, second], turn):
-                            self._run("control", turn, engine.name, engine)
+                first.warm_up(self._n_warm_up)
+                if plan.control_runs:
+                    self._measure_spread(first)
                 with self._start("pop") as pop:
                     self._measure_pop(first, pop)
+
+    def _measure_spread(self, first: Engine) -> None:
+        with self._start(f"{self._plan.baseline}-2") as second:
+            second.warm_up(self._n_warm_up)
+            for turn in range(self._plan.control_runs):
+                for engine in in_turn([first, second], turn):
+                    self._run("control", turn, engine.name, engine)
 
     def _measure_pop(self, first: Engine, pop: Engine) -> None:
         pop.warm_up(self._n_warm_up)
@@ -115,6 +119,7 @@ class _Case:
             n_threads=plan.threads,
             n_ubatch=plan.ubatch,
             flash_attn=plan.flash_attn,
+            cache_type=plan.cache_type,
             n_prompt=self._n_prompt,
             n_decode=max(plan.n_decode, n_mixed),
             n_parallel=self._n_parallel,

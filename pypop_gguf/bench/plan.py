@@ -38,6 +38,7 @@ class Plan:
     threads: int
     ubatch: int
     flash_attn: str
+    cache_type: str
     stock: Path | None
     repeat: bool
     mixed: bool
@@ -48,8 +49,14 @@ class Plan:
         return "stock" if self.stock else "off"
 
     @property
+    def control_runs(self) -> int:
+        """Rounds of two baseline processes. A single round tells nothing of the spread, so it has none."""
+        return self.runs if self.runs > 1 else 0
+
+    @property
     def before_runs(self) -> int:
-        return (self.runs + 1) // 2
+        """Rounds with POP off before the first pruned pass."""
+        return (self.control_runs + 1) // 2
 
     def measures_mixed(self, n_parallel: int) -> bool:
         return self.mixed and n_parallel > 1
@@ -115,6 +122,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         threads=arguments.threads or available_cores(),
         ubatch=arguments.ubatch,
         flash_attn=arguments.flash_attn,
+        cache_type=arguments.cache_type,
         stock=arguments.stock,
         repeat=arguments.repeat,
         mixed=arguments.mixed,
@@ -139,6 +147,8 @@ def describe_setting(plan: Plan, baseline_info: dict) -> Setting:
         versions.append(f"stock llama-cpp-python {baseline_info['version']}")
     if any(plan.rpc):
         versions.append(f"split over {len(plan.rpc[0])} RPC servers")
+    if plan.cache_type != "F16":
+        versions.append(f"cache in {plan.cache_type}")
     if kernels := os.environ.get("POP_KERNELS"):
         versions.append(f"POP_KERNELS={kernels}")
     return Setting(

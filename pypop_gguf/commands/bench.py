@@ -26,9 +26,10 @@ PROMPTS, ADVISED_PROMPT = [32, 128, 512, 2048], 512  # tokens
 
 DESCRIPTION = """\
 Measures the time to the first token and the time per generated token, with POP and without. In each case, two stock
-processes first run against each other. Then stock llama.cpp, POP at each boundary, and POP off take turns. Every run is
-appended to the CSV file at once, and Ctrl-C prints the tables of what was measured so far. With --advise, it searches
-the settings that read a prompt fastest on this machine instead, and its last line has their arguments."""
+processes first run against each other. Then stock llama.cpp, POP at each boundary, and POP off take turns. With --runs
+1, there is no run but one turn of each. Every run is appended to the CSV file at once, and Ctrl-C prints the tables of
+what was measured so far. With --advise, it searches the settings that read a prompt fastest on this machine instead,
+and its last line has their arguments."""
 
 EPILOG = """\
 Prompts are random tokens, the same for every engine. `pop-gguf random-model` writes a model to measure on without a
@@ -90,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="flash attention of all engines; auto is wherever llama.cpp can compute it (default: auto)",
+    )
+    parser.add_argument(
+        "--cache-type",
+        choices=("F16", "Q8_0"),
+        default="F16",
+        help="type of the cached keys and values of all engines (default: F16)",
     )
     add_kernels_argument(parser)
     add_rpc_argument(parser, "append", "; give it twice with other servers, because two processes hold the model")

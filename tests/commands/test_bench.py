@@ -199,6 +199,16 @@ def test_json_output_has_what_the_tables_show(measured, capsys):
     )
 
 
+def test_one_round_has_one_run_of_each_engine_and_names_the_type_of_the_cache(tiny, tmp_path, capsys):
+    command = ["bench", str(tiny["q8_0"]), "--boundary", "4", "--prompt", "32", "--parallel", "1", "--decode", "1"]
+    command += ["--runs", "1", "--threads", "1", "--cache-type", "Q8_0", "--csv", str(tmp_path / "runs.csv")]
+    assert main(command) == 0
+    runs = bench_runs.read_csv(tmp_path / "runs.csv")
+    assert [(run.phase, run.engine) for run in runs] == [("main", "off"), ("main", "pop"), ("main", "pop-off")]
+    assert all("cache in Q8_0" in run.setting.version for run in runs)
+    assert "cache in Q8_0" in capsys.readouterr().out
+
+
 def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path):
     path = tmp_path / "runs.csv"
     # The shell may have started the tests with Ctrl-C ignored, and children inherit that.
@@ -207,7 +217,7 @@ def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path)
     command = [sys.executable, "-c", code, "bench", tiny["q8_0"], "--prompt", ",".join(map(str, range(32, 64)))]
     command += ["--parallel", "1", "--runs", "1", "--decode", "1", "--threads", "1", "--csv", path]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    n_lines, n_of_first_case = 0, 8  # header, 2 control, 2 before, 3 main
+    n_lines, n_of_first_case = 0, 4  # the header, and one run of each engine
     while n_lines < n_of_first_case and process.poll() is None:
         time.sleep(0.05)
         n_lines = len(path.read_text().splitlines()) if path.exists() else 0
