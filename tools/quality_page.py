@@ -166,7 +166,7 @@ def _heading(variant: str) -> str:
 
 
 def _score_table(name: str, results: Results, rows: list[Row]) -> str:
-    mine = [row for row in rows if row.model == name]
+    mine = [row for row in rows if row.model == name and row.losses]
     lines = []
     for task, (title, metric, _) in METRICS.items():
         items = results.items(task, [WHOLE])

@@ -12,7 +12,18 @@ from tools.ablation_table import layer_costs
 from tools.quality_rows import LABELS, METRICS, Row, boundary_of
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
-_MARKERS = {"plain": "o", "head": "^", "fitted": "s", "trained": "v", "completed": "d", "removed": "x", "shortgpt": "+"}
+_MARKERS = {
+    "plain": "o",
+    "head": "^",
+    "alone": "<",
+    "fitted": "s",
+    "trained": "v",
+    "completed": "d",
+    "removed": "x",
+    "shortgpt": "+",
+}
+
+_STYLES = {"plain": ":", "head": (0, (1, 4)), "alone": "-.", "fitted": "-", "trained": "--"}
 
 
 def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
@@ -22,7 +33,7 @@ def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for colour, (model, n_layer) in zip(_COLOURS, layers.items()):
-        for kind, style in (("plain", ":"), ("head", "-."), ("fitted", "-"), ("trained", "--")):
+        for kind, style in _STYLES.items():
             points = [
                 (1 - boundary_of(row.variant) / n_layer, row.kl)
                 for row in rows
@@ -74,7 +85,7 @@ def plot_losses(rows: list[Row], path: Path) -> None:
         axes.set_visible(False)
     figure.supxlabel("KL divergence, nats per token")
     figure.supylabel("difference to the whole model, points")
-    kinds = [kind for kind in _MARKERS if any(row.kind == kind and row.kl for row in rows)]
+    kinds = [kind for kind in _MARKERS if any(row.kind == kind and row.kl and row.losses for row in rows)]
     handles = [Line2D([], [], color=_COLOURS[i], lw=4, label=model) for i, model in enumerate(models)]
     handles += [
         Line2D(

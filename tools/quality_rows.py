@@ -23,6 +23,7 @@ METRICS = {
 LABELS = {
     "plain": "plain",
     "head": "plain, first token whole",
+    "alone": "fitted to the state at the boundary",
     "fitted": "fitted",
     "trained": "trained",
     "completed": "fitted, completed",
@@ -61,7 +62,7 @@ def kind_of(variant: str) -> str:
     first = variant.split()[0]
     if first in ("removed", "shortgpt"):
         return first
-    for kind in ("completed", "trained"):
+    for kind in ("completed", "trained", "alone"):
         if kind in variant:
             return kind
     if "fitted" in variant:

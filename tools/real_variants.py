@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pypop_gguf import PopLlama, native
 from pypop_gguf.errors import PopError
-from pypop_gguf.fitting import steps
+from pypop_gguf.fitting import engine_fit, steps
 from pypop_gguf.fitting.texts import WRITTEN_TOKENS, read_prompts
 from pypop_gguf.quality.results import WHOLE, name_variant
 from pypop_gguf.quality.tasks import Item, Question
@@ -24,6 +25,7 @@ from tests.support.paths import ROOT
 KINDS = {
     "plain": "the skipped layers' own projections, as in the paper",
     "head": "the skipped layers' own projections, but the first token runs all layers",
+    "alone": "projections fitted to the state at the boundary alone, and the first token runs all layers",
     "fitted": "fitted projections, and the first token runs all layers",
     "trained": "fitted projections that were trained for 10 minutes, and the first token runs all layers",
     "completed": "fitted, and 64 tokens of the cache are completed before each further token of a written answer",
@@ -90,6 +92,10 @@ def open_variants(
     adapters = {boundary: KEPT / f"{name}.b{boundary}.gguf" for boundary in boundaries}
     if {"fitted", "completed", "trained"} & set(kinds):
         _fit(source, adapters, n_threads)
+    alone = {boundary: path.with_suffix(".alone.gguf") for boundary, path in adapters.items()}
+    if "alone" in kinds:
+        with mock.patch.object(engine_fit, "_MOST", 0):  # There is room for no further input then.
+            _fit(source, alone, n_threads)
     trained = {boundary: path.with_suffix(".trained.gguf") for boundary, path in adapters.items()}
     if "trained" in kinds:
         _train(source, adapters, trained, n_threads)
@@ -101,6 +107,10 @@ def open_variants(
             yield Variant(name_variant(boundary, n_layer), llm, boundary)
         if "head" in kinds:
             yield Variant(name_variant(boundary, n_layer, head=steps.HEAD), llm, boundary, steps.HEAD)
+        if "alone" in kinds:
+            adapter = native.adapter_init(llm.model, alone[boundary])
+            label = name_variant(boundary, n_layer, fitted=True, head=steps.HEAD) + " alone"
+            yield Variant(label, llm, boundary, steps.HEAD, adapter)
         if "fitted" in kinds:
             adapter = native.adapter_init(llm.model, adapters[boundary])
             label = name_variant(boundary, n_layer, fitted=True, head=steps.HEAD)
