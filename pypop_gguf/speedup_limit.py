@@ -22,9 +22,9 @@ def speedup_limits(llm: PopLlama, boundaries: Iterable[int]) -> dict[int, float]
     def flops(boundary: int, n_tokens: int, n_outputs: int) -> float:
         return native.graph_flops(llm.ctx, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=n_outputs)
 
-    whole, last = flops(n_layer, N_TOKENS, 1), flops(n_layer, 1, 1)
+    whole, last = flops(n_layer, N_TOKENS, 1), flops(n_layer, llm.pop.tail, 1)
     return {
-        # The last token of the prompt also runs the layers above the boundary.
+        # The last tokens of the prompt, the tail, also run the layers above the boundary.
         boundary: 1.0
         if boundary == n_layer
         else whole / (flops(boundary, N_TOKENS, 0) + last * (n_layer - boundary) / n_layer)

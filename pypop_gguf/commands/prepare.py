@@ -81,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that of the next boundary below the lowest one within the budget, written if it then keeps the budget",
     )
     parser.add_argument(
+        "--tail",
+        type=int,
+        metavar="N",
+        help="last tokens of each prompt that run all layers, written as pop.tail (default: the file's, or 1)",
+    )
+    parser.add_argument(
         "--samples",
         type=int,
         default=steps.SAMPLES,
@@ -119,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         PopError: As :func:`prepare`, or a number is out of range.
     """
     check_budget(arguments.max_kl, None)
-    check_ranges(arguments, samples=1, threads=1)
+    check_ranges(arguments, samples=1, threads=1, tail=(1, steps.CONTEXT))
     if arguments.train is not None and not 0 < arguments.train <= _LONGEST_TRAINING:
         raise PopError(f"--train {arguments.train:g} is out of range: give minutes, up to {_LONGEST_TRAINING}")
     choose_kernels(arguments)
@@ -131,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_kl=arguments.max_kl,
         boundary=arguments.boundary,
         train_minutes=arguments.train,
+        tail=arguments.tail,
         n_samples=arguments.samples,
         n_threads=arguments.threads,
         n_gpu_layers=arguments.gpu_layers,
@@ -174,6 +181,7 @@ def prepare(
     max_kl: float = MAX_KL,
     boundary: int | None = None,
     train_minutes: float | None = None,
+    tail: int | None = None,
     n_samples: int = steps.SAMPLES,
     n_threads: int,
     n_gpu_layers: int,
@@ -190,6 +198,7 @@ def prepare(
         boundary: Fits this boundary, whatever it costs.
         train_minutes: Also trains an adapter for so long, with torch: that of ``boundary``, else that of the next one
             that is tried below the lowest within the budget.
+        tail: Last tokens of each prompt that run all layers; None for the number in ``source``, or 1.
         n_samples: Number of prompts to measure on.
         n_threads: Number of threads.
         n_gpu_layers: Number of layers that a GPU computes, the last ones first.
@@ -215,7 +224,7 @@ def prepare(
         stored = estimate_importance(CalibrationOptions(source, texts=text), support.n_layer, stored)
     with writing(target):
         check_free_space(target.absolute().parent, 2 * source.stat().st_size)
-        llm = steps.open_whole(source, n_threads, n_gpu_layers=n_gpu_layers)
+        llm = steps.open_whole(source, n_threads, tail or stored.tail or 1, n_gpu_layers)
         prompts, to_measure = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
         errors = steps.fit(llm, source, first_prompts(prompts, FIT_TOKENS), adapters)
@@ -239,7 +248,8 @@ def prepare(
                 f"pop-gguf prepare {shell_path(source)} with a larger --max-kl, or with --boundary {best.boundary}"
             )
         print(steps.format_errors(errors[chosen]), file=report, flush=True)
-        metadata = dataclasses.replace(stored, boundary=chosen, head=max(steps.HEAD, stored.head or 0), curve=None)
+        head = max(steps.HEAD, stored.head or 0)
+        metadata = dataclasses.replace(stored, boundary=chosen, head=head, tail=tail or stored.tail, curve=None)
         with progress(total=source.stat().st_size, description=f"writing {target.name}", unit="B") as bar:
             write_copy(source, target, metadata, bar.update_to)
         adapter = native.adapter_path(target, chosen)

@@ -50,6 +50,20 @@ def test_it_writes_a_file_and_an_adapter_that_cost_less(prepare, bundled_gguf, t
     assert f"next  pop-gguf chat {target}" in table
 
 
+def test_tail_is_measured_and_written(prepare, bundled_gguf, tmp_path, capsys):
+    costs = []
+    for options in ([], ["--tail", 24]):
+        assert prepare(bundled_gguf, "--boundary", 6, *options, "--outfile", tmp_path / "out.gguf") == 0
+        limit, plain, fitted = re.search(
+            r"\* +6 of 12 +50% +([\d.]+) +([\d.]+) +([\d.]+)", capsys.readouterr().out
+        ).groups()
+        costs.append((float(limit), float(plain), float(fitted)))
+    assert all(with_tail < without for without, with_tail in zip(*costs, strict=True))
+    metadata = read_metadata(tmp_path / "out.gguf")
+    assert metadata is not None and metadata.tail == 24
+    assert PopLlama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False).pop.tail == 24
+
+
 def test_importance_of_the_layers_is_added_where_transformers_can_unpack_the_file(prepare, bundled_gguf, tmp_path):
     target = tmp_path / "out.gguf"
     assert prepare(bundled_gguf, "--boundary", 8, "--importance", "--outfile", target) == 0
@@ -104,11 +118,12 @@ def test_bundled_prompts_hold_no_sentence_that_real_models_are_measured_on():
     [
         (["--boundary", "11"], "leaves nothing to fit: give 1 to 10"),
         (["--boundary", "0"], "leaves nothing to fit: give 1 to 10"),
+        (["--tail", "0"], "--tail 0 is out of range"),
         (["--max-kl", "-1"], "--max-kl -1 is out of range"),
         (["--text", "few.txt"], "are too few to fit and to measure on: give at least 16"),
         (["--text", "missing.txt"], "cannot read missing.txt"),
     ],
-    ids=["above", "below", "budget", "few texts", "no file"],
+    ids=["above", "below", "tail", "budget", "few texts", "no file"],
 )
 def test_bad_input_is_one_line(prepare, bundled_gguf, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
