@@ -20,6 +20,7 @@ from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.quality.results import Results, name_variant
 from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.status import PopStatus, Timings
+from tests.support.pages import cells, section
 from tests.support.paths import ROOT
 from tools import bench_network, cli_docs, memory_table, platforms
 from tools.equal_quality import BUDGETS, format_table, read_measured
@@ -89,18 +90,6 @@ def test_command_line_is_what_help_says():
 def test_table_of_platforms_is_what_its_rows_say():
     said = (ROOT / "docs" / "platforms.md").read_text()
     assert said == platforms.page(), "run `python -m tools.platforms docs/platforms.md`"
-
-
-def section(page: str, title: str) -> str:
-    """Return the text between a heading of the second level and the next one."""
-    text = (ROOT / page).read_text()
-    found = re.search(rf"^## {re.escape(title)}\n(.+?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"{page} has no section {title!r}"
-    return found[1]
-
-
-def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def test_install_section_names_demo_and_test():
@@ -181,13 +170,11 @@ def test_speeds_with_kernels_match_the_raw_runs():
 def test_speeds_of_the_peer_match_the_raw_runs():
     text = (ROOT / "bench" / "peers-epyc-2-cores.txt").read_text()
     measured = {}
-    for section in text.split("== ")[1:]:
-        model = (
-            section.splitlines()[0].replace("-Instruct", "").replace("random-model llama-3.2-1b", "Random weights, 1B")
-        )
+    for part in text.split("== ")[1:]:
+        model = part.splitlines()[0].replace("-Instruct", "").replace("random-model llama-3.2-1b", "Random weights, 1B")
         model = model.replace("random-model llama-3.1-8b", "Random weights, 8B")
         for n_prompt, engine, *speeds in re.findall(
-            r"^ *(\d+) +(\w+) +([\d.]+) +([\d.]+) +([\d.]+)", section, re.MULTILINE
+            r"^ *(\d+) +(\w+) +([\d.]+) +([\d.]+) +([\d.]+)", part, re.MULTILINE
         ):
             measured.setdefault((model, n_prompt), {})[engine] = [float(speed) for speed in speeds]
     rows = {tuple(row[:2]): row[2:7] for row in table_rows("docs/speed.md") if len(row) == 8}
