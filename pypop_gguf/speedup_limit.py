@@ -14,7 +14,7 @@ def speedup_limits(llm: PopLlama, boundaries: Iterable[int]) -> dict[int, float]
     """Returns the operations of a whole prompt of ``N_TOKENS`` over those that each boundary leaves.
 
     Args:
-        llm: A model with a context of at least ``N_TOKENS``.
+        llm: A model with a context of at least ``N_TOKENS``; its tail counts.
         boundaries: 1..L each.
     """
     n_layer = llm.pop.n_layer
@@ -22,7 +22,7 @@ def speedup_limits(llm: PopLlama, boundaries: Iterable[int]) -> dict[int, float]
     def flops(boundary: int, n_tokens: int, n_outputs: int) -> float:
         return native.graph_flops(llm.ctx, boundary=boundary, n_tokens=n_tokens, n_seqs=1, n_outputs=n_outputs)
 
-    whole, last = flops(n_layer, N_TOKENS, 1), flops(n_layer, llm.pop.tail, 1)
+    whole, last = flops(n_layer, N_TOKENS, 1), flops(n_layer, min(llm.pop.tail, N_TOKENS), 1)
     return {
         # The last tokens of the prompt, the tail, also run the layers above the boundary.
         boundary: 1.0

@@ -57,8 +57,9 @@ def main() -> int:
     meter = Meter(llm, adapters)
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     rows = [json.loads(line) for line in lines]
-    if any(set(row["costs"]) != set(map(str, arguments.boundary)) for row in rows):
-        raise PopError(f"{arguments.out} has figures of other boundaries: give another --out")
+    asked = set(map(str, arguments.boundary)), arguments.tail
+    if any((set(row["costs"]), row.get("tail", 1)) != asked for row in rows):
+        raise PopError(f"{arguments.out} has figures of other boundaries, or of another tail: give another --out")
     done = {(row["kind"], row["number"]) for row in rows}
     prompts = list(make_prompts(arguments.data, arguments.prompts))
     with (
@@ -69,7 +70,7 @@ def main() -> int:
             if (kind, number) not in done:
                 tokens = encode_chat(llm, [{"role": "user", "content": text}], steps.CONTEXT)
                 costs = meter.measure(tokens, steps.ANSWER)
-                row = {"kind": kind, "number": number, "prompt_tokens": len(tokens)}
+                row = {"kind": kind, "number": number, "prompt_tokens": len(tokens), "tail": arguments.tail}
                 row["costs"] = {boundary: dataclasses.asdict(cost) for boundary, cost in costs.items()}
                 rows.append(json.loads(json.dumps(row)))
                 print(json.dumps(row), file=out, flush=True)

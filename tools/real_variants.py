@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from pypop_gguf import PopLlama, native
 from pypop_gguf.errors import PopError
-from pypop_gguf.fitting import engine_fit, steps
+from pypop_gguf.fitting import steps
 from pypop_gguf.fitting.texts import WRITTEN_TOKENS, read_prompts
 from pypop_gguf.quality.results import WHOLE, name_variant
 from pypop_gguf.quality.tasks import Item, Question
@@ -94,8 +93,7 @@ def open_variants(
         _fit(source, adapters, n_threads)
     alone = {boundary: path.with_suffix(".alone.gguf") for boundary, path in adapters.items()}
     if "alone" in kinds:
-        with mock.patch.object(engine_fit, "_MOST", 0):  # There is room for no further input then.
-            _fit(source, alone, n_threads)
+        _fit(source, alone, n_threads, further=False)
     trained = {boundary: path.with_suffix(".trained.gguf") for boundary, path in adapters.items()}
     if "trained" in kinds:
         _train(source, adapters, trained, n_threads)
@@ -135,12 +133,12 @@ def open_variants(
             yield Variant(f"{kind} {n_removed}", rival, n_layer - n_removed)
 
 
-def _fit(source: Path, adapters: dict[int, Path], n_threads: int) -> None:
+def _fit(source: Path, adapters: dict[int, Path], n_threads: int, further: bool = True) -> None:
     """Writes the adapters that are missing."""
     missing = {boundary: path.with_suffix(".part") for boundary, path in adapters.items() if not path.exists()}
     if missing:
         llm = steps.open_whole(source, n_threads)
-        steps.fit(llm, source, read_prompts(llm, None, steps.CONTEXT)[0], missing)
+        steps.fit(llm, source, read_prompts(llm, None, steps.CONTEXT)[0], missing, further)
         llm.close()
         for boundary, part in missing.items():
             part.replace(adapters[boundary])

@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def control_runs(self) -> int:
-        """Rounds of two baseline processes. A single round tells nothing of the spread, so it has none."""
+        """Rounds of two baseline processes: 0 beside a single round, which tells nothing of the spread."""
         return self.runs if self.runs > 1 else 0
 
     @property
@@ -109,6 +109,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         runs=_LEAST_ROUNDS if arguments.advise else 1,
         parallel=(1, min(_MAX_SEQUENCES, arguments.ubatch)),
     )
+    if arguments.cache_type != "F16" and arguments.flash_attn == "off":
+        raise PopError(f"--cache-type {arguments.cache_type} needs flash attention: leave --flash-attn off out")
     if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
         raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it; give a directory that has one")
     return Plan(

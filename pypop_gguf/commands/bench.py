@@ -27,9 +27,9 @@ PROMPTS, ADVISED_PROMPT = [32, 128, 512, 2048], 512  # tokens
 DESCRIPTION = """\
 Measures the time to the first token and the time per generated token, with POP and without. In each case, two stock
 processes first run against each other. Then stock llama.cpp, POP at each boundary, and POP off take turns. With --runs
-1, there is no run but one turn of each. Every run is appended to the CSV file at once, and Ctrl-C prints the tables of
-what was measured so far. With --advise, it searches the settings that read a prompt fastest on this machine instead,
-and its last line has their arguments."""
+1, these turns are all: the two stock processes are not compared first. Every run is appended to the CSV file at once,
+and Ctrl-C prints the tables of what was measured so far. With --advise, it searches the settings that read a prompt
+fastest on this machine instead, and its last line has their arguments."""
 
 EPILOG = """\
 Prompts are random tokens, the same for every engine. `pop-gguf random-model` writes a model to measure on without a

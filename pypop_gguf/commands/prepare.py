@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tail",
         type=int,
         metavar="N",
-        help="last tokens of each prompt that run all layers, written as pop.tail (default: the file's, or 1)",
+        help="last tokens of each prompt that run all layers, written as pop.tail; give --text with prompts that are "
+        "much longer, or the costs are those of short prompts (default: the file's, or 1)",
     )
     parser.add_argument(
         "--samples",
@@ -224,7 +225,7 @@ def prepare(
         stored = estimate_importance(CalibrationOptions(source, texts=text), support.n_layer, stored)
     with writing(target):
         check_free_space(target.absolute().parent, 2 * source.stat().st_size)
-        llm = steps.open_whole(source, n_threads, tail or stored.tail or 1, n_gpu_layers)
+        llm = steps.open_whole(source, n_threads, min(tail or stored.tail or 1, steps.CONTEXT), n_gpu_layers)
         prompts, to_measure = read_prompts(llm, text, steps.CONTEXT, WRITTEN_TOKENS)
         adapters = {boundary: part_path(target, f"b{boundary}") for boundary in boundaries}
         errors = steps.fit(llm, source, first_prompts(prompts, FIT_TOKENS), adapters)

@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         interrupted = True
     qualities = summarize(scores)
-    limits = _count_limits(arguments.model, [quality.boundary for quality in qualities])
+    limits = _count_limits(arguments.model, [quality.boundary for quality in qualities], llm.pop.tail)
     choice = choose_by_curve(
         n_layer,
         {quality.boundary: (quality.kl.value, quality.loss_increase.value) for quality in qualities},
@@ -150,9 +150,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _count_limits(model: Path, boundaries: list[int]) -> dict[int, float]:
+def _count_limits(model: Path, boundaries: list[int], tail: int) -> dict[int, float]:
     """Returns the limit of the speed-up at each boundary, for a prompt of one micro-batch."""
-    sized = PopLlama(str(model), pop=False, n_ctx=N_TOKENS, n_batch=N_TOKENS, verbose=False)
+    tail = min(tail, N_TOKENS)
+    sized = PopLlama(str(model), pop=False, pop_tail=tail, n_ctx=N_TOKENS, n_batch=N_TOKENS, verbose=False)
     limits = speedup_limits(sized, boundaries)
     sized.close()
     return limits

@@ -207,6 +207,8 @@ def test_one_round_has_one_run_of_each_engine_and_names_the_type_of_the_cache(ti
     assert [(run.phase, run.engine) for run in runs] == [("main", "off"), ("main", "pop"), ("main", "pop-off")]
     assert all("cache in Q8_0" in run.setting.version for run in runs)
     assert "cache in Q8_0" in capsys.readouterr().out
+    assert main([*command, "--flash-attn", "off"]) == 1
+    assert "--cache-type Q8_0 needs flash attention" in capsys.readouterr().err
 
 
 def test_interrupted_bench_keeps_its_rows_and_prints_what_it_has(tiny, tmp_path):

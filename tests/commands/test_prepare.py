@@ -51,17 +51,19 @@ def test_it_writes_a_file_and_an_adapter_that_cost_less(prepare, bundled_gguf, t
 
 
 def test_tail_is_measured_and_written(prepare, bundled_gguf, tmp_path, capsys):
-    costs = []
-    for options in ([], ["--tail", 24]):
-        assert prepare(bundled_gguf, "--boundary", 6, *options, "--outfile", tmp_path / "out.gguf") == 0
-        limit, plain, fitted = re.search(
-            r"\* +6 of 12 +50% +([\d.]+) +([\d.]+) +([\d.]+)", capsys.readouterr().out
-        ).groups()
-        costs.append((float(limit), float(plain), float(fitted)))
-    assert all(with_tail < without for without, with_tail in zip(*costs, strict=True))
+    def costs(source, *options) -> list[float]:
+        assert prepare(source, "--boundary", 6, *options, "--outfile", tmp_path / "out.gguf") == 0
+        row = re.search(r"\* +6 of 12 +50% +([\d.]+) +([\d.]+) +([\d.]+)", capsys.readouterr().out)
+        return [float(value) for value in row.groups()]
+
+    without, with_tail = costs(bundled_gguf), costs(bundled_gguf, "--tail", 24)
+    assert all(0 < some < more for some, more in zip(with_tail, without, strict=True))
     metadata = read_metadata(tmp_path / "out.gguf")
     assert metadata is not None and metadata.tail == 24
     assert PopLlama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False).pop.tail == 24
+    assert costs(tmp_path / "out.gguf") == with_tail  # The tail of the file counts where none is given.
+    # A tail that is longer than all prompts leaves nothing to prune.
+    assert costs(bundled_gguf, "--tail", 600)[1:] == [0, 0]
 
 
 def test_importance_of_the_layers_is_added_where_transformers_can_unpack_the_file(prepare, bundled_gguf, tmp_path):
