@@ -93,7 +93,7 @@ def open_variants(
         _fit(source, adapters, n_threads)
     alone = {boundary: path.with_suffix(".alone.gguf") for boundary, path in adapters.items()}
     if "alone" in kinds:
-        _fit(source, alone, n_threads, further=False)
+        _fit(source, alone, n_threads, further_inputs=False)
     trained = {boundary: path.with_suffix(".trained.gguf") for boundary, path in adapters.items()}
     if "trained" in kinds:
         _train(source, adapters, trained, n_threads)
@@ -133,12 +133,12 @@ def open_variants(
             yield Variant(f"{kind} {n_removed}", rival, n_layer - n_removed)
 
 
-def _fit(source: Path, adapters: dict[int, Path], n_threads: int, further: bool = True) -> None:
+def _fit(source: Path, adapters: dict[int, Path], n_threads: int, further_inputs: bool = True) -> None:
     """Writes the adapters that are missing."""
     missing = {boundary: path.with_suffix(".part") for boundary, path in adapters.items() if not path.exists()}
     if missing:
         llm = steps.open_whole(source, n_threads)
-        steps.fit(llm, source, read_prompts(llm, None, steps.CONTEXT)[0], missing, further)
+        steps.fit(llm, source, read_prompts(llm, None, steps.CONTEXT)[0], missing, further_inputs)
         llm.close()
         for boundary, part in missing.items():
             part.replace(adapters[boundary])

@@ -51,7 +51,7 @@ class BoundarySums:
         needs_pruned_pass: Whether a base is taken from a pruned pass.
     """
 
-    def __init__(self, boundary: int, products: Products, text: Sequence[int], further: bool = True) -> None:
+    def __init__(self, boundary: int, products: Products, text: Sequence[int], further_inputs: bool = True) -> None:
         self.boundary = boundary
         products.evaluate(text, products.n_layer)
         # A weight that a whole pass uses twice has two outputs, and one replacement cannot give both.
@@ -63,7 +63,7 @@ class BoundarySums:
         self.further: dict[str, int] = {}
         self.bottlenecks: dict[str, np.ndarray] = {}
         self.is_wide = False
-        if further and self._whole_base is not None:
+        if further_inputs and self._whole_base is not None:
             self._choose_further(products, text, self._whole_base)
         products.evaluate(text, boundary)
         self.relations: dict[str, tuple[str, Relation]] = {}
@@ -187,7 +187,7 @@ def collect(
     texts: Sequence[Sequence[int]],
     boundaries: Sequence[int],
     progress: Callable[[int, int], object] = lambda done, total: None,
-    further: bool = True,
+    further_inputs: bool = True,
 ) -> list[BoundarySums]:
     """Sums what the regression needs, for several boundaries at once.
 
@@ -196,7 +196,7 @@ def collect(
         texts: Token ids of at least eight texts; longer ones are cut to the context.
         boundaries: 1..L-1 each.
         progress: Called with the tokens that are read and those in all.
-        further: Whether the fit also reads states below the boundary.
+        further_inputs: Whether the fit also reads states below the boundary.
 
     Raises:
         PopError: There are too few texts, or the model cannot be pruned at a boundary.
@@ -210,7 +210,7 @@ def collect(
     del texts[_HELD_OUT - 1 :: _HELD_OUT]
     with observing(llm, min(boundaries)) as products:
         longest = max(texts[:_HELD_OUT], key=len)
-        sums = [BoundarySums(boundary, products, longest, further) for boundary in boundaries]
+        sums = [BoundarySums(boundary, products, longest, further_inputs) for boundary in boundaries]
         for i, text in enumerate([*texts, *held_out]):
             for one in sums:
                 if i == len(texts) or (one.is_wide and done >= _TO_NARROW):

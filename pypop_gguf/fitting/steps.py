@@ -99,7 +99,7 @@ def fit(
     source: Path,
     prompts: Sequence[Sequence[int]],
     adapters: Mapping[int, Path],
-    further: bool = True,
+    further_inputs: bool = True,
 ) -> dict[int, dict[str, FitError]]:
     """Fits keys and values at several boundaries and writes an adapter for each.
 
@@ -108,7 +108,7 @@ def fit(
         source: Its file.
         prompts: Token ids of the prompts to fit on.
         adapters: The file to write for each boundary.
-        further: Whether the fit also reads states below the boundary.
+        further_inputs: Whether the fit also reads states below the boundary.
 
     Returns:
         The error of each weight at each boundary.
@@ -117,7 +117,7 @@ def fit(
         PopError: There are too few prompts, the model holds values that are not finite, or a file cannot be written.
     """
     with progress(total=sum(map(len, prompts)), description="reading prompts to fit on", unit="tokens") as bar:
-        sums = collect(llm, prompts, list(adapters), bar.update_to, further)
+        sums = collect(llm, prompts, list(adapters), bar.update_to, further_inputs)
     weights = read_matrices(source, {name for one in sums for name in one.relations})
     architecture = llm.metadata["general.architecture"]
     fingerprint = f"{native.fingerprint(llm.model):016x}"

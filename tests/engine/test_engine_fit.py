@@ -258,6 +258,14 @@ def test_weight_that_a_whole_pass_uses_twice_is_not_fitted(shared_cache_models):
     assert not any("altup_router" in name for name in sums.relations)
 
 
+def test_fit_without_further_inputs_reads_the_state_at_the_boundary_alone(reference_models):
+    llm = PopLlama(str(reference_models["llama"].gguf), pop=False, **EXACT)
+    texts = make_texts(reference_models["llama"], 8)
+    [with_further], [alone] = (engine_fit.collect(llm, texts, [B], further_inputs=x) for x in (True, False))
+    assert with_further.further and with_further.bottlenecks
+    assert not alone.further and not alone.bottlenecks and alone.relations.keys() == with_further.relations.keys()
+
+
 def test_fit_is_accurate_far_from_zero():
     chance = np.random.default_rng(0)
     weight = chance.standard_normal((3, 8), dtype=np.float32)
