@@ -30,7 +30,7 @@ def plot_kl(rows: list[Row], layers: dict[str, int], path: Path) -> None:
     """Draws the KL divergence over the share of skipped layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
     for colour, (model, n_layer) in zip(_COLOURS, layers.items()):
         for kind, style in _STYLES.items():

@@ -23,7 +23,7 @@ METRICS = {
 LABELS = {
     "plain": "plain",
     "head": "plain, first token whole",
-    "alone": "fitted to the state at the boundary",
+    "alone": "fitted to one state",
     "fitted": "fitted",
     "trained": "trained",
     "completed": "fitted, completed",

@@ -48,3 +48,20 @@ def test_costs_of_two_boundaries_match_the_raw_figures():
         for kind, value in zip(KL_KINDS, values, strict=True):
             found = [kl for (task, _), kl in of_case.items() if task.startswith(f"kl-{kind}")]
             assert f"{statistics.mean(found):.3f}" == value, (name, variant, kind)
+
+
+def test_costs_of_all_ideas_match_the_raw_figures():
+    rows = read_jsonl(ROOT / "bench" / "real" / "ideas.jsonl")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    tasks = (("kl-", "kl", 1, ".3f"), ("recall", "exact_match", 100, ".0f"), ("hotpotqa", "f1", 100, ".0f"))
+    text = section("docs/fitting-experiments.md", "All ideas at half of the layers")
+    shown = [cells(row) for row in re.findall(r"^\| .+\|$", text, re.MULTILINE)][1:]
+    assert len(models) == 3 and sorted(row[0] for row in shown) == sorted({row["variant"] for row in rows})
+    for variant, _, *values in shown:
+        expected = []
+        for model in models:
+            mine = [row for row in rows if (row["model"], row["variant"]) == (model, variant)]
+            for task, figure, scale, form in tasks:
+                found = [row[figure] for row in mine if row["task"].startswith(task)]
+                expected.append(format(scale * statistics.mean(found), form) if found else "N/A")
+        assert values == expected, variant
