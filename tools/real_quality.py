@@ -58,7 +58,7 @@ def main() -> int:
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     rows = [json.loads(line) for line in lines]
     asked = set(map(str, arguments.boundary)), arguments.tail
-    if any((set(row["costs"]), row.get("tail", 1)) != asked for row in rows):
+    if any((set(row["costs"]), row.get("tail")) != asked for row in rows):
         raise PopError(f"{arguments.out} has figures of other boundaries, or of another tail: give another --out")
     done = {(row["kind"], row["number"]) for row in rows}
     prompts = list(make_prompts(arguments.data, arguments.prompts))

@@ -110,7 +110,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         parallel=(1, min(_MAX_SEQUENCES, arguments.ubatch)),
     )
     if arguments.cache_type != "F16" and arguments.flash_attn == "off":
-        raise PopError(f"--cache-type {arguments.cache_type} needs flash attention: leave --flash-attn off out")
+        raise PopError(f"--cache-type {arguments.cache_type} needs flash attention: remove --flash-attn off")
     if arguments.stock and not (arguments.stock / "llama_cpp" / "__init__.py").is_file():
         raise PopError(f"--stock {arguments.stock}: no llama_cpp package in it; give a directory that has one")
     return Plan(

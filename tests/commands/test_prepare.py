@@ -63,7 +63,8 @@ def test_tail_is_measured_and_written(prepare, bundled_gguf, tmp_path, capsys):
     assert PopLlama(str(tmp_path / "out.gguf"), n_ctx=256, verbose=False).pop.tail == 24
     assert costs(tmp_path / "out.gguf") == with_tail  # The tail of the file counts where none is given.
     # A tail that is longer than all prompts leaves nothing to prune.
-    assert costs(bundled_gguf, "--tail", 600)[1:] == [0, 0]
+    limit, *without_pruning = costs(bundled_gguf, "--tail", 600)
+    assert 0.9 < limit <= 1 and without_pruning == [0, 0]
 
 
 def test_importance_of_the_layers_is_added_where_transformers_can_unpack_the_file(prepare, bundled_gguf, tmp_path):

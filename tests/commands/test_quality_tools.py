@@ -189,12 +189,11 @@ def test_tune_writes_boundary_and_curve_and_draws_them(bundled_gguf, texts, tmp_
         str(texts),
         "--max-kl",
         "0.1",
-        "--tail",
-        "2",
         "--boundary",
         "4,8,11",
+        "--tail",
     ]
-    assert main([*command, "--outfile", str(tmp_path / "tuned.gguf"), "--plot", str(tmp_path / "curve.png")]) == 0
+    assert main([*command, "2", "--outfile", str(tmp_path / "tuned.gguf"), "--plot", str(tmp_path / "curve.png")]) == 0
     assert bundled_gguf.read_bytes() == before
     stored = read_metadata(tmp_path / "tuned.gguf")
     assert stored.curve.boundary == [11, 8, 4] and stored.tail == 2 and stored.head is None
@@ -205,6 +204,9 @@ def test_tune_writes_boundary_and_curve_and_draws_them(bundled_gguf, texts, tmp_
         ).boundary
     )
     assert stored.curve.speedup == sorted(stored.curve.speedup) and stored.curve.speedup[0] > 1
+    assert main([*command, "64", "--outfile", str(tmp_path / "tail.gguf")]) == 0
+    with_tail = read_metadata(tmp_path / "tail.gguf").curve.speedup
+    assert all(less < more for less, more in zip(with_tail, stored.curve.speedup, strict=True))
     assert (stored.curve.samples, stored.curve.source) == (3, "stories.jsonl")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     llm = PopLlama(str(tmp_path / "tuned.gguf"), verbose=False)

@@ -5,6 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
+from pypop_gguf.bench.runs import read_csv
 from tests.support.pages import cells, section
 from tests.support.paths import ROOT
 
@@ -53,15 +54,33 @@ def test_costs_of_two_boundaries_match_the_raw_figures():
 def test_costs_of_all_ideas_match_the_raw_figures():
     rows = read_jsonl(ROOT / "bench" / "real" / "ideas.jsonl")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    tasks = (("kl-", "kl", 1, ".3f"), ("recall", "exact_match", 100, ".0f"), ("hotpotqa", "f1", 100, ".0f"))
+    sizes = {"kl-": (40, 40, 24), "recall": (12, 12, 10), "hotpotqa": (12, 12, 10)}
+    forms = {"kl-": ("kl", 1, ".3f"), "recall": ("exact_match", 100, ".0f"), "hotpotqa": ("f1", 100, ".0f")}
     text = section("docs/fitting-experiments.md", "All ideas at half of the layers")
-    shown = [cells(row) for row in re.findall(r"^\| .+\|$", text, re.MULTILINE)][1:]
-    assert len(models) == 3 and sorted(row[0] for row in shown) == sorted({row["variant"] for row in rows})
+    heading, *shown = [cells(row) for row in re.findall(r"^\| .+\|$", text, re.MULTILINE)]
+    assert all(model.startswith(name.split(":")[0]) for model, name in zip(models, heading[2::3], strict=True))
+    assert sorted(row[0] for row in shown) == sorted({row["variant"] for row in rows})
     for variant, _, *values in shown:
         expected = []
-        for model in models:
+        for number, model in enumerate(models):
             mine = [row for row in rows if (row["model"], row["variant"]) == (model, variant)]
-            for task, figure, scale, form in tasks:
-                found = [row[figure] for row in mine if row["task"].startswith(task)]
-                expected.append(format(scale * statistics.mean(found), form) if found else "N/A")
+            assert mine or (number == 2 and variant.startswith("queries")), (variant, model)
+            for task, (figure, scale, form) in forms.items():
+                found = {row["item"]: row[figure] for row in mine if row["task"].startswith(task)}
+                assert len(found) == (sizes[task][number] if mine else 0), (variant, model, task)
+                expected.append(format(scale * statistics.mean(found.values()), form) if found else "N/A")
         assert values == expected, variant
+
+
+def test_times_with_a_longer_tail_match_the_raw_runs():
+    runs = [
+        run for run in read_csv(ROOT / "bench" / "tail-epyc-2-cores.csv") if (run.phase, run.engine) == ("main", "pop")
+    ]
+    text = section("docs/fitting-experiments.md", "A longer tail")
+    shown = [cells(row) for row in re.findall(r"^\| \d.+\|$", text, re.MULTILINE)]
+    assert len(shown) == 3
+    for skipped, tail, *times in shown:
+        boundary = 24 - int(skipped.split()[0])
+        mine = [run for run in runs if run.boundary == boundary and run.setting.model.endswith(f" tail {tail}")]
+        medians = [statistics.median(run.ttft_ms for run in mine if run.n_prompt == n) for n in (128, 512, 2048)]
+        assert times == [f"{median:.0f} ms" for median in medians]
