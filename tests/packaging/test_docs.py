@@ -212,8 +212,9 @@ def exact_rows(path: Path) -> list[list[str]]:
             limit = 1 / flops[setting.model, case.n_prompt]
             skipped = f"{setting.n_layer - case.boundary} of {setting.n_layer}"
             times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
-            reached = f"{case.speedup.value / case.off_before.value / limit:.0%}"
-            ratios = [speedup_and_limit(case)[0], f"{case.off_before.value:.2f}", f"{limit:.2f}", reached]
+            off = case.off_before or case.off_after  # A single round has no runs before the first pruned pass.
+            reached = f"{case.speedup.value / off.value / limit:.0%}"
+            ratios = [speedup_and_limit(case)[0], f"{off.value:.2f}", f"{limit:.2f}", reached]
             rows.append([names[setting.model], str(case.n_prompt), skipped, *times, *ratios])
     return rows
 
