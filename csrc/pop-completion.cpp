@@ -5,6 +5,7 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 #include "pop-memory.h"
+#include "pop-model.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -25,7 +26,7 @@ pop_completion::pop_completion(llama_memory_i &           memory,
     const int64_t n_cells = (int64_t) kv.get_size() * kv.get_n_stream();
 
     marks.resize(n_cells);
-    states = ggml_new_tensor_2d(ctx.get(), type, model.hparams.n_embd, n_cells);
+    states = ggml_new_tensor_2d(ctx.get(), type, pop_state_size(model.arch, model.hparams), n_cells);
     ggml_set_name(states, "pop_completion");
     buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
     if (!buf) {

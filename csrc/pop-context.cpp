@@ -322,11 +322,12 @@ void llama_context::pop_reserve_states(uint32_t boundary) {
     if (pop.states) {
         return;
     }
-    auto *        buft   = ggml_backend_dev_buffer_type(model.dev_layer(boundary));
-    const int64_t n_rows = std::max(cparams.n_ubatch, cparams.n_seq_max); // at least one token of each sequence
+    auto *        buft     = ggml_backend_dev_buffer_type(model.dev_layer(boundary));
+    const int64_t n_values = pop_state_size(model.arch, model.hparams);
+    const int64_t n_rows   = std::max(cparams.n_ubatch, cparams.n_seq_max); // at least one token of each sequence
 
     pop.ctx_states.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-    auto * states = ggml_new_tensor_2d(pop.ctx_states.get(), GGML_TYPE_F32, model.hparams.n_embd, n_rows);
+    auto * states = ggml_new_tensor_2d(pop.ctx_states.get(), GGML_TYPE_F32, n_values, n_rows);
     ggml_set_name(states, "pop_states");
     pop.buf_states.reset(ggml_backend_alloc_ctx_tensors_from_buft(pop.ctx_states.get(), buft));
     if (!pop.buf_states) {

@@ -42,7 +42,7 @@ struct pop_context : pop_settings {
     // The states at the boundary of one micro-batch's tokens that are run whole.
     ggml_context_ptr        ctx_states;
     ggml_backend_buffer_ptr buf_states;
-    ggml_tensor *           states = nullptr; // F32 [n_embd, n_ubatch]
+    ggml_tensor *           states = nullptr; // F32 [pop_state_size(), n_ubatch or more]
 
     // The states that pruned tokens are completed from later; nullptr where completion is off.
     std::unique_ptr<pop_completion> completion;

@@ -1,6 +1,7 @@
 #include "pop-graph.h"
 #include "pop-adapter.h"
 #include "pop-graph-inputs.h"
+#include "pop-model.h"
 #include "pop-tensor-set.h"
 
 #include "llama-adapter.h"
@@ -227,10 +228,29 @@ struct rewrite {
         return std::any_of(tensors.begin(), tensors.end(), [&](const ggml_tensor * t) { return weight_layer(t) >= b; });
     }
 
-    // Returns whether x holds one state for each token, laid out as the kept states are.
-    bool is_rows(const ggml_tensor * x) const {
-        return x->type == GGML_TYPE_F32 && ggml_is_matrix(x) && ggml_is_contiguous(x) && x->ne[1] == n_tokens &&
-               x->ne[0] == params.hparams.n_embd;
+    // Returns whether x holds the state of each token in the layout that the kept states can be made from. A state has
+    // one vector of n_embd values, or several: then x is [n_embd, n_tokens, n_streams].
+    bool can_keep(const ggml_tensor * x) const {
+        return x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && x->ne[3] == 1 && x->ne[1] == n_tokens &&
+               x->ne[0] * x->ne[2] == pop_state_size(params.arch, params.hparams);
+    }
+
+    // The states of x as rows, one for each token, which is how they are kept.
+    ggml_tensor * to_rows(ggml_tensor * x) const {
+        if (ggml_is_matrix(x)) {
+            return x;
+        }
+        ggml_tensor * by_token = ggml_cont(res.get_ctx(), ggml_permute(res.get_ctx(), x, 0, 2, 1, 3));
+        return ggml_reshape_2d(res.get_ctx(), by_token, x->ne[0] * x->ne[2], n_tokens);
+    }
+
+    // Kept states in the layout of x, which they replace.
+    ggml_tensor * from_rows(ggml_tensor * rows, const ggml_tensor * x) const {
+        if (ggml_is_matrix(x)) {
+            return rows;
+        }
+        ggml_tensor * by_token = ggml_reshape_3d(res.get_ctx(), rows, x->ne[0], x->ne[2], n_tokens);
+        return ggml_cont(res.get_ctx(), ggml_permute(res.get_ctx(), by_token, 0, 2, 1, 3));
     }
 
     // An input of a type that the operation on it takes. It is added to the graph only if the plan succeeds, because
@@ -254,7 +274,7 @@ struct rewrite {
     bool plan_pruned() {
         const auto    x   = layer_inputs();
         ggml_tensor * x_b = x[b];
-        if (!x_b || (pop.n_rows > 0 && !is_rows(x_b))) {
+        if (!x_b || (pop.n_rows > 0 && !can_keep(x_b))) {
             return false;
         }
         for (uint32_t il = b + 1; il < n_layer; ++il) {
@@ -294,8 +314,9 @@ struct rewrite {
         }
 
         if (pop.n_rows > 0) {
-            ggml_tensor * ids = new_ids<kept_rows>(GGML_TYPE_I32, pop.n_rows);
-            keep_rows         = ggml_cpy(res.get_ctx(), ggml_get_rows(res.get_ctx(), x_b, ids), states(0, pop.n_rows));
+            ggml_tensor * ids  = new_ids<kept_rows>(GGML_TYPE_I32, pop.n_rows);
+            ggml_tensor * rows = ggml_get_rows(res.get_ctx(), to_rows(x_b), ids);
+            keep_rows          = ggml_cpy(res.get_ctx(), rows, states(0, pop.n_rows));
             reach(x_b, kept);
         }
         return true;
@@ -304,7 +325,7 @@ struct rewrite {
     // Lets the graph write the states of all tokens at a boundary to the rows that completion has for them.
     bool plan_keep() {
         keep_from = layer_inputs()[pop.keeps];
-        if (!keep_from || !is_rows(keep_from)) {
+        if (!keep_from || !can_keep(keep_from)) {
             return false;
         }
         if (pop.part == POP_WHOLE) {
@@ -321,7 +342,7 @@ struct rewrite {
     // them. The only results of a chunk without outputs are its writes to memory.
     bool plan_continued() {
         ggml_tensor * x_b = layer_inputs()[b];
-        if (!x_b || !is_rows(x_b)) {
+        if (!x_b || !can_keep(x_b)) {
             return false;
         }
         pop_tensor_set above; // nodes that follow from x_b
@@ -335,7 +356,7 @@ struct rewrite {
             }
         }
 
-        replace(x_b, pop.completion ? completion_states() : states(pop.first_state, n_tokens));
+        replace(x_b, from_rows(pop.completion ? completion_states() : states(pop.first_state, n_tokens), x_b));
         for (ggml_tensor * node : nodes) {
             const bool result = only_writes() ? is_in_place(node) && node->view_src->buffer : read.count(node) == 0;
             if (above.count(node) && result && (node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
@@ -383,7 +404,7 @@ struct rewrite {
             }
         }
 
-        ggml_tensor * keep_all = keep_from ? ggml_set_rows(res.get_ctx(), pop.completion, keep_from,
+        ggml_tensor * keep_all = keep_from ? ggml_set_rows(res.get_ctx(), pop.completion, to_rows(keep_from),
                                                            new_ids<completion_rows>(GGML_TYPE_I64, n_tokens))
                                            : nullptr;
         for (size_t i = 0; i < inputs.size(); ++i) {

@@ -14,6 +14,10 @@ int32_t pop_n_layer(const llama_model & model) {
     return (int32_t) model.hparams.n_layer();
 }
 
+int64_t pop_state_size(llm_arch arch, const llama_hparams & hparams) {
+    return (int64_t) hparams.n_embd * (arch == LLM_ARCH_GEMMA3N ? hparams.n_altup : 1);
+}
+
 static bool writes_memory(const llama_model & model, int32_t il) {
     const auto & hparams = model.hparams;
 

@@ -3,15 +3,21 @@
 
 #pragma once
 
+#include "llama-arch.h"
+
 #include <cstdint>
 #include <string>
 
+struct llama_hparams;
 struct llama_model;
 struct llama_pop_choice;
 struct llama_pop_request;
 
 // Returns the number of layers without those for multi-token prediction, L.
 int32_t pop_n_layer(const llama_model & model);
+
+// Returns how many values the layers of such a model pass on for each token: n_embd, or more with several streams.
+int64_t pop_state_size(llm_arch arch, const llama_hparams & hparams);
 
 // Returns the index of the last layer that writes to the cache or to a recurrent state.
 int32_t pop_lossless_boundary(const llama_model & model);

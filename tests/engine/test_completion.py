@@ -74,14 +74,14 @@ def noise(model, **parameters) -> float:
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 64])
-@pytest.mark.parametrize("name", [*COMPLETED, "gemma4"])
+@pytest.mark.parametrize("name", [*COMPLETED, "gemma3n", "gemma4"])
 def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_models, shared_cache_models, name, chunk):
     model = {**reference_models, **shared_cache_models}[name]
     tokens = model.tokens(N_PROMPT + N_GENERATED)
     n_ubatch = max(16, chunk)
     # ggml looks up Gemma's activation function in a table of F16, so a difference in the last bit can grow.
     tolerance = max(4 * noise(model), TOLERANCE)
-    assert tolerance < (3e-7 if name == "gemma4" else 1e-8)
+    assert tolerance < {"gemma3n": 2e-6, "gemma4": 3e-7}.get(name, 1e-8)
     with whole_engine(model, n_ubatch=n_ubatch) as whole:
         generate(whole, tokens)
         state, expected = whole.state(), next_logits(whole, len(tokens))
@@ -278,17 +278,6 @@ def test_completion_is_turned_on_before_the_first_token(reference_models):
         assert n_incomplete(late) == 0
         with pytest.raises(PopError, match=r"^completion is off"):
             complete(late)
-
-
-def test_gemma3n_is_completed_only_where_nothing_is_lost(shared_cache_models):
-    model = shared_cache_models["gemma3n"]
-    with engine(model, 5) as below:
-        assert not native.completes(below.context)
-        below.prefill(model.tokens(40))
-        assert (n_incomplete(below), native.n_lost(below.context)) == (0, 40)
-        assert complete(below) == 0
-        native.set_boundary(below.context, native.lossless_boundary(below.model))
-        assert native.completes(below.context)
 
 
 def test_what_has_left_a_sliding_window_is_lost(reference_models):

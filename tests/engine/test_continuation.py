@@ -48,10 +48,10 @@ def test_the_layers_below_the_boundary_are_read_once(reference_models, continues
     assert counter.passes == [1 if continues else 2] * BOUNDARY + [1] * 3
 
 
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("name", [*CONTINUED, "gemma3n", "gemma4"])
 @pytest.mark.parametrize("flash_attention", [False, True])
-def test_continued_equals_repeated(reference_models, name, flash_attention):
-    model = reference_models[name]
+def test_continued_equals_repeated(reference_models, shared_cache_models, name, flash_attention):
+    model = {**reference_models, **shared_cache_models}[name]
     options = dict(flash_attn_type=int(flash_attention))
     for count in (2, 17, 40):
         tokens = model.tokens(count, seed=count)
@@ -61,9 +61,11 @@ def test_continued_equals_repeated(reference_models, name, flash_attention):
                 assert native.continues(each.context) == continues
                 rows.append([each.prefill(tokens), *(each.step(7, count + i) for i in range(3))])
                 assert each.n_pruned == count - 1
-        # Flash attention rounds to F16, differently for one query and for many. So does the table of Gemma's GELU.
-        rounded = flash_attention or name == "gemma3"
-        assert squared_error(*map(np.array, rows)) <= (1e-6 if rounded else TOLERANCE)
+        # Flash attention rounds to F16, differently for one query and for many. So does the table of Gemma's GELU. The
+        # 30 layers of this random Gemma 3n amplify both.
+        rounded = flash_attention or name.startswith("gemma")
+        tolerance = 1e-4 if flash_attention and name == "gemma3n" else 1e-6 if rounded else TOLERANCE
+        assert squared_error(*map(np.array, rows)) <= tolerance
 
 
 @pytest.mark.parametrize("unified", [True, False])

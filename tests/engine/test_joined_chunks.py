@@ -70,14 +70,15 @@ def assert_as_one_after_the_other(model, boundary, tolerance=TOLERANCE, **parame
         assert left == left_expected
 
 
-@pytest.mark.parametrize("name", [*COMPLETED, "gemma4"])
+@pytest.mark.parametrize("name", [*COMPLETED, "gemma3n", "gemma4"])
 def test_a_token_that_joins_a_chunk_gets_the_logits_that_it_gets_behind_the_chunk(
     reference_models, shared_cache_models, name
 ):
     model = {**reference_models, **shared_cache_models}[name]
     with whole_engine(model) as whole:
         last = min(native.lossless_boundary(whole.model), native.n_layer(whole.model) - 1)
-    tolerance = 1e-7 if name.startswith("gemma") else TOLERANCE  # ggml reads their activation function from a table
+    # ggml reads Gemma's activation function from a table, and the 30 layers of this Gemma 3n add to the rounding
+    tolerance = {"gemma3": 1e-7, "gemma3n": 1e-5, "gemma4": 1e-7}.get(name, TOLERANCE)
     for boundary in range(1, last):
         assert_as_one_after_the_other(model, boundary, tolerance)
 
