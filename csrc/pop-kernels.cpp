@@ -164,10 +164,12 @@ bool pop_kernels_take_tiles(void) {
 #    endif
 }
 
-// The least number of rows with which our kernels were faster than those of ggml. It was measured with AVX-512 VNNI and
-// 2 threads; elsewhere it is not known.
+// The least number of rows with which our kernels were faster than those of ggml. It was measured with AVX-512 VNNI,
+// AVX-VNNI and AVX2, and 2 threads; elsewhere it is not known.
 static int64_t min_rows(ggml_type type) {
-    if (pop_best::lanes != 16 || !pop_setting_is_best() || pop_kernels_take_tiles()) {
+#    if defined(POP_HAS_X86_KERNELS)
+    constexpr bool is_wide = pop_best::lanes == 16;
+    if (!pop_setting_is_best() || pop_kernels_take_tiles()) {
         return MIN_ROWS;
     }
     switch (type) {
@@ -176,10 +178,22 @@ static int64_t min_rows(ggml_type type) {
         case GGML_TYPE_IQ1_M:
             return MIN_ROWS;
         case GGML_TYPE_Q8_0:
-            return 6;
+            return pop_best::has_dot ? 6 : 8;
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q2_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_S:
+            return is_wide ? 2 : 3;
         default:
             return 2;
     }
+#    else
+    (void) type;
+    return MIN_ROWS;
+#    endif
 }
 
 static const pop_kernel * best_kernel(ggml_type type, int group_rows, int turn) {

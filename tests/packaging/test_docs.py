@@ -1,29 +1,22 @@
-"""Checks README and docs: links have targets, figures match the raw runs, examples run, generated pages are current."""
+"""Checks README and docs: links have targets, README shows measured figures, examples run, made pages are current."""
 
-import csv
 import dataclasses
 import inspect
 import os
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from pypop_gguf.bench.report import summarize
-from pypop_gguf.bench.runs import read_csv
 from pypop_gguf.cli import main
-from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.quality.results import Results, name_variant
-from pypop_gguf.statistics import bootstrap_ratio
 from pypop_gguf.status import PopStatus, Timings
-from tests.support.pages import cells, section
+from tests.support.pages import cells, section, table_rows
 from tests.support.paths import ROOT
-from tools import bench_network, cli_docs, memory_table, platforms
-from tools.equal_quality import BUDGETS, format_table, read_measured
+from tools import cli_docs, platforms
+from tools.equal_quality import read_measured
 from tools.quality_rows import make_rows, mean_score
 
 PAGES = [
@@ -32,27 +25,6 @@ PAGES = [
 # tools/quality_page.py copies reading.md into quality.md, where its links are checked.
 PAGES += sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "reading.md")
 EXAMPLES = ["README.md", "docs/index.md", "docs/python.md", "docs/faq.md"]
-# The name that README and docs/speed.md give a model, and its name in the raw runs.
-MODELS = {
-    "1B, Q4_K_M": "llama-3.2-1b-q4_k_m",
-    "1B, Q8_0": "llama-3.2-1b-q8_0",
-    "8B, Q4_K_M": "llama-3.1-8b-q4_k_m",
-}
-KERNEL_MODELS = {
-    "SmolLM2-135M-Instruct, Q4_1": "SmolLM2-135M-Instruct.Q4_1",
-    "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M",
-    "Qwen2.5-Coder-1.5B-Instruct, Q4_K_M": "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M",
-    "Random weights, 1B, Q4_K_M": "1b",
-}
-
-EXACT_TITLE = "Without any change of the answer"
-EXACT_RUNS = ROOT / "bench" / "exact-epyc-2-cores.csv"
-EXACT_MODELS = {
-    "Gemma 3n E2B": "gemma-3n-e2b",
-    "Gemma 3n E4B": "gemma-3n-e4b",
-    "Gemma 4 E2B": "gemma-4-e2b",
-    "Gemma 4 E4B": "gemma-4-e4b",
-}
 
 
 def name_of(path: Path) -> str:
@@ -98,37 +70,6 @@ def test_install_section_names_demo_and_test():
     assert re.search(r"^ +make test\b", commands, re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict:
-    """Map (model, prompt tokens, sequences) to the case of the raw runs that the tables show.
-
-    Where the last prompt token was measured with continuation and without, the tables show continuation.
-    """
-    cases = {}
-    for setting, found in summarize(read_csv(ROOT / "bench" / "epyc-zen4-2-cores.csv")).items():
-        for case in sorted(found, key=lambda case: case.way, reverse=True):  # "repeated" first, "continued" replaces it
-            cases[setting.model, case.n_prompt, case.n_parallel] = case
-    return cases
-
-
-def find_case(measured: dict, model: str, prompt: str):
-    n_prompt, _, eight = prompt.partition(", ")
-    assert eight in ("", "eight at once")
-    return measured.get((MODELS[model], int(n_prompt), 8 if eight else 1))
-
-
-def speedup_and_limit(case) -> list[str]:
-    if case is None:
-        return ["N/A", ""]
-    ratio = case.speedup
-    interval = "(one round)" if case.runs == 1 else f"[{ratio.low:.2f}, {ratio.high:.2f}]"
-    return [f"{ratio.value:.2f} {interval}", f"{case.limit:.2f}"]
-
-
-def table_rows(page: str) -> list[list[str]]:
-    return [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
-
-
 # The boundaries that `pop-gguf prepare` has chosen
 CHOSEN = {"smollm2-135m": 24, "qwen2.5-coder-0.5b": 18, "qwen2.5-coder-1.5b": 21}
 
@@ -152,233 +93,6 @@ def test_readme_shows_what_prepare_has_chosen():
     assert sorted(shown) == sorted(expected)
 
 
-def test_speeds_with_kernels_match_the_raw_runs():
-    cases = {
-        (setting.model, case.n_prompt, f"{setting.n_layer - case.boundary} of {setting.n_layer}"): case
-        for setting, found in summarize(read_csv(ROOT / "bench" / "kernels-epyc-2-cores.csv")).items()
-        for case in found
-    }
-    rows = table_rows("docs/speed.md")
-    rows = [row for row in rows if row[0] in KERNEL_MODELS and len(row) > 6 and row[3].endswith(" ms")]
-    assert len(rows) >= 10
-    for model, n_prompt, skipped, *shown in rows:
-        case = cases[KERNEL_MODELS[model], int(n_prompt), skipped]
-        times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
-        assert shown == [*times, speedup_and_limit(case)[0], f"{case.off_before.value:.2f}"], (model, n_prompt)
-
-
-def test_speeds_of_the_peer_match_the_raw_runs():
-    text = (ROOT / "bench" / "peers-epyc-2-cores.txt").read_text()
-    measured = {}
-    for part in text.split("== ")[1:]:
-        model = part.splitlines()[0].replace("-Instruct", "").replace("random-model llama-3.2-1b", "Random weights, 1B")
-        model = model.replace("random-model llama-3.1-8b", "Random weights, 8B")
-        for n_prompt, engine, *speeds in re.findall(
-            r"^ *(\d+) +(\w+) +([\d.]+) +([\d.]+) +([\d.]+)", part, re.MULTILINE
-        ):
-            measured.setdefault((model, n_prompt), {})[engine] = [float(speed) for speed in speeds]
-    rows = {tuple(row[:2]): row[2:7] for row in table_rows("docs/speed.md") if len(row) == 8}
-    rows = {case: row for case, row in rows.items() if case in measured}
-    assert rows.keys() == measured.keys()
-    for case, engines in measured.items():
-        (stock, *_), (peer, *_), (ours, low, high) = engines["stock"], engines["peer"], engines["ours"]
-        shown = [
-            f"{stock:.0f}",
-            f"{peer:.0f}",
-            f"{ours:.0f} [{low:.0f}, {high:.0f}]",
-            f"{ours / stock:.2f}",
-            f"{ours / peer:.2f}",
-        ]
-        assert rows[case] == shown, case
-
-
-def test_speeds_at_equal_quality_match_the_raw_figures():
-    measured = read_measured(ROOT / "bench" / "real-epyc-2-cores.csv", ROOT / "bench" / "real" / "kl")
-    expected = [cells(row) for row in format_table(measured).splitlines()]
-    page = table_rows("docs/speed.md")
-    shown = [[row[0].replace(", ", "."), *row[1:]] for row in page if len(row) == 7 and row[1] in map(str, BUDGETS)]
-    assert shown == [[*row[:2], *row[3:]] for row in expected if row[2] == "fitted"]
-    assert not any(row[3] != "none" for row in expected if row[2] == "plain")
-
-
-def exact_rows(path: Path) -> list[list[str]]:
-    """Return the rows that docs/speed.md has of models whose upper layers share a cache, from the raw runs."""
-    names = {f"{name}-q4_k_m": model for model, name in EXACT_MODELS.items()}
-    runs = read_csv(path)
-    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.flops_ratio}
-    rows = []
-    for setting, cases in summarize(runs).items():
-        for case in cases:
-            limit = 1 / flops[setting.model, case.n_prompt]
-            skipped = f"{setting.n_layer - case.boundary} of {setting.n_layer}"
-            times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
-            off = case.off_before or case.off_after  # A single round has no runs before the first pruned pass.
-            reached = f"{case.speedup.value / off.value / limit:.0%}"
-            ratios = [speedup_and_limit(case)[0], f"{off.value:.2f}", f"{limit:.2f}", reached]
-            rows.append([names[setting.model], str(case.n_prompt), skipped, *times, *ratios])
-    return rows
-
-
-def test_exact_gains_match_the_raw_runs():
-    """Rows that nobody has measured yet say N/A, and have the limit only."""
-    measured = {tuple(row[:2]): row for row in exact_rows(EXACT_RUNS)} if EXACT_RUNS.exists() else {}
-    shown = [cells(row) for row in re.findall(r"^\| Gemma .+\|$", section("docs/speed.md", EXACT_TITLE), re.MULTILINE)]
-    assert len(shown) == 13
-    for row in shown:
-        geometry = GEOMETRIES[EXACT_MODELS[row[0]]]
-        assert row[2] == f"{geometry.n_shared + 1} of {geometry.n_layer}"
-        expected = measured.pop((row[0], row[1]), None)
-        assert row == expected or (expected is None and row[3:7] + row[8:] == ["N/A"] * 5), row
-    assert not measured
-
-
-def test_long_prompts_match_the_raw_runs():
-    seconds: dict[tuple, dict[str, list[float]]] = {}
-    memory: dict[tuple, dict[str, float]] = {}
-    limits = {}
-    for row in read_rows("long-epyc-2-cores.csv"):
-        cache = "Q8_0" if "cache in Q8_0" in row["version"] else "F16"
-        case = row["n_prompt"], "off" if row["flash_attn"] == "off" else "on", cache
-        engine = {"stock": "stock", "stock-2": "stock", "pop": "pop"}.get(row["engine"], "all layers")
-        seconds.setdefault(case, {}).setdefault(engine, []).append(float(row["ttft_ms"]) / 1e3)
-        most = memory.setdefault(case, {})
-        most[engine] = max(most.get(engine, 0), int(row["peak_bytes"]) / 2**20)
-        if row["flops_ratio"]:
-            limits[case] = 1 / float(row["flops_ratio"])
-    expected = []
-    for case, engines in seconds.items():
-        pop = statistics.median(engines["pop"])
-        times, ratios = [], []
-        for runs in (engines.get("stock"), engines["all layers"]):
-            median = statistics.median(runs) if runs else None
-            spread = f" [{min(runs):.1f}, {max(runs):.1f}]" if runs and len(runs) > 1 else ""
-            times.append(f"{median:.1f} s{spread}" if median else "N/A")
-            ratios.append(f"{median / pop:.2f}" if median else "N/A")
-        reached = statistics.median(engines["all layers"]) / pop / limits[case]
-        peaks = [f"{memory[case][name]:.0f} MiB" if name in engines else "N/A" for name in ("stock", "pop")]
-        expected.append([*case, *times, f"{pop:.1f} s", *ratios, f"{limits[case]:.2f}", f"{reached:.0%}", *peaks])
-    shown = [cells(row) for row in numbered_rows(section("docs/speed.md", "Long prompts"))]
-    assert sorted([row[0].replace(",", ""), *row[1:]] for row in shown) == sorted(expected)
-
-
-def test_no_other_architecture_shares_caches():
-    rows = [cells(row) for row in re.findall(r"^\| \S+ \| \d.+\|$", (ROOT / "docs/architectures.md").read_text(), re.M)]
-    served = [(name, int(n_layer), int(lossless)) for name, n_layer, lossless, *_ in rows if lossless]
-    assert f"{len(served)} served" in (ROOT / "docs/architectures.md").read_text()
-    assert [name for name, n_layer, lossless in served if lossless < n_layer - 1] == []
-    assert f"the {len(served)} other models" in " ".join(section("docs/speed.md", EXACT_TITLE).split())
-
-
-def read_rows(name: str) -> list[dict]:
-    with (ROOT / "bench" / name).open() as file:
-        return list(csv.DictReader(file))
-
-
-def columns_of(lines: list[str]) -> list[list[str]]:
-    """Return the cells of an aligned table that a tool prints, without its header."""
-    return [re.split(r" {2,}", line.strip()) for line in lines[1:]]
-
-
-def test_memory_and_loading_match_the_raw_runs():
-    text = section("docs/speed.md", "Memory and loading")
-    rows = read_rows("memory-epyc-2-cores.csv")
-    shown = [[cell.replace(",", "").replace(" MiB", "") for cell in cells(row)] for row in numbered_rows(text)]
-    assert shown == columns_of(memory_table.memory_table(rows))
-    names = {"stock": "Stock `Llama`", "whole": "`PopLlama(pop=False)`", "pop": "`PopLlama`"}
-    loads = columns_of(memory_table.load_table(rows))
-    shown = {name: rest for name, *rest in map(cells, re.findall(r"^\| .*`.+\|$", text, re.MULTILINE))}
-    assert shown == {names[name]: [f"{time} ms" for time in times] for name, *times in loads}
-
-
-def test_memory_on_lavapipe_matches_the_raw_runs():
-    values = {}
-    for row in read_rows("memory-lavapipe-2-cores.csv"):
-        megabytes = f"{int(row['value']) / 1e6:.1f} MB"
-        values.setdefault((f"{int(row['context']):,}", row["sequences"]), {})[row["engine"]] = megabytes
-    expected = [[*case, engines["whole"], engines["pop"]] for case, engines in values.items()]
-    shown = [cells(row) for row in numbered_rows(section("docs/gpu.md", "Memory"))]
-    assert sorted(shown) == sorted(expected) and len(shown) == 6
-
-
-def test_split_models_match_the_raw_runs():
-    rows = read_rows("network-epyc-2-cores.csv")
-    for row in rows:
-        row |= {name: float(row[name]) for name in ("ttft_ms", "decode_ms_per_token")}
-    shown = [
-        [cell.replace(" ms", "") for cell in cells(row)]
-        for row in numbered_rows(section("docs/server.md", "Several machines"))
-    ]
-    assert shown == columns_of(bench_network.table(rows))
-
-
-def numbered_rows(text: str) -> list[str]:
-    return re.findall(r"^\| \d.+\|$", text, re.MULTILINE)
-
-
-def test_tables_of_completion_match_the_raw_runs():
-    found: dict[tuple, dict[tuple, list[float]]] = {}
-    for row in read_rows("completion-epyc-2-cores.csv"):
-        values = found.setdefault((row["model"], row["boundary"]), {})
-        values.setdefault((row["way"], row["quantity"]), []).append(float(row["value"]))
-    text = section("docs/how-it-works.md", "Completing the cache later")
-    rows = [cells(row)[2:] for row in re.findall(r"^\|.* ms \|$", text, re.MULTILINE)]
-
-    def medians(values, way, digits):
-        return [f"{statistics.median(values[way, quantity]):.{n}f} ms" for quantity, n in digits.items()]
-
-    names = {"stock": "stock llama.cpp", "whole": "all layers", "off": "`off`", "answer": "`answer`"}
-    digits = {"first_ms": 0, "last_ms": 0, "longest_gap_ms": 0, "median_gap_ms": 1}
-    modes = [[name, *medians(values, way, digits)] for values in found.values() for way, name in names.items()]
-    assert len(found) == 4 and [row for row in rows if len(row) == 5] == modes
-
-    chunks = []
-    for values in found.values():
-        ways = "tokens behind chunks of 64", "tokens in chunks of 64"
-        (before, longest_before), (joined, longest) = (
-            medians(values, way, {"whole_ms": 0, "longest_token_ms": 0}) for way in ways
-        )
-        ratio = bootstrap_ratio(*(np.array(values[way, "whole_ms"]) for way in reversed(ways)))
-        longest = f"{longest_before.removesuffix(' ms')} -> {longest}"
-        chunks.append([before, joined, f"{ratio:.2f}", longest])
-    assert [row for row in rows if len(row) == 4] == chunks
-
-
-def test_whole_requests_match_the_raw_runs():
-    times: dict[tuple, dict[tuple, list[float]]] = {}
-    with (ROOT / "bench" / "requests-epyc-2-cores.csv").open() as file:
-        for row in csv.DictReader(file):
-            name = f"Chat, turn {row['part']}" if row["request"] == "chat" else row["request"].capitalize()
-            of_case = times.setdefault((name, row["prompt_tokens"], row["answer_tokens"]), {})
-            for column in ("first_ms", "last_ms"):
-                of_case.setdefault((column, row["pop"]), []).append(float(row[column]))
-    shown = [
-        cells(row) for row in re.findall(r"^\| .+ ms \|.*$", section("docs/speed.md", "Whole requests"), re.MULTILINE)
-    ]
-    assert [tuple(row[:3]) for row in shown] == list(times)
-    for row, of_case in zip(shown, times.values(), strict=True):
-        for column, whole, pop in (("first_ms", row[3], row[4]), ("last_ms", row[6], row[7])):
-            medians = [f"{statistics.median(of_case[column, side]):.0f} ms" for side in ("False", "True")]
-            assert medians == [whole, pop], row
-
-
-def test_speed_page_matches_the_raw_runs(measured):
-    text = section("docs/speed.md", "Pruning alone")
-    header = re.search(r"^\| Prompt tokens \|.+\|$", text, re.MULTILINE)
-    models = cells(header[0])[1::2]
-    rows = [cells(row) for row in re.findall(r"^\| \d.+\|$", text, re.MULTILINE)]
-    assert models and rows
-    for prompt, *shown in rows:
-        expected = [cell for model in models for cell in speedup_and_limit(find_case(measured, model, prompt))]
-        assert shown == expected, prompt
-
-
-def test_speed_page_has_every_case_of_the_raw_runs(measured):
-    text = section("docs/speed.md", "Pruning alone")
-    for _, n_prompt, n_parallel in measured:
-        prompt = f"{n_prompt}, eight at once" if n_parallel == 8 else str(n_prompt)
-        assert re.search(rf"^\| {prompt} \|", text, re.MULTILINE), prompt
-
-
 def test_readme_costs_are_those_of_the_page_about_the_fit():
     def rows(text: str) -> list[list[str]]:
         return [
@@ -389,14 +103,6 @@ def test_readme_costs_are_those_of_the_page_about_the_fit():
     shown = rows(section("README.md", "What it costs"))
     assert len(shown) >= 9
     assert shown == rows(section("docs/fitted-projections.md", "What it brings"))
-
-
-def test_reading_beside_writing_is_of_the_raw_runs(measured):
-    mixed = measured["llama-3.2-1b-q4_k_m", 128, 8].mixed
-    ratio = f"{mixed.speedup.value:.2f} [{mixed.speedup.low:.2f}, {mixed.speedup.high:.2f}]"
-    stock, pop = f"{mixed.baseline_tokens_per_s:.0f}", f"{mixed.pop_tokens_per_s:.0f}"
-    said = f"{stock} tokens a second in stock llama.cpp and {pop} with POP, a speed-up of {ratio}"
-    assert said in " ".join((ROOT / "docs" / "speed.md").read_text().split())
 
 
 def test_python_page_names_every_argument_and_field():

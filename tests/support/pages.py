@@ -15,3 +15,8 @@ def section(page: str, title: str) -> str:
 
 def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def table_rows(page: str) -> list[list[str]]:
+    """Return the cells of all rows of tables of a page."""
+    return [cells(row) for row in re.findall(r"^\|.+\|$", (ROOT / page).read_text(), re.MULTILINE)]
