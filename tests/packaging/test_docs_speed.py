@@ -163,6 +163,21 @@ def test_exact_gains_match_the_raw_runs():
     assert not measured
 
 
+def test_several_answers_at_once_match_the_raw_runs():
+    speeds: dict[tuple, list[float]] = {}
+    for column, instructions in enumerate(("", "avxvnni-", "avx2-")):
+        for row in read_rows(f"several-epyc-{instructions}2-cores.csv"):
+            ours = "POP_KERNELS=off" not in row["version"]
+            case = row["model"], row["n_parallel"], 2 * column + ours
+            speeds.setdefault(case, []).append(int(row["n_parallel"]) / float(row["decode_ms_per_token"]) * 1e3)
+    expected: dict[tuple, dict[int, str]] = {}
+    for (model, answers, column), values in sorted(speeds.items()):
+        assert len(values) in (15, 19)
+        expected.setdefault((model, answers), {})[column] = f"{statistics.median(values):.0f}"
+    rows = [row for row in table_rows("docs/speed.md") if len(row) == 8 and "-Instruct" in row[0]]
+    assert {(row[0].replace(", ", "."), row[1]): dict(enumerate(row[2:])) for row in rows} == expected
+
+
 def test_long_prompts_match_the_raw_runs():
     seconds: dict[tuple, dict[str, list[float]]] = {}
     memory: dict[tuple, dict[str, float]] = {}
