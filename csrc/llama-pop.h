@@ -155,10 +155,10 @@ enum llama_pop_states {
 };
 
 // Lets a context keep the state at the boundary of every token that is not the whole model's, one of an enum
-// llama_pop_states. It takes one row for each cell of the cache, of n_embd values, or four times as many in Gemma 3n. A
-// token is the whole model's if it was run whole and all tokens before it in its sequence are; generated tokens behind
-// a pruned prompt are not. Returns false if the cache is not empty, if it cannot be completed (recurrent and hybrid
-// models, and caches with indexers), or if there is no memory for the states.
+// llama_pop_states. It takes a row of memory for each cell of the cache, of n_embd values, or four times as many in
+// Gemma 3n. A token is the whole model's if it was run whole and all tokens before it in its sequence are; generated
+// tokens behind a pruned prompt are not. Returns false if the cache is not empty, if it cannot be completed (recurrent
+// and hybrid models, and caches with indexers), or if there is no memory for the states.
 LLAMA_API bool llama_pop_set_completion(struct llama_context * ctx, int32_t type);
 
 // Returns true if completion is on and works at the boundary in force. Where it does not work, pruned tokens count as

@@ -44,12 +44,12 @@ struct pop_graph_params {
     uint32_t      boundary    = 0;
     uint32_t      n_rows      = 0;       // PRUNED: number of states to keep for continuations
     uint32_t      first_state = 0;       // CONTINUATION: see pop_ubatch_label
-    ggml_tensor * states      = nullptr; // F32 [size of a state, n_ubatch or more], owned by pop_context
+    ggml_tensor * states      = nullptr; // F32 [pop_state_size(), n_ubatch or more], owned by pop_context
 
     llama_adapter_lora * adapter = nullptr; // PRUNED: fitted projections
 
     // For completion. A CONTINUATION for which this is not nullptr is a chunk, which goes on from these states.
-    ggml_tensor * completion = nullptr; // [size of a state, cells], owned by pop_completion
+    ggml_tensor * completion = nullptr; // [pop_state_size(), cells], owned by pop_completion
     uint32_t      keeps      = 0;       // PRUNED, WHOLE, BELOW: the boundary whose states are written there
 
     bool operator==(const pop_graph_params & other) const {

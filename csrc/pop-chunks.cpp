@@ -66,7 +66,7 @@ llama_ubatch pop_completion::make_ubatch(llama_seq_id              seq_id,
         }
         data->pop.cells.push_back(row_of(seq_id, chunk[i].idx));
     }
-    if (image) { // only the layers below the boundary read it
+    if (image) { // pop_reads_features_above() is false, so nothing reads it
         data->embd.resize(n * model.hparams.n_embd_inp());
     }
     data->pop.part      = POP_CONTINUATION;

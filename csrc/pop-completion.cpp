@@ -104,7 +104,7 @@ void pop_completion::begin_ubatch(const llama_ubatch &        ubatch,
     // A chunk is causal. It does not repeat what image features add to the layers from the boundary on.
     const auto works = works_at.find(lowest);
     const bool can   = causal && works != works_at.end() && works->second.chunks &&
-                       (ubatch.token || lowest >= model.hparams.n_deepstack_layers);
+                       (ubatch.token || !pop_reads_features_above(model, lowest));
     label.keeps      = can ? lowest : 0;
 }
 

@@ -91,7 +91,7 @@ struct pop_completion {
 
     uint64_t n_completed = 0; // tokens
 
-    ggml_tensor * states = nullptr; // [size of a state, cells of all streams]
+    ggml_tensor * states = nullptr; // [pop_state_size(), cells of all streams]
 
     // How completion works at a boundary.
     struct ways {

@@ -82,6 +82,8 @@ struct rewrite {
     ggml_tensor *  keep_rows = nullptr; // a node to add
     ggml_tensor *  keep_from = nullptr; // the states to keep for completion
 
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> rows_of; // what to_rows() has made
+
     // An adapter may have further inputs. For each product that reads one, this is the result of the bottleneck; their
     // sum is below.
     std::unordered_map<const ggml_tensor *, ggml_tensor *> narrowed;
@@ -228,23 +230,28 @@ struct rewrite {
         return std::any_of(tensors.begin(), tensors.end(), [&](const ggml_tensor * t) { return weight_layer(t) >= b; });
     }
 
-    // Returns whether x holds the state of each token in the layout that the kept states can be made from. A state has
-    // one vector of n_embd values, or several: then x is [n_embd, n_tokens, n_streams].
+    // Returns whether x holds the state of each token in a layout that to_rows() and from_rows() know: a state is one
+    // vector, or it is several, and then x is [n_embd, n_tokens, vectors of a state].
     bool can_keep(const ggml_tensor * x) const {
-        return x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && x->ne[3] == 1 && x->ne[1] == n_tokens &&
-               x->ne[0] * x->ne[2] == pop_state_size(params.arch, params.hparams);
+        return x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && x->ne[0] == params.hparams.n_embd &&
+               x->ne[1] == n_tokens && x->ne[0] * x->ne[2] == pop_state_size(params.arch, params.hparams) &&
+               x->ne[3] == 1;
     }
 
-    // The states of x as rows, one for each token, which is how they are kept.
-    ggml_tensor * to_rows(ggml_tensor * x) const {
+    // Returns the states of x as rows, one for each token, which is how they are kept.
+    ggml_tensor * to_rows(ggml_tensor * x) {
         if (ggml_is_matrix(x)) {
             return x;
         }
-        ggml_tensor * by_token = ggml_cont(res.get_ctx(), ggml_permute(res.get_ctx(), x, 0, 2, 1, 3));
-        return ggml_reshape_2d(res.get_ctx(), by_token, x->ne[0] * x->ne[2], n_tokens);
+        ggml_tensor *& rows = rows_of[x];
+        if (!rows) {
+            ggml_tensor * by_token = ggml_cont(res.get_ctx(), ggml_permute(res.get_ctx(), x, 0, 2, 1, 3));
+            rows                   = ggml_reshape_2d(res.get_ctx(), by_token, x->ne[0] * x->ne[2], n_tokens);
+        }
+        return rows;
     }
 
-    // Kept states in the layout of x, which they replace.
+    // Returns kept states in the layout of x, so that they can replace it.
     ggml_tensor * from_rows(ggml_tensor * rows, const ggml_tensor * x) const {
         if (ggml_is_matrix(x)) {
             return rows;

@@ -164,10 +164,10 @@ bool pop_kernels_take_tiles(void) {
 #    endif
 }
 
-// The least number of rows with which our kernels were faster than those of ggml. It was measured with AVX-512 VNNI,
-// AVX-VNNI and AVX2, and 2 threads; elsewhere it is not known.
+// The least number of rows with which our kernels were clearly faster than those of ggml. It was measured with AVX-512
+// VNNI, AVX-VNNI and AVX2, and 2 threads; elsewhere it is not known.
 static int64_t min_rows(ggml_type type) {
-#    if defined(POP_HAS_X86_KERNELS)
+#    if defined(POP_HAS_X86_KERNELS) && (defined(POP_KERNELS_HAS_AVX512_VNNI) || !defined(__AVX512F__))
     constexpr bool is_wide = pop_best::lanes == 16;
     if (!pop_setting_is_best() || pop_kernels_take_tiles()) {
         return MIN_ROWS;
@@ -175,8 +175,9 @@ static int64_t min_rows(ggml_type type) {
     switch (type) {
         case GGML_TYPE_F16:
         case GGML_TYPE_BF16:
-        case GGML_TYPE_IQ1_M:
             return MIN_ROWS;
+        case GGML_TYPE_IQ1_M:
+            return is_wide ? MIN_ROWS : 8;
         case GGML_TYPE_Q8_0:
             return pop_best::has_dot ? 6 : 8;
         case GGML_TYPE_Q5_0:

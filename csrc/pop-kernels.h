@@ -1,8 +1,8 @@
-// Products of weights, quantized or of 16 bits, with many rows, such as the tokens of a prompt, and attention of many
-// queries, on x86 processors with AVX2 or more. On Arm processors with dot products of bytes, products of quantized
-// weights are computed too, where POP_KERNELS=on in the environment asks for it. ggml's CPU backend calls these
-// functions. POP_KERNELS=off leaves all of it to ggml, whose results are then those of stock llama.cpp bit for bit. A
-// mark in an operation leaves it alone to ggml, for contexts that shall not use these kernels.
+// Products of weights, quantized or of 16 bits, with several rows, such as the tokens of a prompt, and attention of
+// many queries, on x86 processors with AVX2 or more. On Arm processors with dot products of bytes, products of
+// quantized weights are computed too, where POP_KERNELS=on in the environment asks for it. ggml's CPU backend calls
+// these functions. POP_KERNELS=off leaves all of it to ggml, whose results are then those of stock llama.cpp bit for
+// bit. A mark in an operation leaves it alone to ggml, for contexts that shall not use these kernels.
 
 #pragma once
 

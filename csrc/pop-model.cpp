@@ -18,6 +18,11 @@ int64_t pop_state_size(llm_arch arch, const llama_hparams & hparams) {
     return (int64_t) hparams.n_embd * (arch == LLM_ARCH_GEMMA3N ? hparams.n_altup : 1);
 }
 
+// The layers of Gemma 3n, and of Gemma 4 E2B and E4B, read an input of their own that is made from the features, too.
+bool pop_reads_features_above(const llama_model & model, int32_t boundary) {
+    return model.per_layer_tok_embd || boundary < (int32_t) model.hparams.n_deepstack_layers;
+}
+
 static bool writes_memory(const llama_model & model, int32_t il) {
     const auto & hparams = model.hparams;
 

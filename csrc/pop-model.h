@@ -16,8 +16,12 @@ struct llama_pop_request;
 // Returns the number of layers without those for multi-token prediction, L.
 int32_t pop_n_layer(const llama_model & model);
 
-// Returns how many values the layers of such a model pass on for each token: n_embd, or more with several streams.
+// Returns how many values a layer passes on for each token: n_embd, or n_altup times as many in Gemma 3n, whose state
+// is several vectors.
 int64_t pop_state_size(llm_arch arch, const llama_hparams & hparams);
+
+// Returns whether the layers from a boundary on read more of an image's features than the state at the boundary.
+bool pop_reads_features_above(const llama_model & model, int32_t boundary);
 
 // Returns the index of the last layer that writes to the cache or to a recurrent state.
 int32_t pop_lossless_boundary(const llama_model & model);

@@ -84,7 +84,7 @@ inputs, which {further} of the fits have, the engine was run, and its results ar
   not proven correct.
 - *Completed*: the largest error against the whole model after the skipped layers were run later, in chunks of 9 tokens,
   and the number of boundaries, which are all below the lossless one (tolerance {tolerance}). *no*: the cache cannot be
-  completed. That is so for recurrent states, for caches with an indexer, and where layers pass on more than one state.
+  completed. That is so for recurrent states, for caches with an indexer, and where layers have hyper-connections.
 - *Fitted*: how many weights were fitted at boundary 1, as `pop-gguf prepare` does it. The layers above the boundary
   fill their caches by them. Where layers have hyper-connections (deepseek4, glm5-next, hy_v4, qwen4exp), they are the
   weights that mix the streams: keys and values come after those, and stay as they are. *Held out*: the mean squared

@@ -87,6 +87,10 @@ def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_model
         state, expected = whole.state(), next_logits(whole, len(tokens))
         lossless, n_layer = native.lossless_boundary(whole.model), native.n_layer(whole.model)
     for boundary in range(1, n_layer):
+        if boundary < lossless:
+            with engine(model, boundary, n_ubatch=n_ubatch) as incomplete:
+                generate(incomplete, tokens)
+                assert squared_error(next_logits(incomplete, len(tokens)), expected) > 10 * tolerance, boundary
         with engine(model, boundary, n_ubatch=n_ubatch) as pruned:
             assert native.completes(pruned.context)
             last = generate(pruned, tokens)
@@ -278,6 +282,37 @@ def test_completion_is_turned_on_before_the_first_token(reference_models):
         assert n_incomplete(late) == 0
         with pytest.raises(PopError, match=r"^completion is off"):
             complete(late)
+
+
+def read_image(engine, n_tokens: int, width: int) -> None:
+    """Reads random features as those of an image."""
+    batch = llama_cpp.llama_batch_init(n_tokens, width, 1)
+    image = np.random.default_rng(0).normal(0, 0.5, (n_tokens, width)).astype(np.float32)
+    ctypes.memmove(batch.embd, image.ctypes.data, image.nbytes)
+    batch.n_tokens = n_tokens
+    for i in range(n_tokens):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = i, 1, 0, False
+    status = llama_cpp.llama_decode(engine.context, batch)
+    llama_cpp.llama_batch_free(batch)
+    assert status == 0
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_images_are_lost_where_upper_layers_read_them_too(shared_cache_models, name):
+    """Each layer of these models has an input of its own, which is made from the features of an image as well."""
+    model = shared_cache_models[name]
+    width = model.torch_model.config.hidden_size
+    for boundary in (3, native.LOSSLESS):
+        with engine(model, 3) as pruned:
+            if boundary == native.LOSSLESS:
+                native.set_boundary(pruned.context, native.lossless_boundary(pruned.model))
+            read_image(pruned, 12, width)
+            pruned.prefill(model.tokens(5), first=12)
+            n_left = 17 if boundary == 3 else 0
+            assert (n_incomplete(pruned), native.n_lost(pruned.context)) == (0, n_left)
+            llama_cpp.llama_memory_clear(pruned.memory, True)
+            pruned.prefill(model.tokens(17))
+            assert (n_incomplete(pruned), native.n_lost(pruned.context)) == (n_left, 0)
 
 
 def test_what_has_left_a_sliding_window_is_lost(reference_models):

@@ -1,4 +1,4 @@
-"""Checks README and docs: links have targets, README shows measured figures, examples run, made pages are current."""
+"""Checks README and docs: links have targets, README shows measured figures, examples run, pages are current."""
 
 import dataclasses
 import inspect

@@ -1,9 +1,8 @@
-"""Checks docs/speed.md and other pages with measured times: their figures are those of the raw runs."""
+"""Checks docs/speed.md and other pages with measured times or memory: their figures are those of the raw runs."""
 
 import csv
 import re
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,12 @@ from pypop_gguf.bench.report import summarize
 from pypop_gguf.bench.runs import read_csv
 from pypop_gguf.gguf_files.geometries import GEOMETRIES
 from pypop_gguf.statistics import bootstrap_ratio
+from tests.engine.test_kernels import FLOATS, MIN_ROWS_AVX2, MIN_ROWS_AVX_VNNI, TYPES
 from tests.support.pages import cells, section, table_rows
 from tests.support.paths import ROOT
 from tools import bench_network, memory_table
 from tools.equal_quality import BUDGETS, format_table, read_measured
+from tools.layer_times import limits
 
 # The name that README and docs/speed.md give a model, and its name in the raw runs.
 MODELS = {
@@ -31,7 +32,6 @@ KERNEL_MODELS = {
 }
 
 EXACT_TITLE = "Without any change of the answer"
-EXACT_RUNS = ROOT / "bench" / "exact-epyc-2-cores.csv"
 EXACT_MODELS = {
     "Gemma 3n E2B": "gemma-3n-e2b",
     "Gemma 3n E4B": "gemma-3n-e4b",
@@ -116,51 +116,31 @@ def test_speeds_at_equal_quality_match_the_raw_figures():
     assert not any(row[3] != "none" for row in expected if row[2] == "plain")
 
 
-def exact_rows(path: Path) -> list[list[str]]:
+def exact_rows() -> list[list[str]]:
     """Return the rows that docs/speed.md has of models whose upper layers share a cache, from the raw runs."""
     names = {f"{name}-q4_k_m": model for model, name in EXACT_MODELS.items()}
-    runs = read_csv(path)
-    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.flops_ratio}
+    by_time = limits(read_rows("exact-layers-epyc-2-cores.csv"))
     rows = []
+    runs = read_csv(ROOT / "bench" / "exact-epyc-2-cores.csv")
+    flops = {(run.setting.model, run.n_prompt): run.flops_ratio for run in runs if run.flops_ratio}
     for setting, cases in summarize(runs).items():
         for case in cases:
-            limit = 1 / flops[setting.model, case.n_prompt]
             skipped = f"{setting.n_layer - case.boundary} of {setting.n_layer}"
             times = [f"{ms:.0f} ms" for ms in (case.baseline_ms, case.pop_ms)]
-            off = case.off_before or case.off_after  # A single round has no runs before the first pruned pass.
-            reached = case.speedup.value / off.value / limit
-            # the skipped layers' part of what one token takes
-            decode = [
-                r.decode_ms_per_token
-                for r in runs
-                if (r.setting, r.n_prompt) == (setting, case.n_prompt)
-                and r.engine == "pop-off"
-                and r.decode_ms_per_token
-            ]
-            last_ms = statistics.median(decode) * (1 - case.boundary / setting.n_layer)
-            with_last = reached + last_ms / case.pop_ms
-            ratios = [
-                speedup_and_limit(case)[0],
-                f"{off.value:.2f}",
-                f"{limit:.2f}",
-                f"{reached:.0%}",
-                f"{with_last:.0%}",
-            ]
-            rows.append([names[setting.model], str(case.n_prompt), skipped, *times, *ratios])
+            off = case.off_after.value
+            row = [names[setting.model], str(case.n_prompt), skipped, *times, speedup_and_limit(case)[0], f"{off:.2f}"]
+            for limit in (1 / flops[setting.model, case.n_prompt], by_time[setting.model, case.n_prompt]):
+                row += [f"{limit:.2f}", f"{case.speedup.value / off / limit:.0%}"]
+            rows.append(row)
     return rows
 
 
 def test_exact_gains_match_the_raw_runs():
-    """Rows that nobody has measured yet say N/A, and have the limit only."""
-    measured = {tuple(row[:2]): row for row in exact_rows(EXACT_RUNS)} if EXACT_RUNS.exists() else {}
     shown = [cells(row) for row in re.findall(r"^\| Gemma .+\|$", section("docs/speed.md", EXACT_TITLE), re.MULTILINE)]
-    assert len(shown) == 13
-    for row in shown:
-        geometry = GEOMETRIES[EXACT_MODELS[row[0]]]
-        assert row[2] == f"{geometry.n_shared + 1} of {geometry.n_layer}"
-        expected = measured.pop((row[0], row[1]), None)
-        assert row == expected or (expected is None and row[3:7] + row[8:] == ["N/A"] * 6), row
-    assert not measured
+    assert sorted(shown) == sorted(exact_rows())
+    for model, _, skipped, *_ in shown:
+        geometry = GEOMETRIES[EXACT_MODELS[model]]
+        assert skipped == f"{geometry.n_shared + 1} of {geometry.n_layer}"
 
 
 def test_several_answers_at_once_match_the_raw_runs():
@@ -174,8 +154,28 @@ def test_several_answers_at_once_match_the_raw_runs():
     for (model, answers, column), values in sorted(speeds.items()):
         assert len(values) in (15, 19)
         expected.setdefault((model, answers), {})[column] = f"{statistics.median(values):.0f}"
+    [header] = [row for row in table_rows("docs/speed.md") if row[1:2] == ["Answers at once"]]
+    assert [re.sub(r",.*", "", name) for name in header[2:]] == [
+        name for name in ("AVX-512 VNNI", "AVX-VNNI", "AVX2") for _ in range(2)
+    ]
     rows = [row for row in table_rows("docs/speed.md") if len(row) == 8 and "-Instruct" in row[0]]
     assert {(row[0].replace(", ", "."), row[1]): dict(enumerate(row[2:])) for row in rows} == expected
+
+
+def test_kernels_compute_as_few_rows_as_pay():
+    """From the least number of rows on, ours are the faster kernels; below it they are not by a tenth."""
+    least: dict[str, int] = {}
+    measured: set[tuple[str, int]] = set()
+    for line in (ROOT / "bench" / "kernels-few-rows-epyc-2-cores.txt").read_text().splitlines():
+        if line.startswith("# AVX"):
+            least = MIN_ROWS_AVX2 if line.startswith("# AVX2:") else MIN_ROWS_AVX_VNNI
+        elif re.match(r"[A-Z]+\d", line):
+            name, _, rows, off, ours, *_ = line.split()
+            gain = float(ours) / float(off)
+            assert gain > 1 if int(rows) >= least.get(name, 2) else gain < 1.1, line
+            measured.add((name, int(rows)))
+    assert {name for name, _ in measured} == {name for name in TYPES if name not in FLOATS}
+    assert {(name, least.get(name, 2)) for name in TYPES if name not in (*FLOATS, "IQ1_M")} <= measured
 
 
 def test_long_prompts_match_the_raw_runs():

@@ -434,7 +434,7 @@ def test_wrong_arguments_are_refused(opened, options, reason):
     assert str(caught.value) == reason
 
 
-def test_models_whose_cache_cannot_be_completed_are_refused(reference_models):
+def test_a_model_whose_cache_cannot_be_completed_is_refused(reference_models):
     options = {**OPTIONS, "pop_boundary": 3, "pop_complete": "idle"}
     with pytest.raises(PopError, match=r"cannot be completed"):
         PopLlama(str(reference_models["lfm2"].gguf), **options)
