@@ -164,7 +164,7 @@ bool pop_kernels_take_tiles(void) {
 #    endif
 }
 
-// The least number of rows with which our kernels were clearly faster than those of ggml. It was measured with AVX-512
+// The least number of rows with which our kernels were faster than those of ggml. It was measured with AVX-512
 // VNNI, AVX-VNNI and AVX2, and 2 threads; elsewhere it is not known.
 static int64_t min_rows(ggml_type type) {
 #    if defined(POP_HAS_X86_KERNELS) && (defined(POP_KERNELS_HAS_AVX512_VNNI) || !defined(__AVX512F__))

@@ -1,12 +1,14 @@
 """Measures the limit of pruning by time, for models that lose nothing: `python -m tools.layer_times MODEL.gguf ...`.
 
 The limit that `pop-gguf bench` prints counts operations of matrices. This script times every operation of a whole pass
-with llama.cpp's evaluation callback, which computes them one by one, and so counts all kinds of them. Three parts have
-to remain at the lossless boundary: the layers below it, the keys and values of the layer there, and the layers above
-with the output for the last token. The third is timed in a pass of one token behind the prompt. The limit is the time
-of the whole pass over the sum of the three. No pruned pass is timed.
+with llama.cpp's evaluation callback, which computes them one by one, and so counts all kinds of them. Each operation is
+started alone, which takes some percent longer, most of all for one token. Three parts have to remain at the lossless
+boundary: the layers below it, the keys and values of the layer there, and the layers above with the output for the last
+token. The third is timed in a pass of one token behind the prompt. The limit is the time of the whole pass over the sum
+of the three. No pruned pass is timed.
 
-RUNS.csv gets a line for each part of each pass.
+RUNS.csv gets a line for each part of each pass. Lines that it already has count, too, so other threads and other builds
+need a new file.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from tests.support.engine import F16, Engine, llama_cpp
 from tools.reporting import one_line_errors
 
 COLUMNS = ("model", "n_prompt", "round", "pass", "part", "ms")
-_KEYS = ("Kcur", "Vcur", "cache_k", "cache_v", "attn_norm")  # names of what computes keys and values
+# Names of what computes keys and values. The norm of the keys has the same name as that of the queries: it is left out.
+_KEYS = ("Kcur", "Vcur", "cache_k", "cache_v", "attn_norm")
 
 
 @one_line_errors

@@ -185,7 +185,7 @@ print("null")
         min(squared_error(logits, expected) for expected in (last_alone, in_one_pass)) for logits in (actual, lower)
     )
     # A token that continues runs the lower layers with the others and the upper ones alone, so it is rounded otherwise.
-    assert error <= 1e-5 < effect / 100
+    assert error <= 1e-4 < effect / 100
 
 
 @needs_stock

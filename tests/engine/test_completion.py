@@ -81,7 +81,7 @@ def test_a_completed_cache_is_the_whole_models_at_every_boundary(reference_model
     n_ubatch = max(16, chunk)
     # ggml looks up Gemma's activation function in a table of F16, so a difference in the last bit can grow.
     tolerance = max(4 * noise(model), TOLERANCE)
-    assert tolerance < {"gemma3n": 2e-6, "gemma4": 3e-7}.get(name, 1e-8)
+    assert tolerance < {"gemma3n": 3e-5, "gemma4": 3e-7}.get(name, 1e-8)
     with whole_engine(model, n_ubatch=n_ubatch) as whole:
         generate(whole, tokens)
         state, expected = whole.state(), next_logits(whole, len(tokens))

@@ -78,7 +78,7 @@ def test_a_token_that_joins_a_chunk_gets_the_logits_that_it_gets_behind_the_chun
     with whole_engine(model) as whole:
         last = min(native.lossless_boundary(whole.model), native.n_layer(whole.model) - 1)
     # ggml reads Gemma's activation function from a table, and the 30 layers of this Gemma 3n add to the rounding
-    tolerance = {"gemma3": 1e-7, "gemma3n": 1e-5, "gemma4": 1e-7}.get(name, TOLERANCE)
+    tolerance = {"gemma3": 1e-7, "gemma3n": 1e-4, "gemma4": 1e-7}.get(name, TOLERANCE)
     for boundary in range(1, last):
         assert_as_one_after_the_other(model, boundary, tolerance)
 
